@@ -1,0 +1,213 @@
+"""Argument errors: every one is raised here, once, at the public boundary."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from jdropout._typing import Flag, Index, Key, Rate
+
+
+def check_rate(rate: Any) -> Rate:
+    """Returns a static rate as a float, and an array as a floating-point scalar array."""
+    if isinstance(rate, bool | np.bool_):
+        raise TypeError(
+            f"rate must be a number in [0, 1], got {rate!r}, a boolean. To switch dropout off "
+            "pass deterministic=True, or rate=0.0."
+        )
+    if isinstance(rate, jax.Array):
+        return _check_rate_array(rate)
+    if isinstance(rate, np.ndarray) and rate.ndim == 0:
+        return check_rate(rate[()])
+    if getattr(rate, "shape", ()) != ():
+        raise ValueError(
+            f"rate must be a scalar, got an array of shape {rate.shape}. "
+            "For one rate per example use jax.vmap over keys, inputs and rates."
+        )
+    if not isinstance(rate, float | int | np.floating | np.integer):
+        raise TypeError(f"rate must be a number in [0, 1], got {rate!r} of type {_type(rate)}.")
+    if not 0 <= rate <= 1:  # also catches NaN
+        raise ValueError(_rate_range(rate))
+    return float(rate)
+
+
+def _check_rate_array(rate: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(rate.dtype, jnp.floating):
+        raise TypeError(
+            f"rate must be a floating-point scalar, got an array of dtype {rate.dtype}. "
+            "Convert it with rate.astype(jnp.float32)."
+        )
+    if rate.shape != ():
+        raise ValueError(
+            f"rate must be a scalar, got an array of shape {rate.shape}. "
+            "For one rate per example use jax.vmap over keys, inputs and rates."
+        )
+    if not isinstance(rate, jax.core.Tracer):
+        if not 0 <= float(rate) <= 1:
+            raise ValueError(_rate_range(float(rate)))
+    else:
+        checkify.debug_check(
+            (rate >= 0) & (rate <= 1), "rate must be in [0, 1], got {rate}.", rate=rate
+        )
+    return rate
+
+
+def _rate_range(rate: object) -> str:
+    return (
+        f"rate must be in [0, 1], got {rate}. It is the probability of dropping, not of keeping: "
+        "0 keeps everything, 1 drops everything."
+    )
+
+
+def check_precision(precision: Any) -> int | None:
+    if precision is None or (precision in (16, 32) and not isinstance(precision, bool)):
+        return precision
+    raise ValueError(
+        f"precision must be None, 16 or 32 (bits of the uniform number), got {precision!r}. "
+        "None takes 16 bits, and 32 for static rates that 16 bits would miss by over 0.1 %."
+    )
+
+
+def check_deterministic(deterministic: Any) -> Flag:
+    if isinstance(deterministic, bool | np.bool_):
+        return bool(deterministic)
+    if isinstance(deterministic, np.ndarray) and deterministic.shape == ():
+        return check_deterministic(deterministic[()])
+    if not isinstance(deterministic, jax.Array) or deterministic.dtype != jnp.bool_:
+        raise TypeError(
+            f"deterministic must be True, False or a boolean scalar array, got {deterministic!r}. "
+            "Pass True in evaluation and False in training."
+        )
+    if deterministic.shape != ():
+        raise ValueError(
+            f"deterministic must be a scalar, got an array of shape {deterministic.shape}. "
+            "For one flag per example use jax.vmap."
+        )
+    return deterministic
+
+
+def check_input(x: Any) -> None:
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        dtype = np.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"x must be a floating-point or complex array, got dtype {dtype}. Dropout scales what "
+            "it keeps, which an integer cannot hold: convert with x.astype(jnp.float32)."
+        )
+
+
+def check_key(key: Any) -> Key:
+    """Returns the key; a raw NumPy key becomes a JAX array."""
+    if key is None:
+        raise ValueError(
+            "key is None, but dropout is on and draws a mask. Pass key=jax.random.key(seed) (a new "
+            "one for every step, for example jax.random.fold_in(key, step)), or deterministic=True "
+            "to switch dropout off."
+        )
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"key must be a JAX PRNG key, got {key!r} of type {_type(key)}. "
+            "Make one with jax.random.key(seed)."
+        )
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and key.dtype != jnp.uint32:
+        raise TypeError(
+            f"key must be a JAX PRNG key or a raw uint32 key, got an array of dtype {key.dtype}. "
+            "Make one with jax.random.key(seed)."
+        )
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(
+            f"key must be a single key, got {'keys' if typed else 'an array'} of shape {key.shape}."
+            " For one key per example use jax.vmap(dropout, in_axes=(0, 0, None))(keys, x, rate)."
+        )
+    if not typed and key.shape[0] not in (2, 4):
+        raise ValueError(
+            f"key must be a raw key of 2 or 4 uint32 words, got {key.shape[0]}. "
+            "Make one with jax.random.key(seed)."
+        )
+    return key if isinstance(key, jax.Array) else jnp.asarray(key)
+
+
+def check_shape(name: str, shape: Any) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a sequence of integers, got {shape!r}. Write (n,) for one axis."
+        ) from None
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{name} must not have a negative size, got {sizes}.")
+    return sizes
+
+
+def check_broadcast_dims(broadcast_dims: Any, rank: int) -> frozenset[int]:
+    """Returns the axes, counted from the front."""
+    if not isinstance(broadcast_dims, Sequence):
+        raise TypeError(
+            f"broadcast_dims must be a sequence of axes, got {broadcast_dims!r}. "
+            "Write (axis,) for one axis."
+        )
+    for axis in broadcast_dims:
+        if not -rank <= operator.index(axis) < rank:
+            raise ValueError(
+                f"broadcast_dims has axis {axis}, but the array has {rank} axes. "
+                f"Use axes from {-rank} to {rank - 1}."
+            )
+    return frozenset(operator.index(axis) % rank for axis in broadcast_dims)
+
+
+def check_block(
+    start: Sequence[Index] | None, global_shape: Sequence[int] | None, shape: tuple[int, ...]
+) -> tuple[tuple[Index, ...] | None, tuple[int, ...]]:
+    """Returns where a block begins (None for a whole mask), and the shape of the whole mask."""
+    if start is None and global_shape is None:
+        return None, shape
+    if start is None or global_shape is None:
+        missing, given = ("start", "global_shape") if start is None else ("global_shape", "start")
+        raise ValueError(
+            f"{given} was given without {missing}. A block of a larger mask needs both: the index "
+            "of its first element, and the shape of the whole."
+        )
+    whole = check_shape("global_shape", global_shape)
+    first = tuple(_check_index(index) for index in start)
+    if not len(first) == len(whole) == len(shape):
+        raise ValueError(
+            f"start {first}, global_shape {whole} and the block's shape {shape} must have the "
+            "same number of axes."
+        )
+    for axis, (index, size, bound) in enumerate(zip(first, shape, whole, strict=True)):
+        lowest = index if isinstance(index, int) else 0
+        if lowest < 0 or lowest + size > bound:
+            raise ValueError(
+                f"the block lies outside the mask on axis {axis}: start {lowest}, size {size}, "
+                f"but global_shape has {bound}. Give start and global_shape in elements of the "
+                "whole array."
+            )
+    if math.prod(whole) > 2**64:
+        raise ValueError(
+            f"global_shape {whole} has more than 2**64 elements, which no block index can count. "
+            "Split the array and give each part its own key."
+        )
+    return first, whole
+
+
+def _check_index(index: Any) -> Index:
+    if isinstance(index, jax.Array) and index.ndim == 0 and jnp.issubdtype(index.dtype, np.integer):
+        return index
+    try:
+        return operator.index(index)
+    except TypeError:
+        raise TypeError(
+            f"start must hold integers, or integer scalar arrays, got {index!r}. "
+            "Inside shard_map: jax.lax.axis_index(name) * block_size."
+        ) from None
+
+
+def _type(value: object) -> str:
+    return type(value).__name__

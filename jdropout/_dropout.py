@@ -1,0 +1,283 @@
+"""Dropout, its mask, and the rate that it really has."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jdropout import _checks, _law
+from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
+
+
+def dropout(
+    key: Key | None,
+    x: ArrayLike,
+    rate: Rate,
+    *,
+    deterministic: Flag = False,
+    broadcast_dims: Sequence[int] = (),
+    start: Sequence[Index] | None = None,
+    global_shape: Sequence[int] | None = None,
+    precision: int | None = None,
+) -> jax.Array:
+    """Zeroes elements at random and scales the others, so that the mean stays.
+
+    ``y = x * m / (1 - r)`` with ``m ~ Bernoulli(1 - r)`` and ``r = effective_rate(rate)``, so
+    ``E[y] = x`` exactly, up to rounding. The product is taken in float32 (float64 for 64-bit
+    input) and rounded once. The mask is a pure function of key and position: the same bits on
+    every device, sharding, dtype and version. The backward pass makes it again from the key;
+    nothing else is stored.
+
+    Args:
+      key: a PRNG key, typed (of any implementation) or raw; a new one for every call. May be
+        None where no mask is drawn: deterministic, or rate 0 or 1.
+      x: array of any shape, of a floating-point or complex dtype.
+      rate: probability of dropping, in [0, 1]: a number, or a (traced) floating-point scalar.
+        Its gradient is zero. A traced rate outside [0, 1] gives NaN, and an error under
+        ``checkify``.
+      deterministic: whether to return `x` as it is; a boolean or a (traced) boolean scalar.
+      broadcast_dims: axes along which all elements share their fate.
+      start: index of x's first element in an array of ``global_shape``, whose mask is to be
+        used: for code that sees a part of an array, as in ``shard_map``. Integers or (traced)
+        integer scalars. On axes in ``broadcast_dims`` it makes no difference.
+      global_shape: shape of the whole array; needed with ``start``.
+      precision: bits of the rate, 16 or 32. None takes 32 where 16 bits miss a static rate by
+        more than 0.1 % of it. It never reshuffles a mask.
+
+    Returns:
+      An array of x's shape and dtype; `x` itself if deterministic, or if the rate rounds to 0.
+
+    Raises:
+      TypeError: if an argument has a wrong type, such as an integer `x` or a boolean rate.
+      ValueError: if the rate is outside [0, 1] or not a scalar, the key is missing or a batch
+        of keys, an axis does not exist, or the block lies outside ``global_shape``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> jdropout.dropout(jax.random.key(0), jnp.ones((2, 8)), 0.5)
+      Array([[2., 0., 2., 2., 0., 2., 0., 2.],
+             [2., 0., 2., 0., 2., 0., 0., 2.]], dtype=float32)
+
+    References:
+      Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout: a simple way to
+      prevent neural networks from overfitting", JMLR 15 (2014), sections 4 and 10.
+    """
+    _checks.check_input(x)
+    deterministic = _checks.check_deterministic(deterministic)
+    shape = jnp.shape(x)
+    mask, operands = _describe(
+        key, rate, deterministic, shape, broadcast_dims, start, global_shape, precision
+    )
+    if mask is None:
+        return x  # pyright: ignore[reportReturnType]  # documented: the very object, unchanged
+    if operands is None:
+        return jnp.zeros_like(x)
+    return _masked_scale(operands, x, mask)
+
+
+def keep_mask(
+    key: Key | None,
+    rate: Rate,
+    shape: Sequence[int],
+    *,
+    broadcast_dims: Sequence[int] = (),
+    start: Sequence[Index] | None = None,
+    global_shape: Sequence[int] | None = None,
+    precision: int | None = None,
+) -> jax.Array:
+    """The mask that `dropout` uses: True where an element is kept.
+
+    Every element is kept with probability ``1 - effective_rate(rate)``, independently of the
+    others. One key at two rates gives nested masks: what the higher rate keeps, the lower
+    rate keeps too.
+
+    Args:
+      key: a PRNG key; may be None for a static rate of 0 or 1.
+      rate: probability of dropping, as for `dropout`.
+      shape: shape of the mask; of the wanted block, if ``global_shape`` is given.
+      broadcast_dims: axes along which all elements share their fate.
+      start: index of the block's first element in the whole mask.
+      global_shape: shape of the whole mask.
+      precision: bits of the rate, as for `dropout`.
+
+    Returns:
+      Booleans of ``shape``.
+
+    Raises:
+      TypeError: as for `dropout`.
+      ValueError: as for `dropout`.
+
+    Example:
+      >>> import jax, jdropout
+      >>> key = jax.random.key(0)
+      >>> jdropout.keep_mask(key, 0.5, (2, 6))
+      Array([[ True, False,  True,  True, False,  True],
+             [ True, False,  True, False,  True, False]], dtype=bool)
+      >>> jdropout.keep_mask(key, 0.5, (1, 3), start=(1, 3), global_shape=(2, 6))
+      Array([[False,  True, False]], dtype=bool)
+
+    References:
+      The mask law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random
+      numbers: as easy as 1, 2, 3" (SC 2011), for its cipher.
+    """
+    shape = _checks.check_shape("shape", shape)
+    mask, operands = _describe(
+        key, rate, False, shape, broadcast_dims, start, global_shape, precision
+    )
+    if mask is None:
+        return jnp.ones(shape, bool)
+    if operands is None:
+        return jnp.zeros(shape, bool)
+    return _keep(operands, mask)
+
+
+def effective_rate(rate: Rate, *, precision: int | None = None) -> float | jax.Array:
+    """The probability of dropping that `dropout` really has: the rate, rounded to its bits.
+
+    Args:
+      rate: probability of dropping, as for `dropout`.
+      precision: bits of the rate, as for `dropout`.
+
+    Returns:
+      A float for a static rate; a float32 scalar for an array.
+
+    Raises:
+      TypeError: as for `dropout`.
+      ValueError: as for `dropout`.
+
+    Example:
+      >>> import jdropout
+      >>> jdropout.effective_rate(0.1)
+      0.100006103515625
+      >>> jdropout.effective_rate(0.5)
+      0.5
+    """
+    rate = _checks.check_rate(rate)
+    precision = _checks.check_precision(precision)
+    if isinstance(rate, jax.Array):
+        return _law.traced_drop_probability(_law.traced_threshold(rate, precision))
+    return float(1 - _law.keep_probability(_law.static_threshold(rate, precision)))
+
+
+class _Mask(NamedTuple):
+    """All that is static about a mask."""
+
+    shape: tuple[int, ...]
+    """Shape of the block; broadcast axes have size 1."""
+    full_shape: tuple[int, ...]
+    layout: _law.Layout
+    threshold: _law.Threshold | None
+    """None if it depends on a traced rate or flag."""
+    precision: int | None
+
+
+class _Operands(NamedTuple):
+    """All that may be traced about a mask. What is None is no residual."""
+
+    key: jax.Array
+    rate: jax.Array | None
+    deterministic: jax.Array | None
+    origin: _law.Origin | None
+
+
+def _describe(
+    key: Key | None,
+    rate: Rate,
+    deterministic: Flag,
+    shape: tuple[int, ...],
+    broadcast_dims: Sequence[int],
+    start: Sequence[Index] | None,
+    global_shape: Sequence[int] | None,
+    precision: int | None,
+) -> tuple[_Mask | None, _Operands | None]:
+    """Checks the arguments; a missing mask keeps everything, missing operands drop everything."""
+    rate = _checks.check_rate(rate)
+    precision = _checks.check_precision(precision)
+    shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
+    first, whole = _checks.check_block(start, global_shape, shape)
+
+    threshold = None
+    if not isinstance(rate, jax.Array):
+        threshold = _law.static_threshold(rate, precision)
+        kept = _law.keep_probability(threshold)
+        if kept == 1:
+            return None, None
+    if deterministic is True:
+        return None, None
+
+    def unshared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
+
+    layout, origin = _law.locate(unshared(whole), unshared(shape), first)
+    mask = _Mask(unshared(shape), shape, layout, threshold, precision)
+    if threshold is not None and kept == 0 and deterministic is False:
+        return mask, None
+    key = _checks.check_key(key)
+    return mask, _Operands(
+        key,
+        rate if isinstance(rate, jax.Array) else None,
+        deterministic if isinstance(deterministic, jax.Array) else None,
+        origin,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="mask")
+def _masked_scale(operands: _Operands, x: jax.Array, mask: _Mask) -> jax.Array:
+    """The linear map x -> m * x / keep. Its only residuals are the operands.
+
+    `jax.checkpoint` makes the backward pass recompute the mask; unlike a custom_vjp it keeps
+    forward mode, batching and higher orders. prevent_cse=False lets XLA share the packed mask
+    between the passes where it sees both, at 1 bit per element.
+    """
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def masked_scale(operands: _Operands, x: jax.Array) -> jax.Array:
+        wide = jnp.dtype(jnp.float64 if jnp.finfo(x.dtype).bits == 64 else jnp.float32)
+        scale = _scale(operands, mask, wide)
+        if jnp.iscomplexobj(x):  # a complex product would turn an infinite part into NaN
+            scaled = lax.complex(lax.real(x) * scale, lax.imag(x) * scale)
+        else:
+            scaled = (x.astype(wide) * scale).astype(x.dtype)
+        return lax.select(_keep_like(x, operands, mask), scaled, jnp.zeros_like(scaled))
+
+    return masked_scale(jax.lax.stop_gradient(operands), x)
+
+
+def _keep_like(x: jax.Array, operands: _Operands, mask: _Mask) -> jax.Array:
+    """The mask with the explicit sharding of x: the compiler places it, no device gathers it."""
+    sharding = jax.typeof(x).sharding
+    explicit = sharding.mesh.explicit_axes
+    if not explicit:
+        return _keep(operands, mask)
+    keep = functools.partial(_keep, mask=mask)
+    return jax.sharding.auto_axes(keep, axes=explicit, out_sharding=sharding)(operands)
+
+
+@functools.partial(jax.jit, static_argnames="mask")
+def _keep(operands: _Operands, mask: _Mask) -> jax.Array:
+    threshold = mask.threshold
+    if threshold is None:
+        threshold = _law.traced_threshold(operands.rate, mask.precision)
+    if operands.deterministic is not None:
+        threshold = _law.keep_all_if(operands.deterministic, threshold)
+    keep = _law.keep(operands.key, threshold, mask.layout, operands.origin)
+    return jnp.broadcast_to(lax.reshape(keep, mask.shape), mask.full_shape)
+
+
+def _scale(operands: _Operands, mask: _Mask, dtype: np.dtype) -> np.generic | jax.Array:
+    """1 / keep, rounded once to float32 or float64; NaN for a traced rate outside [0, 1]."""
+    if mask.threshold is not None:
+        kept = _law.keep_probability(mask.threshold)
+        scale = dtype.type(1 / kept if kept else 1)
+    else:
+        rate = operands.rate
+        threshold = _law.traced_threshold(rate, mask.precision)
+        kept = _law.traced_keep_probability(threshold, dtype)
+        scale = jnp.where((rate >= 0) & (rate <= 1), 1 / jnp.where(kept > 0, kept, 1), jnp.nan)
+    if operands.deterministic is not None:
+        scale = jnp.where(operands.deterministic, dtype.type(1), scale)
+    return scale

@@ -1,0 +1,28 @@
+"""What the nnx and linen modules share."""
+
+from typing import Any
+
+import jax
+
+from jdropout._checks import check_rate
+from jdropout._typing import Flag, Rate
+
+
+def check_module_rate(rate: Any) -> float:
+    """Returns the rate of a module, which is static: an array would be a leaf of its state."""
+    if isinstance(rate, jax.Array):
+        raise TypeError(
+            f"rate must be a Python number, got an array of shape {rate.shape} and dtype "
+            f"{rate.dtype}: as a module attribute it would become a leaf that an optimizer can "
+            "train. For a scheduled rate call jdropout.dropout(key, x, rate) in the model."
+        )
+    checked = check_rate(rate)
+    assert isinstance(checked, float)  # arrays were turned away above
+    return checked
+
+
+def draws_mask(rate: Rate, deterministic: Flag) -> bool:
+    """Whether a call draws a mask, and so takes a key from its stream, exactly as in Flax."""
+    if deterministic is True or isinstance(rate, jax.Array):
+        return deterministic is not True
+    return rate != 0 and (rate != 1 or deterministic is not False)

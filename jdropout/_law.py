@@ -1,0 +1,362 @@
+"""The mask law, version 1: a dropout mask as a pure function of (key, position).
+
+Read from the top: `keep` is the law; `_elementwise` is its reference evaluation and
+`_packed` its fast one. They agree bit for bit. The text of the law is in `docs/law.md`;
+a change of one bit is a new `LAW_VERSION`.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jdropout._threefry import threefry2x32
+from jdropout._typing import Index, Key, WordPair
+
+LAW_VERSION = 1
+
+# The cipher's description: one 64-bit block serves a group of four rows, 16 bits each.
+_LANES = 4
+_DIGIT_BITS = 16
+_DIGIT = 1 << _DIGIT_BITS
+_TAG = 0x6A64726F  # "jdro": the counter that only mask keys are made at
+
+# A packed word holds the bits of eight groups at the most: 32 rows.
+_GROUPS_PER_WORD = 8
+
+
+class Threshold(NamedTuple):
+    """Keep iff ``u < t``, with `t` written as base-2^16 digits: ``high`` may reach 2^16.
+
+    The fields are integers for a static rate and uint32 scalars for a traced one; ``low``
+    is None where one digit decides.
+    """
+
+    high: int | jax.Array
+    low: int | jax.Array | None = None
+
+
+class Layout(NamedTuple):
+    """Where a block of mask lies in the counter space; static."""
+
+    shape: tuple[int, ...]
+    """Canonical shape of the block: leading axes, rows, columns."""
+    strides: tuple[int, ...]
+    """Cipher blocks from one index to the next, for every axis (for rows: per group)."""
+    phase: int | None
+    """Lane of the first row; None if it is traced."""
+    wide: bool
+    """Whether block indices of the whole mask need more than 32 bits."""
+
+
+class Origin(NamedTuple):
+    """Block index and lane of a block's first element, where it is not (0, 0)."""
+
+    high: jax.Array
+    low: jax.Array
+    phase: jax.Array | None
+
+
+# --- thresholds ---------------------------------------------------------------------------
+
+
+def static_threshold(rate: float, precision: int | None) -> Threshold:
+    """Rounds a rate to the integer threshold of the law (exact arithmetic, ties to even)."""
+    keep_probability = 1 - Fraction(rate)
+    one_digit = round(keep_probability * _DIGIT)
+    if precision is None:
+        miss = abs(Fraction(one_digit, _DIGIT) - keep_probability)
+        precision = 16 if miss * 1000 <= Fraction(rate) else 32
+    if precision == 16:
+        return Threshold(one_digit)
+    return Threshold(*divmod(round(keep_probability * _DIGIT**2), _DIGIT))
+
+
+def traced_threshold(rate: jax.Array, precision: int | None) -> Threshold:
+    """The same for a traced rate; one outside [0, 1] keeps everything.
+
+    All steps are exact in float32: a product with 2^16, a split, and one rounding.
+    """
+    valid = (rate >= 0) & (rate <= 1)
+    scaled = jnp.where(valid, rate, 0).astype(jnp.float32) * np.float32(_DIGIT)
+    if precision != 32:
+        return Threshold(np.uint32(_DIGIT) - jnp.round(scaled).astype(jnp.uint32))
+    high = jnp.floor(scaled)
+    low = jnp.round((scaled - high) * np.float32(_DIGIT)).astype(jnp.uint32)
+    borrow = jnp.minimum(low, np.uint32(1))
+    return Threshold(
+        np.uint32(_DIGIT) - high.astype(jnp.uint32) - borrow,
+        (np.uint32(_DIGIT) - low) & np.uint32(_DIGIT - 1),
+    )
+
+
+def keep_all_if(flag: jax.Array, threshold: Threshold) -> Threshold:
+    """A threshold that keeps everything where a traced flag is True."""
+    low = threshold.low
+    return Threshold(
+        jnp.where(flag, np.uint32(_DIGIT), jnp.uint32(threshold.high)),
+        None if low is None else jnp.where(flag, np.uint32(0), jnp.uint32(low)),
+    )
+
+
+def keep_probability(threshold: Threshold) -> Fraction:
+    """The probability with which a static threshold keeps: t / 2^16 or t / 2^32."""
+    if threshold.low is None:
+        return Fraction(int(threshold.high), _DIGIT)
+    return Fraction(int(threshold.high) * _DIGIT + int(threshold.low), _DIGIT**2)
+
+
+def traced_keep_probability(threshold: Threshold, dtype: jnp.dtype) -> jax.Array:
+    """The same for a traced threshold, in float32 or float64."""
+    kept = jnp.asarray(threshold.high).astype(dtype)
+    if threshold.low is not None:
+        kept = kept + jnp.asarray(threshold.low).astype(dtype) / _DIGIT
+    return kept / _DIGIT
+
+
+def traced_drop_probability(threshold: Threshold) -> jax.Array:
+    """Its complement in float32, without the cancellation of 1 - keep."""
+    dropped = (np.uint32(_DIGIT) - jnp.asarray(threshold.high)).astype(jnp.float32)
+    if threshold.low is not None:
+        dropped = dropped - jnp.asarray(threshold.low).astype(jnp.float32) / _DIGIT
+    return dropped / _DIGIT
+
+
+# --- positions ----------------------------------------------------------------------------
+
+
+def locate(
+    mask_shape: tuple[int, ...],
+    block_shape: tuple[int, ...],
+    start: tuple[Index, ...] | None,
+) -> tuple[Layout, Origin | None]:
+    """Finds the block of ``block_shape`` at ``start`` in a mask of ``mask_shape``.
+
+    Args:
+      mask_shape: shape of the whole mask; broadcast axes have size 1.
+      block_shape: shape of the wanted block, of the same rank.
+      start: index of the block's first element; None for the beginning.
+
+    Returns:
+      The static layout, and the block's origin (None for the beginning).
+    """
+    axes = [axis for axis, size in enumerate(mask_shape) if size != 1]
+    whole = [mask_shape[axis] for axis in axes]
+    block = [block_shape[axis] for axis in axes]
+    first: list[Index] = [0 if start is None else start[axis] for axis in axes]
+    if not axes:
+        whole, block, first = [1], [1], [0]
+    if len(whole) == 1:
+        whole, block, first = [*whole, 1], [*block, 1], [*first, 0]
+
+    *lead, rows, columns = whole
+    counted = [*lead, -(-rows // _LANES), columns]
+    strides = tuple(math.prod(counted[axis + 1 :]) for axis in range(len(counted)))
+    wide = math.prod(counted) > 2**32
+
+    if start is None:
+        return Layout(tuple(block), strides, 0, wide), None
+    row = first[-2]
+    if isinstance(row, jax.Array):
+        phase = None
+        traced_phase = row.astype(jnp.uint32) % np.uint32(_LANES)
+        first[-2] = lax.div(row, lax.full_like(row, _LANES))
+    else:
+        phase, traced_phase = int(row) % _LANES, None
+        first[-2] = int(row) // _LANES
+    static = sum(
+        int(index) * stride
+        for index, stride in zip(first, strides, strict=True)
+        if not isinstance(index, jax.Array)
+    )
+    pair = (jnp.uint32(static >> 32), jnp.uint32(static & 0xFFFFFFFF))
+    for index, stride in zip(first, strides, strict=True):
+        if isinstance(index, jax.Array):
+            pair = _add64(pair, _multiply64(index, stride))
+    return Layout(tuple(block), strides, phase, wide), Origin(*pair, traced_phase)
+
+
+def _block_index(layout: Layout, origin: Origin | None, group: jax.Array) -> WordPair:
+    """Index of the cipher block of every element.
+
+    ``group`` is the row group of every row, counted from the origin's; its axes are the
+    layout's leading axes, one or more for the rows, and a single column.
+    """
+    *lead_strides, row_stride, _ = layout.strides
+    shape = (*group.shape[:-1], layout.shape[-1])
+    column = _iota(shape, len(shape) - 1)
+    if not layout.wide:
+        low = group * np.uint32(row_stride)
+        for axis, stride in enumerate(lead_strides):
+            low = low + _iota(group.shape, axis) * np.uint32(stride)
+        if origin is not None:
+            low = low + origin.low
+        low = jnp.broadcast_to(low, shape) + column
+        return jnp.zeros_like(low), low
+
+    pair = _multiply64(group, row_stride)
+    for axis, stride in enumerate(lead_strides):
+        pair = _add64(pair, _multiply64(_iota(group.shape, axis), stride))
+    if origin is not None:
+        pair = _add64(pair, (origin.high, origin.low))
+    row_pair = (jnp.broadcast_to(pair[0], shape), jnp.broadcast_to(pair[1], shape))
+    return _add64(row_pair, (jnp.zeros_like(column), column))
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.uint32, shape, axis)
+
+
+def _add64(a: WordPair, b: WordPair) -> WordPair:
+    low = a[1] + b[1]
+    carry = (low < a[1]).astype(jnp.uint32)
+    return a[0] + b[0] + carry, low
+
+
+def _multiply64(index: jax.Array, factor: int) -> WordPair:
+    """Low 64 bits of a product, by 16-bit halves: no backend lowers a 32-bit mulhi."""
+    if index.dtype.itemsize == 8:
+        high_half = lax.shift_right_logical(index, lax.full_like(index, 32))
+        high = high_half.astype(jnp.uint32) * np.uint32(factor & 0xFFFFFFFF)
+    else:
+        high = jnp.zeros(index.shape, jnp.uint32)
+    index = index.astype(jnp.uint32)
+    half, mask = np.uint32(16), np.uint32(0xFFFF)
+    index0, index1 = index & mask, index >> half
+    factor0, factor1 = np.uint32(factor & 0xFFFF), np.uint32((factor >> 16) & 0xFFFF)
+    cross0, cross1 = index0 * factor1, index1 * factor0
+    middle = ((index0 * factor0) >> half) + (cross0 & mask) + (cross1 & mask)
+    high = high + index1 * factor1 + (cross0 >> half) + (cross1 >> half) + (middle >> half)
+    high = high + index * np.uint32(factor >> 32)
+    return high, index * np.uint32(factor & 0xFFFFFFFF)
+
+
+# --- keys ---------------------------------------------------------------------------------
+
+
+def mask_key(key: Key, digit: int) -> WordPair:
+    """The cipher key of one digit of the mask: a block that no other use of ``key`` makes."""
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    words = [lax.index_in_dim(data, i, keepdims=False) for i in range(data.shape[0])]
+    if len(words) == 2:
+        state = (words[0], words[1])
+    else:
+        state = (jnp.uint32(_TAG), jnp.uint32(len(words)))
+        words += [jnp.uint32(0)] * (len(words) % 2)
+        for pair in zip(words[::2], words[1::2], strict=True):
+            state = threefry2x32(state, pair)
+    return threefry2x32(state, (jnp.uint32(_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
+
+
+# --- the law ------------------------------------------------------------------------------
+
+
+def keep(key: Key, threshold: Threshold, layout: Layout, origin: Origin | None) -> jax.Array:
+    """The mask of a block: True where the element is kept.
+
+    Args:
+      key: a single PRNG key.
+      threshold: of the rate.
+      layout: of the block.
+      origin: of the block.
+
+    Returns:
+      Booleans of ``layout.shape``.
+    """
+    if 0 in layout.shape:
+        return jnp.zeros(layout.shape, bool)
+    digits = 1 if threshold.low is None else 2
+    mask_keys = [mask_key(key, digit) for digit in range(digits)]
+    evaluate = _packed if layout.shape[-2] > _LANES else _elementwise
+    return evaluate(mask_keys, threshold, layout, origin)
+
+
+def _elementwise(
+    mask_keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
+) -> jax.Array:
+    """Every element hashes its own block: the reference."""
+    one_column = (*layout.shape[:-1], 1)
+    row = _iota(one_column, len(one_column) - 2) + _phase(layout, origin)
+    lane = jnp.broadcast_to(row % np.uint32(_LANES), layout.shape)
+    index = _block_index(layout, origin, row // np.uint32(_LANES))
+
+    def digit(mask_key: WordPair) -> jax.Array:
+        y0, y1 = threefry2x32(mask_key, index)
+        word = jnp.where(lane < 2, y0, y1)
+        return (word >> (lane % 2 * np.uint32(_DIGIT_BITS))) & np.uint32(_DIGIT - 1)
+
+    return _below(threshold, [digit(mask_key) for mask_key in mask_keys])
+
+
+def _packed(
+    mask_keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
+) -> jax.Array:
+    """Every block is hashed once; a mask is one bit per element until it is used.
+
+    The four lanes become four bits, and a reduction packs the bits of up to eight groups
+    into a word. It has to be a reduction: XLA materialises its result, whereas elementwise
+    packing is fused into the consumer and the cipher evaluated there 32 times
+    (`benchmarks/README.md`).
+    """
+    *lead, rows, columns = layout.shape
+    last_lane = _LANES - 1 if layout.phase is None else layout.phase
+    words, groups = _word_shape(-(-(rows + last_lane) // _LANES))
+    one_column = (*lead, words, groups, 1)
+    slot_axis = len(lead) + 1
+
+    slot = _iota(one_column, slot_axis)
+    group = _iota(one_column, slot_axis - 1) * np.uint32(groups) + slot
+    index = _block_index(layout, origin, group)
+    blocks = [threefry2x32(mask_key, index) for mask_key in mask_keys]
+
+    def bit(lane: int) -> jax.Array:
+        field = [block[lane // 2] for block in blocks]
+        if lane % 2:
+            field = [word >> np.uint32(_DIGIT_BITS) for word in field]
+        else:
+            field = [word & np.uint32(_DIGIT - 1) for word in field]
+        return jnp.where(_below(threshold, field), np.uint32(1 << lane), np.uint32(0))
+
+    bits = bit(0) | bit(1) | bit(2) | bit(3)
+    bits = bits << jnp.broadcast_to(slot * np.uint32(_LANES), bits.shape)
+    packed = lax.reduce(bits, np.uint32(0), lax.bitwise_or, (slot_axis,))
+
+    rows_per_word = groups * _LANES
+    shape = (*lead, words, rows_per_word, columns)
+    dimensions = [axis for axis in range(len(shape)) if axis != slot_axis]
+    word = lax.broadcast_in_dim(packed, shape, dimensions)
+    mask = ((word >> _iota(shape, slot_axis)) & np.uint32(1)).astype(bool)
+    mask = lax.reshape(mask, (*lead, words * rows_per_word, columns))
+    if layout.phase is None:
+        return lax.dynamic_slice_in_dim(mask, _phase(layout, origin), rows, axis=len(lead))
+    return lax.slice_in_dim(mask, layout.phase, layout.phase + rows, axis=len(lead))
+
+
+def _word_shape(groups: int) -> tuple[int, int]:
+    """How many words, of how many groups each, for the least padding of a column."""
+    if groups <= _GROUPS_PER_WORD:
+        return 1, groups
+    candidates = range(_GROUPS_PER_WORD, _GROUPS_PER_WORD // 2, -1)
+    per_word = min(candidates, key=lambda size: -(-groups // size) * size)
+    return -(-groups // per_word), per_word
+
+
+def _phase(layout: Layout, origin: Origin | None) -> np.uint32 | jax.Array:
+    if layout.phase is not None:
+        return np.uint32(layout.phase)
+    assert origin is not None  # locate() leaves the phase open only with an origin
+    assert origin.phase is not None
+    return origin.phase
+
+
+def _below(threshold: Threshold, digits: list[jax.Array]) -> jax.Array:
+    """``u < t``, most significant digit first."""
+    first = digits[0]
+    high = jnp.uint32(threshold.high)
+    if threshold.low is None:
+        return first < high
+    return (first < high) | ((first == high) & (digits[1] < jnp.uint32(threshold.low)))

@@ -1,0 +1,24 @@
+"""Aliases used in signatures."""
+
+from typing import TypeAlias
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+Key: TypeAlias = jax.Array
+"""A typed PRNG key of any implementation, or a raw uint32 key of 2 or 4 words."""
+
+Rate: TypeAlias = float | np.floating | jax.Array
+"""The probability of dropping: a number in [0, 1], or a floating-point scalar array."""
+
+Flag: TypeAlias = bool | np.bool_ | jax.Array
+"""A Python boolean, or a boolean scalar array (possibly traced)."""
+
+Index: TypeAlias = int | np.integer | jax.Array
+"""A Python integer, or an integer scalar array (possibly traced)."""
+
+WordPair: TypeAlias = tuple[jax.Array, jax.Array]
+"""Two uint32 arrays: a cipher block, a cipher key, or the (high, low) halves of 64 bits."""
+
+__all__ = ["ArrayLike", "Flag", "Index", "Key", "Rate", "WordPair"]

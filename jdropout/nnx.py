@@ -1,0 +1,129 @@
+"""Dropout as Flax nnx modules."""
+
+from collections.abc import Sequence
+
+import jax
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(
+        "jdropout.nnx needs Flax. Install it with: pip install 'jdropout[flax]'"
+    ) from error
+
+from jdropout._dropout import dropout
+from jdropout._flax import check_module_rate, draws_mask
+from jdropout._typing import Flag
+
+__all__ = ["Dropout"]
+
+
+class Dropout(nnx.Dropout):
+    """`flax.nnx.Dropout` with the mask law of this library.
+
+    Constructor, call, attributes and random streams are Flax's own (it is a subclass, so
+    filters by type still find it): to migrate, change the import. Every call that draws a mask
+    takes one key from the stream. The rate is static, never a leaf of the module's state.
+
+    Args:
+      rate: probability of dropping, a number in [0, 1].
+      broadcast_dims: axes along which all elements share their fate.
+      deterministic: whether to return the input as it is; may be left to the call, or to
+        ``nnx.view(model, deterministic=...)``.
+      rng_collection: name of the stream that keys are taken from.
+      rngs: an `nnx.Rngs` or `nnx.RngStream`, forked here; may be left to the call.
+
+    Raises:
+      TypeError: if the rate is not a number, or ``rngs`` has another type.
+      ValueError: if the rate is outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jdropout.nnx
+      >>> layer = jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 8)))
+      Array([[2., 0., 2., 2., 0., 2., 0., 2.]], dtype=float32)
+      >>> layer(jnp.ones((1, 8)), deterministic=True)
+      Array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
+
+    References:
+      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+      JMLR 15 (2014), section 4.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> None:
+        super().__init__(
+            check_module_rate(rate),
+            broadcast_dims=broadcast_dims,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        deterministic: Flag | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+    ) -> jax.Array:
+        """Drops and scales; the identity if deterministic.
+
+        Args:
+          inputs: array of any shape, of a floating-point or complex dtype.
+          deterministic: takes precedence over the constructor's flag; may be traced.
+          rngs: takes precedence over the constructor's; may also be a key.
+
+        Returns:
+          An array of the same shape, dtype and sharding.
+
+        Raises:
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if ``rngs`` has another type.
+        """
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic is None:
+            raise ValueError(
+                "No `deterministic` argument was provided to Dropout. Choose one:\n"
+                "1. in the constructor: Dropout(rate, deterministic=False, rngs=rngs)\n"
+                "2. in the call: self.dropout(x, deterministic=not training)\n"
+                "3. for a whole model: nnx.view(model, deterministic=True)"
+            )
+        key = self._key(rngs) if draws_mask(self.rate, deterministic) else None
+        return dropout(
+            key,
+            inputs,
+            self.rate,
+            deterministic=deterministic,
+            broadcast_dims=self.broadcast_dims,
+        )
+
+    def _key(self, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None) -> jax.Array:
+        source = self.rngs if rngs is None else rngs
+        if isinstance(source, nnx.Rngs):
+            return source[self.rng_collection]()
+        if isinstance(source, nnx.RngStream):
+            return source()
+        if isinstance(source, jax.Array):
+            return source
+        if source is None:
+            raise ValueError(
+                "`deterministic` is False, but no `rngs` argument was provided to Dropout. Choose "
+                "one:\n"
+                "1. in the constructor: Dropout(rate, rngs=rngs)\n"
+                "2. in the call: self.dropout(x, rngs=rngs), an Rngs, an RngStream or a key\n"
+                "3. in evaluation: self.dropout(x, deterministic=True)"
+            )
+        raise TypeError(
+            f"rngs must be an nnx.Rngs, an nnx.RngStream or a key, got {type(source).__name__}."
+        )
