@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jdropout._typing import Flag, Index, Key, Rate
+from jdropout._typing import Index, Key
 
 
-def check_rate(rate: Any) -> Rate:
+def check_rate(rate: Any) -> float | jax.Array:
     """Returns a static rate as a float, and an array as a floating-point scalar array."""
     if isinstance(rate, bool | np.bool_):
         raise TypeError(
@@ -73,7 +73,7 @@ def check_precision(precision: Any) -> int | None:
     )
 
 
-def check_deterministic(deterministic: Any) -> Flag:
+def check_deterministic(deterministic: Any) -> bool | jax.Array:
     if isinstance(deterministic, bool | np.bool_):
         return bool(deterministic)
     if isinstance(deterministic, np.ndarray) and deterministic.shape == ():

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def dropout(
         key, rate, deterministic, shape, broadcast_dims, start, global_shape, precision
     )
     if mask is None:
-        return x  # pyright: ignore[reportReturnType]  # documented: the very object, unchanged
+        return cast("jax.Array", x)  # the very object, whatever array type it has
     if operands is None:
         return jnp.zeros_like(x)
     return _masked_scale(operands, x, mask)
@@ -187,7 +187,7 @@ class _Operands(NamedTuple):
 def _describe(
     key: Key | None,
     rate: Rate,
-    deterministic: Flag,
+    deterministic: bool | jax.Array,
     shape: tuple[int, ...],
     broadcast_dims: Sequence[int],
     start: Sequence[Index] | None,
@@ -200,29 +200,20 @@ def _describe(
     shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
     first, whole = _checks.check_block(start, global_shape, shape)
 
-    threshold = None
-    if not isinstance(rate, jax.Array):
-        threshold = _law.static_threshold(rate, precision)
-        kept = _law.keep_probability(threshold)
-        if kept == 1:
-            return None, None
-    if deterministic is True:
-        return None, None
-
     def unshared(sizes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
 
+    traced_rate = rate if isinstance(rate, jax.Array) else None
+    threshold = None if isinstance(rate, jax.Array) else _law.static_threshold(rate, precision)
+    kept = None if threshold is None else _law.keep_probability(threshold)
+    if kept == 1 or deterministic is True:
+        return None, None
     layout, origin = _law.locate(unshared(whole), unshared(shape), first)
     mask = _Mask(unshared(shape), shape, layout, threshold, precision)
-    if threshold is not None and kept == 0 and deterministic is False:
+    if kept == 0 and deterministic is False:
         return mask, None
-    key = _checks.check_key(key)
-    return mask, _Operands(
-        key,
-        rate if isinstance(rate, jax.Array) else None,
-        deterministic if isinstance(deterministic, jax.Array) else None,
-        origin,
-    )
+    flag = deterministic if isinstance(deterministic, jax.Array) else None
+    return mask, _Operands(_checks.check_key(key), traced_rate, flag, origin)
 
 
 @functools.partial(jax.jit, static_argnames="mask")
@@ -259,8 +250,10 @@ def _keep_like(x: jax.Array, operands: _Operands, mask: _Mask) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="mask")
 def _keep(operands: _Operands, mask: _Mask) -> jax.Array:
-    threshold = mask.threshold
-    if threshold is None:
+    if operands.rate is None:
+        assert mask.threshold is not None  # a rate is either static or traced
+        threshold = mask.threshold
+    else:
         threshold = _law.traced_threshold(operands.rate, mask.precision)
     if operands.deterministic is not None:
         threshold = _law.keep_all_if(operands.deterministic, threshold)
@@ -268,16 +261,18 @@ def _keep(operands: _Operands, mask: _Mask) -> jax.Array:
     return jnp.broadcast_to(lax.reshape(keep, mask.shape), mask.full_shape)
 
 
-def _scale(operands: _Operands, mask: _Mask, dtype: np.dtype) -> np.generic | jax.Array:
+def _scale(operands: _Operands, mask: _Mask, dtype: np.dtype) -> jax.Array:
     """1 / keep, rounded once to float32 or float64; NaN for a traced rate outside [0, 1]."""
-    if mask.threshold is not None:
+    if operands.rate is None:
+        assert mask.threshold is not None
         kept = _law.keep_probability(mask.threshold)
-        scale = dtype.type(1 / kept if kept else 1)
+        scale = jnp.asarray(float(1 / kept) if kept else 1.0, dtype)
     else:
         rate = operands.rate
         threshold = _law.traced_threshold(rate, mask.precision)
-        kept = _law.traced_keep_probability(threshold, dtype)
-        scale = jnp.where((rate >= 0) & (rate <= 1), 1 / jnp.where(kept > 0, kept, 1), jnp.nan)
+        traced_kept = _law.traced_keep_probability(threshold, dtype)
+        scale = 1 / jnp.where(traced_kept > 0, traced_kept, 1)
+        scale = jnp.where((rate >= 0) & (rate <= 1), scale, jnp.nan)
     if operands.deterministic is not None:
-        scale = jnp.where(operands.deterministic, dtype.type(1), scale)
+        scale = jnp.where(operands.deterministic, jnp.ones_like(scale), scale)
     return scale
