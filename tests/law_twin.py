@@ -1,0 +1,94 @@
+"""The mask law once more, in NumPy, from its text alone (docs/law.md).
+
+It shares no code with the library and favours plainness over speed: one cipher call per
+element, 64-bit integers, no packing.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+
+TAG = 0x6A64726F
+WORD = np.uint64(0xFFFFFFFF)
+
+
+def threefry2x32(key, counter, rounds=20):
+    """Threefry-2x32; words are uint64 arrays that hold 32-bit values."""
+    rotations = [13, 15, 26, 6, 17, 29, 16, 24]
+    k = [np.uint64(key[0]), np.uint64(key[1])]
+    k.append(k[0] ^ k[1] ^ np.uint64(0x1BD11BDA))
+    x0 = (np.asarray(counter[0], np.uint64) + k[0]) & WORD
+    x1 = (np.asarray(counter[1], np.uint64) + k[1]) & WORD
+    for r in range(rounds):
+        x0 = (x0 + x1) & WORD
+        distance = np.uint64(rotations[r % 8])
+        x1 = ((x1 << distance) | (x1 >> (np.uint64(32) - distance))) & WORD
+        x1 = x1 ^ x0
+        if r % 4 == 3:
+            s = r // 4 + 1
+            x0 = (x0 + k[s % 3]) & WORD
+            x1 = (x1 + k[(s + 1) % 3] + np.uint64(s)) & WORD
+    return x0, x1
+
+
+def mask_key(key_words, digit):
+    """Step 6: absorb the key's words, then take one block at the tagged counter."""
+    words = [int(word) for word in key_words]
+    if len(words) == 2:
+        state = words
+    else:
+        state = [TAG, len(words)]
+        if len(words) % 2:
+            words.append(0)
+        for i in range(0, len(words), 2):
+            state = threefry2x32(state, words[i : i + 2])
+    return threefry2x32(state, (TAG, (1 << 16) | digit))
+
+
+def threshold(rate, precision=None):
+    """The keep threshold t and its number of digits; exact, ties to even."""
+    keep = 1 - Fraction(float(rate))
+    t16 = round(keep * 2**16)
+    if precision == 16:
+        return t16, 1
+    miss = abs(Fraction(t16, 2**16) - keep)
+    if precision is None and miss <= Fraction(float(rate)) / 1000:
+        return t16, 1
+    return round(keep * 2**32), 2
+
+
+def keep_mask(key_words, rate, shape, broadcast_dims=(), start=None, whole=None, precision=None):
+    """The mask of a block of ``shape`` at ``start`` in a mask of shape ``whole``."""
+    whole = list(shape if whole is None else whole)
+    start = [0] * len(whole) if start is None else list(start)
+    for axis in broadcast_dims:
+        whole[axis] = 1
+    index = []  # global position of every element of the block, on the axes that are left
+    sizes = []
+    for axis, size in enumerate(whole):
+        if size != 1:
+            along = np.arange(shape[axis], dtype=np.uint64) + np.uint64(start[axis])
+            index.append(along.reshape([-1 if a == axis else 1 for a in range(len(whole))]))
+            sizes.append(size)
+    if len(sizes) == 0:
+        index, sizes = [np.uint64(0), np.uint64(0)], [1, 1]
+    elif len(sizes) == 1:
+        index, sizes = [*index, np.uint64(0)], [*sizes, 1]
+    *lead, row, column = index
+    *lead_sizes, rows, columns = sizes
+
+    lead_index = np.uint64(0)
+    for position, size in zip(lead, lead_sizes, strict=True):
+        lead_index = lead_index * np.uint64(size) + position
+    group, lane = row // np.uint64(4), row % np.uint64(4)
+    group_count = np.uint64(-(-rows // 4))
+    block = (lead_index * group_count + group) * np.uint64(columns) + column
+
+    t, digits = threshold(rate, precision)
+    u = np.uint64(0)
+    for digit in range(digits):
+        y0, y1 = threefry2x32(mask_key(key_words, digit), (block >> np.uint64(32), block & WORD))
+        y = np.where(lane < 2, y0, y1)
+        field = (y >> (lane % np.uint64(2) * np.uint64(16))) & np.uint64(0xFFFF)
+        u = (u << np.uint64(16)) | field
+    return np.broadcast_to(u < np.uint64(t), shape)

@@ -1,0 +1,299 @@
+"""Every evaluation of the mask law, bit for bit against the NumPy twin."""
+
+import itertools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import law_twin
+import numpy as np
+import pytest
+
+import jdropout
+from jdropout import _law
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_masks.json").read_text())
+
+EVALUATIONS = {"elementwise": _law._elementwise, "packed": _law._packed}
+
+SHAPES = [
+    (),
+    (1,),
+    (2,),
+    (3,),
+    (5,),
+    (31,),
+    (33,),
+    (197,),
+    (1, 1),
+    (1, 7),
+    (7, 1),
+    (2, 3),
+    (5, 31),
+    (31, 33),
+    (33, 5),
+    (32, 8),
+    (64, 3),
+    (197, 3),
+    (260, 2),
+    (3, 1, 33),
+    (2, 5, 3),
+    (3, 33, 31),
+    (2, 1, 3, 1),
+    (2, 3, 5, 2),
+    (2, 2, 33, 3),
+    (2, 1, 3, 5, 2),
+    (2, 3, 2, 37, 3),
+]
+RATES = [0.1, 1e-4, 0.9]
+
+
+def key_words(key):
+    return np.asarray(jax.random.key_data(key))
+
+
+def evaluate(name, key, rate, shape, block=None, start=None, precision=None):
+    threshold = _law.static_threshold(rate, precision)
+    layout, origin = _law.locate(shape, block or shape, start)
+
+    @jax.jit
+    def mask(key, origin):
+        mask_keys = [_law.mask_key(key, d) for d in range(1 if threshold.low is None else 2)]
+        return EVALUATIONS[name](mask_keys, threshold, layout, origin)
+
+    return np.asarray(mask(key, origin)).reshape(block or shape)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_evaluation_equals_the_twin(name, shape, key):
+    for rate, precision in [(0.1, None), (0.37, 32)]:
+        ours = evaluate(name, key, rate, shape, precision=precision)
+        twin = law_twin.keep_mask(key_words(key), rate, shape, precision=precision)
+        np.testing.assert_array_equal(ours, twin)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rate", RATES)
+def test_keep_mask_equals_the_twin(shape, rate, key):
+    ours = jdropout.keep_mask(key, rate, shape)
+    assert ours.shape == shape
+    assert ours.dtype == jnp.bool_
+    np.testing.assert_array_equal(ours, law_twin.keep_mask(key_words(key), rate, shape))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3), (4, 5, 0)], ids=str)
+def test_empty_masks_are_empty(shape, key):
+    mask = jdropout.keep_mask(key, 0.5, shape)
+    assert mask.shape == shape
+    assert jdropout.dropout(key, jnp.zeros(shape), 0.5).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 8, 5), (2, 3, 33, 4)], ids=str)
+def test_broadcast_axes_share_the_twins_mask(shape, key):
+    axes = range(len(shape))
+    for count in range(len(shape) + 1):
+        for dims in itertools.combinations(axes, count):
+            ours = jdropout.keep_mask(key, 0.4, shape, broadcast_dims=dims)
+            twin = law_twin.keep_mask(key_words(key), 0.4, shape, broadcast_dims=dims)
+            np.testing.assert_array_equal(ours, twin)
+    negative = jdropout.keep_mask(key, 0.4, shape, broadcast_dims=(-1,))
+    positive = jdropout.keep_mask(key, 0.4, shape, broadcast_dims=(len(shape) - 1,))
+    np.testing.assert_array_equal(negative, positive)
+
+
+BLOCKS = [
+    # global shape, start, block shape
+    ((33, 31), (0, 0), (33, 31)),
+    ((33, 31), (4, 3), (8, 5)),
+    ((33, 31), (1, 30), (32, 1)),
+    ((33, 31), (7, 2), (1, 9)),
+    ((33, 31), (30, 0), (3, 31)),
+    ((197,), (3,), (101,)),
+    ((3, 33, 5), (1, 5, 1), (2, 17, 3)),
+    ((1, 33, 1, 5), (0, 6, 0, 1), (1, 27, 1, 4)),
+    ((2, 3, 70, 5), (1, 1, 2, 0), (1, 2, 68, 5)),
+    ((5, 6, 7), (2, 3, 4), (0, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("whole", "start", "block"), BLOCKS, ids=str)
+def test_a_block_equals_the_slice_of_the_whole_mask(whole, start, block, key):
+    slices = tuple(slice(a, a + n) for a, n in zip(start, block, strict=True))
+    for rate, precision in [(0.3, None), (0.3, 32)]:
+        expected = np.asarray(jdropout.keep_mask(key, rate, whole, precision=precision))[slices]
+
+        def traced(start, rate=rate, precision=precision):
+            return jdropout.keep_mask(
+                key, rate, block, start=start, global_shape=whole, precision=precision
+            )
+
+        np.testing.assert_array_equal(traced(start), expected)
+        np.testing.assert_array_equal(jax.jit(traced)(tuple(map(jnp.int32, start))), expected)
+        np.testing.assert_array_equal(jax.jit(traced)(tuple(map(jnp.uint32, start))), expected)
+        if expected.size:
+            for name in EVALUATIONS:
+                got = evaluate(name, key, rate, whole, block, start, precision)
+                np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("tile", [(8, 16), (5, 7)], ids=str)
+def test_a_mask_does_not_depend_on_its_tiling(tile, key):
+    whole = (37, 41)
+    expected = jdropout.keep_mask(key, 0.3, whole)
+    tiled = np.zeros(whole, bool)
+    for row in range(0, whole[0], tile[0]):
+        for column in range(0, whole[1], tile[1]):
+            block = (min(tile[0], whole[0] - row), min(tile[1], whole[1] - column))
+            tiled[row : row + tile[0], column : column + tile[1]] = jdropout.keep_mask(
+                key, 0.3, block, start=(row, column), global_shape=whole
+            )
+    np.testing.assert_array_equal(tiled, expected)
+
+
+FAR = [
+    # global shape, start, block shape: positions beyond 2^32, 2^34, 2^40 and 2^60 elements
+    ((2**18, 2**17), (2**17 + 1, 2**16 + 3), (9, 5)),
+    ((2**20, 2**20), (2**20 - 7, 2**20 - 9), (7, 9)),
+    ((2**35,), (2**34 + 5,), (70,)),
+    ((2**33 + 3,), (2**32 + 2,), (70,)),
+    ((1024, 8192, 16384), (1023, 8150, 16380), (1, 42, 4)),
+    ((512, 64, 8192, 8192), (511, 63, 8100, 8190), (1, 1, 92, 2)),
+    ((2**30, 2**30), (2**30 - 40, 2**30 - 3), (40, 3)),
+    # the carry from the low to the high word falls inside the block
+    ((2**18, 2**16), (2**18 - 8, 2**16 - 4), (8, 4)),
+    ((2**16 + 8, 2**18), (2**16 - 8, 2**18 - 40), (16, 40)),
+]
+
+
+@pytest.mark.parametrize(("whole", "start", "block"), FAR, ids=str)
+def test_positions_beyond_32_bits_equal_the_twin(whole, start, block, key):
+    for precision in (16, 32):
+        twin = law_twin.keep_mask(
+            key_words(key), 0.5, block, start=start, whole=whole, precision=precision
+        )
+        for name in EVALUATIONS:
+            ours = evaluate(name, key, 0.5, whole, block, start, precision)
+            np.testing.assert_array_equal(ours, twin)
+        if max(start) < 2**32:
+            traced = jax.jit(
+                lambda *start, precision=precision: jdropout.keep_mask(
+                    key, 0.5, block, start=start, global_shape=whole, precision=precision
+                )
+            )
+            np.testing.assert_array_equal(traced(*map(jnp.uint32, start)), twin)
+
+
+def test_traced_64_bit_starts_reach_beyond_32_bits(key):
+    whole, start, block = (2**35,), (2**34 + 5,), (70,)
+    twin = law_twin.keep_mask(key_words(key), 0.5, block, start=start, whole=whole)
+    with jax.enable_x64(True):
+        traced = jax.jit(
+            lambda start: jdropout.keep_mask(key, 0.5, block, start=(start,), global_shape=whole)
+        )
+        np.testing.assert_array_equal(traced(jnp.int64(start[0])), twin)
+
+
+@pytest.mark.parametrize("vector", GOLDEN["vectors"], ids=lambda v: str(v["shape"]))
+def test_golden_masks_are_reproduced(vector):
+    key = jnp.array([int(word, 16) for word in vector["key_words"]], jnp.uint32)
+    mask = jdropout.keep_mask(
+        key,
+        vector["rate"],
+        vector["shape"],
+        broadcast_dims=vector["broadcast_dims"],
+        start=vector["start"],
+        global_shape=vector["global_shape"],
+        precision=vector["precision"],
+    )
+    assert GOLDEN["law_version"] == _law.LAW_VERSION
+    assert np.packbits(np.asarray(mask).reshape(-1)).tobytes().hex() == vector["mask"]
+
+
+def implementations():
+    """Names of the key implementations that this JAX registers."""
+    names = ["threefry2x32", "rbg", "unsafe_rbg"]
+    for name in ("philox4x32", "threefry4x32"):
+        try:
+            jax.random.key(0, impl=name)
+        except ValueError:
+            continue
+        names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_typed_and_raw_keys_of_every_implementation_equal_the_twin(impl):
+    key = jax.random.key(11, impl=impl)
+    data = jax.random.key_data(key)
+    twin = law_twin.keep_mask(np.asarray(data), 0.3, (13, 9))
+    np.testing.assert_array_equal(jdropout.keep_mask(key, 0.3, (13, 9)), twin)
+    np.testing.assert_array_equal(jdropout.keep_mask(data, 0.3, (13, 9)), twin)
+    np.testing.assert_array_equal(jdropout.keep_mask(np.asarray(data), 0.3, (13, 9)), twin)
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_vmap_over_keys_equals_the_loop(impl):
+    keys = jax.random.split(jax.random.key(5, impl=impl), 6)
+    x = jax.random.normal(jax.random.key(1), (6, 37, 10))
+    batched = jax.vmap(lambda k, x: jdropout.dropout(k, x, 0.3))(keys, x)
+    looped = jnp.stack([jdropout.dropout(k, x, 0.3) for k, x in zip(keys, x, strict=True)])
+    np.testing.assert_array_equal(batched, looped)
+    raw = jax.random.key_data(keys)
+    batched_raw = jax.vmap(lambda k, x: jdropout.dropout(k, x, 0.3))(raw, x)
+    np.testing.assert_array_equal(batched_raw, looped)
+
+
+def test_vmap_over_starts_equals_the_loop(key):
+    starts = jnp.array([0, 3, 17, 40])
+    whole = jdropout.keep_mask(key, 0.3, (64, 5))
+    blocks = jax.vmap(
+        lambda s: jdropout.keep_mask(key, 0.3, (24, 5), start=(s, 0), global_shape=(64, 5))
+    )(starts)
+    expected = np.stack([whole[s : s + 24] for s in starts])
+    np.testing.assert_array_equal(blocks, expected)
+
+
+def test_masks_of_one_key_are_nested_in_the_rate(key):
+    rates = [0.0001, 0.01, 0.1, 0.35, 0.5, 0.9, 0.999]
+    masks = [np.asarray(jdropout.keep_mask(key, rate, (500, 400))) for rate in rates]
+    for low, high in itertools.pairwise(masks):
+        assert not (high & ~low).any()
+        assert high.sum() < low.sum()
+
+
+def test_more_precision_never_reshuffles_a_mask(key):
+    coarse = jdropout.keep_mask(key, 0.1, (1000, 1000), precision=16)
+    fine = jdropout.keep_mask(key, 0.1, (1000, 1000), precision=32)
+    # They differ only where the first digit ties: on average 2^-16 of a million.
+    assert (coarse != fine).sum() < 60
+
+
+def test_mask_keys_are_no_child_keys():
+    key = jax.random.key(7)
+    mask_keys = {tuple(int(w) for w in _law.mask_key(key, digit)) for digit in (0, 1)}
+    children = [jax.random.fold_in(key, i) for i in range(512)]
+    children += list(jax.random.split(key, 512))
+    child_words = {tuple(key_words(child).tolist()) for child in children}
+    assert len(mask_keys) == 2
+    assert not mask_keys & child_words
+
+
+@pytest.mark.parametrize("groups", range(1, 200))
+def test_word_shapes_hold_all_groups_with_little_padding(groups):
+    words, per_word = _law._word_shape(groups)
+    assert words * per_word >= groups
+    assert (words - 1) * per_word < groups
+    assert 1 <= per_word <= 8
+    assert words * per_word <= -(-groups // 8) * 8
+
+
+def test_products_of_block_indices_are_exact_modulo_64_bits():
+    generator = np.random.default_rng(0)
+    index = generator.integers(0, 2**32, 2000, np.uint32)
+    factors = [1, 3, 2**16 - 1, 2**16, 2**32 - 1, 2**32, 2**40 + 12345, 2**63 + 7]
+    for factor in [*factors, *generator.integers(0, 2**63, 20).tolist()]:
+        high, low = (np.asarray(w, np.uint64) for w in _law._multiply64(jnp.array(index), factor))
+        expected = index.astype(np.uint64) * np.uint64(factor)
+        np.testing.assert_array_equal(high << np.uint64(32) | low, expected)
