@@ -39,6 +39,10 @@ class Threshold(NamedTuple):
     high: int | jax.Array
     low: int | jax.Array | None = None
 
+    @property
+    def digits(self) -> int:
+        return 1 if self.low is None else 2
+
 
 class Layout(NamedTuple):
     """Where a block of mask lies in the counter space; static."""
@@ -238,8 +242,10 @@ def _multiply64(index: jax.Array, factor: int) -> WordPair:
 # --- keys ---------------------------------------------------------------------------------
 
 
-def mask_key(key: Key, digit: int) -> WordPair:
-    """The cipher key of one digit of the mask: a block that no other use of ``key`` makes."""
+def mask_keys(key: Key, digits: int) -> list[WordPair]:
+    """The cipher keys of a mask's digits: blocks that no other use of ``key`` makes."""
+    # JAX's key-reuse checker does not count key_data() as a use; an opaque operation it does.
+    key = lax.optimization_barrier(key)
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     words = [lax.index_in_dim(data, i, keepdims=False) for i in range(data.shape[0])]
     if len(words) == 2:
@@ -249,7 +255,10 @@ def mask_key(key: Key, digit: int) -> WordPair:
         words += [jnp.uint32(0)] * (len(words) % 2)
         for pair in zip(words[::2], words[1::2], strict=True):
             state = threefry2x32(state, pair)
-    return threefry2x32(state, (jnp.uint32(_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
+    return [
+        threefry2x32(state, (jnp.uint32(_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
+        for digit in range(digits)
+    ]
 
 
 # --- the law ------------------------------------------------------------------------------
@@ -269,14 +278,12 @@ def keep(key: Key, threshold: Threshold, layout: Layout, origin: Origin | None) 
     """
     if 0 in layout.shape:
         return jnp.zeros(layout.shape, bool)
-    digits = 1 if threshold.low is None else 2
-    mask_keys = [mask_key(key, digit) for digit in range(digits)]
     evaluate = _packed if layout.shape[-2] > _LANES else _elementwise
-    return evaluate(mask_keys, threshold, layout, origin)
+    return evaluate(mask_keys(key, threshold.digits), threshold, layout, origin)
 
 
 def _elementwise(
-    mask_keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
+    keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
 ) -> jax.Array:
     """Every element hashes its own block: the reference."""
     one_column = (*layout.shape[:-1], 1)
@@ -284,16 +291,16 @@ def _elementwise(
     lane = jnp.broadcast_to(row % np.uint32(_LANES), layout.shape)
     index = _block_index(layout, origin, row // np.uint32(_LANES))
 
-    def digit(mask_key: WordPair) -> jax.Array:
-        y0, y1 = threefry2x32(mask_key, index)
+    def digit(key: WordPair) -> jax.Array:
+        y0, y1 = threefry2x32(key, index)
         word = jnp.where(lane < 2, y0, y1)
         return (word >> (lane % 2 * np.uint32(_DIGIT_BITS))) & np.uint32(_DIGIT - 1)
 
-    return _below(threshold, [digit(mask_key) for mask_key in mask_keys])
+    return _below(threshold, [digit(key) for key in keys])
 
 
 def _packed(
-    mask_keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
+    keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
 ) -> jax.Array:
     """Every block is hashed once; a mask is one bit per element until it is used.
 
@@ -311,7 +318,7 @@ def _packed(
     slot = _iota(one_column, slot_axis)
     group = _iota(one_column, slot_axis - 1) * np.uint32(groups) + slot
     index = _block_index(layout, origin, group)
-    blocks = [threefry2x32(mask_key, index) for mask_key in mask_keys]
+    blocks = [threefry2x32(key, index) for key in keys]
 
     def bit(lane: int) -> jax.Array:
         field = [block[lane // 2] for block in blocks]

@@ -1,0 +1,310 @@
+"""The semantics of `dropout`, row by row of the table in docs/semantics.md."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jdropout
+
+DTYPES = [
+    jnp.float16,
+    jnp.bfloat16,
+    jnp.float32,
+    jnp.float8_e4m3fn,
+    jnp.float8_e5m2,
+    jnp.complex64,
+]
+
+
+def reference(key, x, rate, **options):
+    """The definition, in float64 NumPy and rounded once."""
+    x = np.asarray(x)
+    keep = np.asarray(jdropout.keep_mask(key, rate, x.shape, **options))
+    wide = np.complex128 if np.iscomplexobj(x) else np.float64
+    kept = 1 - jdropout.effective_rate(rate, precision=options.get("precision"))
+    return np.where(keep, x.astype(wide) / kept, 0).astype(x.dtype)
+
+
+def test_argument_order_and_names_are_the_documented_ones():
+    signature = inspect.signature(jdropout.dropout)
+    assert list(signature.parameters)[:3] == ["key", "x", "rate"]
+    for name in list(signature.parameters)[3:]:
+        assert signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert signature.parameters["deterministic"].default is False
+
+
+def test_deterministic_returns_the_input_itself_without_a_key(key):
+    for x in (jnp.ones(3), np.ones(3, np.float32)):
+        assert jdropout.dropout(None, x, 0.5, deterministic=True) is x
+        assert jdropout.dropout(key, x, 0.5, deterministic=np.bool_(True)) is x
+
+
+@pytest.mark.parametrize("rate", [0, 0.0, np.float32(0), np.array(0.0), 1e-12])
+def test_a_static_rate_that_rounds_to_zero_returns_the_input_itself(rate):
+    x = jnp.ones(3)
+    assert jdropout.dropout(None, x, rate) is x
+    assert jdropout.effective_rate(rate) == 0
+    assert jdropout.keep_mask(None, rate, (3,)).all()
+
+
+@pytest.mark.parametrize("rate", [1, 1.0, np.float64(1), 1 - 1e-12])
+def test_rate_one_gives_exact_zeros_and_zero_gradients_without_a_key(rate):
+    x = jnp.array([1.0, jnp.nan, jnp.inf, -2.0])
+    y, pullback = jax.vjp(lambda x: jdropout.dropout(None, x, rate), x)
+    np.testing.assert_array_equal(y, np.zeros(4))
+    np.testing.assert_array_equal(pullback(jnp.full(4, jnp.nan))[0], np.zeros(4))
+    assert not jdropout.keep_mask(None, rate, (3,)).any()
+
+
+def test_traced_rate_is_exact_at_both_ends(key):
+    f = jax.jit(lambda rate, x: jdropout.dropout(key, x, rate))
+    x = jnp.array([1.0, -3.5, jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(f(0.0, x), x)
+    np.testing.assert_array_equal(f(1.0, x), np.zeros(4))
+    gradient = jax.jit(jax.grad(lambda x, rate: jdropout.dropout(key, x, rate).sum()))
+    np.testing.assert_array_equal(gradient(jnp.ones(4), 1.0), np.zeros(4))
+    np.testing.assert_array_equal(gradient(jnp.ones(4), 0.0), np.ones(4))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.73, 0.999])
+@pytest.mark.parametrize("precision", [16, 32])
+def test_traced_rate_equals_static_rate(rate, precision, key):
+    x = jax.random.normal(jax.random.key(0), (50, 40))
+    rate = float(np.float32(rate))
+    traced = jax.jit(lambda r: jdropout.dropout(key, x, r, precision=precision))(rate)
+    static = jdropout.dropout(key, x, rate, precision=precision)
+    if precision == 16:
+        np.testing.assert_array_equal(traced, static)
+    else:  # t / 2^32 is not a float32: the scale may be off by one unit in the last place
+        np.testing.assert_array_equal(traced == 0, static == 0)
+        np.testing.assert_allclose(traced, static, rtol=2**-22, atol=0)
+    np.testing.assert_array_equal(
+        jdropout.dropout(key, x, jnp.float32(rate), precision=precision), traced
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_traced_rate_of_any_float_dtype_is_exact_in_its_own_value(dtype, key):
+    rate = jnp.asarray(0.3, dtype)
+    traced = jax.jit(lambda r: jdropout.keep_mask(key, r, (64, 64)))(rate)
+    np.testing.assert_array_equal(traced, jdropout.keep_mask(key, float(rate), (64, 64)))
+
+
+def test_traced_rate_does_not_recompile(key):
+    traces = 0
+
+    @jax.jit
+    def f(rate):
+        nonlocal traces
+        traces += 1
+        return jdropout.dropout(key, jnp.ones((8, 8)), rate)
+
+    for rate in np.linspace(0, 1, 7):
+        f(rate)
+    assert traces == 1
+    assert f._cache_size() == 1
+
+
+def test_gradient_with_respect_to_the_rate_is_zero(key):
+    def f(rate):
+        return jdropout.dropout(key, jnp.ones((8, 8)), rate).sum()
+    assert jax.grad(f)(0.3) == 0
+    assert jax.jvp(f, (0.3,), (1.0,))[1] == 0
+    assert jax.grad(jax.jit(f))(0.3) == 0
+
+
+def test_traced_rate_out_of_range_is_reported_by_checkify_and_gives_nan(key):
+    x = jnp.ones((4, 4))
+    f = jax.jit(lambda rate: jdropout.dropout(key, x, rate))
+    checked = checkify.checkify(f, errors=checkify.user_checks)
+    for bad in (1.5, -0.1, jnp.nan):
+        assert jnp.isnan(f(bad)).all()
+        with pytest.raises(checkify.JaxRuntimeError, match=r"rate must be in \[0, 1\]"):
+            checked(bad)[0].throw()
+    checked(0.3)[0].throw()
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("rate", [0.3, 1e-4, 1.0])
+def test_traced_flag_switches_dropout_off_and_on(wrap, rate, key):
+    x = jax.random.normal(jax.random.key(0), (300, 40)).at[0, 0].set(jnp.inf)
+    f = wrap(lambda flag: jdropout.dropout(key, x, rate, deterministic=flag))
+    np.testing.assert_array_equal(f(jnp.array(True)), x)
+    np.testing.assert_array_equal(f(jnp.array(False)), jdropout.dropout(key, x, rate))
+
+
+def test_traced_flag_and_traced_rate_work_together(key):
+    x = jnp.ones((30, 4))
+    f = jax.jit(lambda flag, rate: jdropout.dropout(key, x, rate, deterministic=flag))
+    np.testing.assert_array_equal(f(True, 0.5), x)
+    np.testing.assert_array_equal(f(False, 0.5), jdropout.dropout(key, x, 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_dtype_is_the_input_dtype_and_the_value_is_rounded_once(dtype, key):
+    x = jax.random.normal(jax.random.key(0), (61, 37)).astype(dtype)
+    for rate in (0.1, 0.5, 0.3):
+        y = jdropout.dropout(key, x, rate)
+        assert y.dtype == dtype
+        expected = reference(key, x, rate)
+        np.testing.assert_array_equal(y == 0, expected == 0)
+        if jnp.finfo(dtype).bits < 32:
+            np.testing.assert_array_equal(y, expected)
+        else:
+            # XLA turns a division by a constant into this product, on every backend.
+            scale = np.float32(1 / (1 - jdropout.effective_rate(rate)))
+            keep = jdropout.keep_mask(key, rate, x.shape)
+            np.testing.assert_array_equal(y, np.where(keep, np.asarray(x) * scale, 0))
+            np.testing.assert_allclose(y, expected, rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_every_normal_half_precision_value_is_rounded_correctly(dtype, key):
+    x = np.arange(2**16, dtype=np.uint16).view(dtype)
+    size = np.abs(x.astype(np.float32))
+    x = x[np.isfinite(size) & (size >= np.finfo(np.float32).tiny)]  # XLA may flush float32's rest
+    y = jdropout.dropout(key, x, 0.1)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(y, reference(key, x, 0.1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex128])
+def test_64_bit_types_keep_their_precision(dtype, key):
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (61, 37), dtype)
+        y = jdropout.dropout(key, x, 0.1)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(y, reference(key, x, 0.1), rtol=2**-52, atol=0)
+        traced = jax.jit(lambda r: jdropout.dropout(key, x, r))(jnp.float64(0.1))
+        np.testing.assert_allclose(traced, y, rtol=2**-52, atol=0)
+
+
+def test_complex_parts_share_their_fate_and_infinities_stay_in_their_part(key):
+    x = jnp.full((40, 40), jax.lax.complex(jnp.inf, 2.0))
+    y = np.asarray(jdropout.dropout(key, x, 0.5))
+    keep = np.asarray(jdropout.keep_mask(key, 0.5, x.shape))
+    np.testing.assert_array_equal(y.real, np.where(keep, np.inf, 0))
+    np.testing.assert_array_equal(y.imag, np.where(keep, 4.0, 0))
+
+
+def test_the_mean_is_unbiased_because_the_scale_is_the_effective_one(key):
+    scale = jdropout.dropout(key, jnp.ones((200, 200)), 0.1).max()
+    assert scale == np.float32(1 / (1 - jdropout.effective_rate(0.1)))
+    assert scale != np.float32(1 / 0.9)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_dropped_nan_and_infinity_become_zero(bad, key):
+    x = jnp.full((64, 8), bad)
+    keep = jdropout.keep_mask(key, 0.5, x.shape)
+    _y, pullback = jax.vjp(lambda x: jdropout.dropout(key, x, 0.5), jnp.ones_like(x))
+    np.testing.assert_array_equal(jdropout.dropout(key, x, 0.5), np.where(keep, np.asarray(x), 0))
+    np.testing.assert_array_equal(pullback(x)[0], np.where(keep, np.asarray(x), 0))
+
+
+def test_masks_do_not_depend_on_dtype(key):
+    masks = [
+        np.asarray(jdropout.dropout(key, jnp.ones((40, 9)).astype(dtype), 0.4) != 0)
+        for dtype in DTYPES
+    ]
+    for mask in masks:
+        np.testing.assert_array_equal(mask, jdropout.keep_mask(key, 0.4, (40, 9)))
+
+
+def test_masks_do_not_depend_on_x64(key):
+    narrow = np.asarray(jdropout.dropout(key, jnp.ones((40, 9)), 0.4))
+    traced = np.asarray(jax.jit(lambda r: jdropout.keep_mask(key, r, (40, 9)))(0.4))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jdropout.dropout(key, jnp.float32(narrow != 7), 0.4), narrow)
+        wide = jax.jit(lambda r: jdropout.keep_mask(key, r, (40, 9)))(jnp.float64(0.4))
+        np.testing.assert_array_equal(wide, traced)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_masks_do_not_depend_on_the_default_implementation(impl, key):
+    typed, raw = key, jax.random.key_data(key)
+    expected = jdropout.keep_mask(key, 0.4, (40, 9))
+    with jax.default_prng_impl(impl):
+        np.testing.assert_array_equal(jdropout.keep_mask(typed, 0.4, (40, 9)), expected)
+        np.testing.assert_array_equal(jdropout.keep_mask(raw, 0.4, (40, 9)), expected)
+
+
+def test_dropout_equals_the_masked_scaled_input(key):
+    x = jax.random.normal(jax.random.key(0), (33, 17))
+    for options in ({}, {"broadcast_dims": (0,)}, {"precision": 32}, {"broadcast_dims": (-1,)}):
+        y = jdropout.dropout(key, x, 0.3, **options)
+        expected = reference(key, x, 0.3, **options)
+        np.testing.assert_array_equal(y == 0, expected == 0)
+        np.testing.assert_allclose(y, expected, rtol=2**-23, atol=0)
+
+
+def test_a_block_of_dropout_equals_the_block_of_the_whole(key):
+    x = jax.random.normal(jax.random.key(0), (33, 17))
+    whole = jdropout.dropout(key, x, 0.3)
+    block = jdropout.dropout(key, x[5:20, 3:9], 0.3, start=(5, 3), global_shape=x.shape)
+    np.testing.assert_array_equal(block, whole[5:20, 3:9])
+
+
+def test_a_block_ignores_its_start_on_broadcast_axes(key):
+    x = jnp.ones((33, 17))
+    whole = jdropout.dropout(key, x, 0.3, broadcast_dims=(0,))
+    block = jdropout.dropout(
+        key, x[5:20, 3:9], 0.3, broadcast_dims=(0,), start=(5, 3), global_shape=x.shape
+    )
+    np.testing.assert_array_equal(block, whole[5:20, 3:9])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 1e-4, 1e-7])
+def test_effective_rate_is_the_kept_fractions_expectation(rate):
+    effective = jdropout.effective_rate(rate)
+    assert abs(effective - rate) <= max(rate / 1000, 2**-33)
+    fine = jdropout.effective_rate(rate, precision=32)
+    assert abs(fine - rate) <= 2**-33
+    traced = jax.jit(functools.partial(jdropout.effective_rate, precision=32))(rate)
+    np.testing.assert_allclose(traced, fine, rtol=1e-3 if rate < 1e-6 else 1e-5)
+
+
+def test_numpy_and_python_inputs_are_accepted(key):
+    x = np.ones((4, 4), np.float32)
+    np.testing.assert_array_equal(
+        jdropout.dropout(key, x, 0.5), jdropout.dropout(key, jnp.asarray(x), 0.5)
+    )
+    assert jdropout.dropout(key, 1.0, 0.5).shape == ()
+
+
+def test_an_eager_call_is_one_compiled_call(key):
+    x = jnp.ones((16, 16))
+    jdropout.dropout(key, x, 0.5)
+    with jax.log_compiles(False), jax.no_tracing():
+        jdropout.dropout(key, x, 0.5)
+
+
+def test_one_key_in_two_dropouts_is_reported():
+    with jax.debug_key_reuse(True):
+        key = jax.random.key(0)
+
+        def twice(x):
+            return jdropout.dropout(key, jdropout.dropout(key, x, 0.5), 0.5)
+
+        with pytest.raises(jax.errors.KeyReuseError):
+            twice(jnp.ones(4))
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(lambda key, x: jdropout.dropout(key, jdropout.dropout(key, x, 0.5), 0.5))(
+                jax.random.key(1), jnp.ones(4)
+            )
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("rate", [0.5, 1e-4])
+def test_one_key_in_one_dropout_is_not_reported_under_grad(wrap, rate):
+    with jax.debug_key_reuse(True):
+        def f(key, x):
+            return jdropout.dropout(key, jnp.sin(x), rate).sum()
+        wrap(jax.grad(f, argnums=1))(jax.random.key(0), jnp.ones(4))
+        wrap(lambda k, x: jax.jvp(lambda x: f(k, x), (x,), (x,)))(jax.random.key(1), jnp.ones(4))
+        wrap(jax.hessian(f, argnums=1))(jax.random.key(2), jnp.ones(4))
