@@ -148,18 +148,20 @@ def check_shape(name: str, shape: Any) -> tuple[int, ...]:
 
 def check_broadcast_dims(broadcast_dims: Any, rank: int) -> frozenset[int]:
     """Returns the axes, counted from the front."""
-    if not isinstance(broadcast_dims, Sequence):
+    try:
+        axes = [operator.index(axis) for axis in broadcast_dims]
+    except TypeError:
         raise TypeError(
             f"broadcast_dims must be a sequence of axes, got {broadcast_dims!r}. "
             "Write (axis,) for one axis."
-        )
-    for axis in broadcast_dims:
-        if not -rank <= operator.index(axis) < rank:
+        ) from None
+    for axis in axes:
+        if not -rank <= axis < rank:
             raise ValueError(
                 f"broadcast_dims has axis {axis}, but the array has {rank} axes. "
                 f"Use axes from {-rank} to {rank - 1}."
             )
-    return frozenset(operator.index(axis) % rank for axis in broadcast_dims)
+    return frozenset(axis % rank for axis in axes)
 
 
 def check_block(
@@ -175,6 +177,11 @@ def check_block(
             "of its first element, and the shape of the whole."
         )
     whole = check_shape("global_shape", global_shape)
+    if not isinstance(start, Sequence):
+        raise TypeError(
+            f"start must be a sequence with one index per axis, got {start!r}. "
+            "Use 0 on axes that are not split."
+        )
     first = tuple(_check_index(index) for index in start)
     if not len(first) == len(whole) == len(shape):
         raise ValueError(

@@ -155,6 +155,9 @@ def effective_rate(rate: Rate, *, precision: int | None = None) -> float | jax.A
       0.100006103515625
       >>> jdropout.effective_rate(0.5)
       0.5
+
+    References:
+      The mask law, step 5, in the documentation.
     """
     rate = _checks.check_rate(rate)
     precision = _checks.check_precision(precision)
@@ -232,8 +235,10 @@ def _masked_scale(operands: _Operands, x: jax.Array, mask: _Mask) -> jax.Array:
         if jnp.iscomplexobj(x):  # a complex product would turn an infinite part into NaN
             scaled = lax.complex(lax.real(x) * scale, lax.imag(x) * scale)
         else:
-            scaled = (x.astype(wide) * scale).astype(x.dtype)
-        return lax.select(_keep_like(x, operands, mask), scaled, jnp.zeros_like(scaled))
+            scaled = x.astype(wide) * scale
+        # Select before rounding: XLA:CPU has no bfloat16 select, and would round twice.
+        kept = lax.select(_keep_like(x, operands, mask), scaled, jnp.zeros_like(scaled))
+        return kept.astype(x.dtype)
 
     return masked_scale(jax.lax.stop_gradient(operands), x)
 

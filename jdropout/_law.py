@@ -25,8 +25,8 @@ _DIGIT_BITS = 16
 _DIGIT = 1 << _DIGIT_BITS
 _TAG = 0x6A64726F  # "jdro": the counter that only mask keys are made at
 
-# A packed word holds the bits of eight groups at the most: 32 rows.
-_GROUPS_PER_WORD = 8
+# Two groups, eight rows, fill a byte of a packed mask.
+_GROUPS_PER_BYTE = 2
 
 
 class Threshold(NamedTuple):
@@ -304,21 +304,22 @@ def _packed(
 ) -> jax.Array:
     """Every block is hashed once; a mask is one bit per element until it is used.
 
-    The four lanes become four bits, and a reduction packs the bits of up to eight groups
-    into a word. It has to be a reduction: XLA materialises its result, whereas elementwise
-    packing is fused into the consumer and the cipher evaluated there 32 times
-    (`benchmarks/README.md`).
+    The four lanes become four bits of a byte, and a reduction joins the bits of two groups.
+    It has to be a reduction: XLA materialises its result, whereas elementwise packing is fused
+    into the consumer and the cipher evaluated there once per element. Two groups in a byte
+    take half the time of eight in a 32-bit word, which XLA:CPU vectorises over the groups.
     """
     *lead, rows, columns = layout.shape
     last_lane = _LANES - 1 if layout.phase is None else layout.phase
-    words, groups = _word_shape(-(-(rows + last_lane) // _LANES))
-    one_column = (*lead, words, groups, 1)
+    groups = -(-(rows + last_lane) // _LANES)
+    one_column = (*lead, -(-groups // _GROUPS_PER_BYTE), _GROUPS_PER_BYTE, 1)
     slot_axis = len(lead) + 1
 
     slot = _iota(one_column, slot_axis)
-    group = _iota(one_column, slot_axis - 1) * np.uint32(groups) + slot
+    group = _iota(one_column, slot_axis - 1) * np.uint32(_GROUPS_PER_BYTE) + slot
     index = _block_index(layout, origin, group)
     blocks = [threefry2x32(key, index) for key in keys]
+    first_bit = jnp.broadcast_to((slot * np.uint32(_LANES)).astype(jnp.uint8), index[1].shape)
 
     def bit(lane: int) -> jax.Array:
         field = [block[lane // 2] for block in blocks]
@@ -326,30 +327,21 @@ def _packed(
             field = [word >> np.uint32(_DIGIT_BITS) for word in field]
         else:
             field = [word & np.uint32(_DIGIT - 1) for word in field]
-        return jnp.where(_below(threshold, field), np.uint32(1 << lane), np.uint32(0))
+        weight = np.uint8(1 << lane) << first_bit
+        return lax.select(_below(threshold, field), weight, jnp.zeros_like(weight))
 
     bits = bit(0) | bit(1) | bit(2) | bit(3)
-    bits = bits << jnp.broadcast_to(slot * np.uint32(_LANES), bits.shape)
-    packed = lax.reduce(bits, np.uint32(0), lax.bitwise_or, (slot_axis,))
+    packed = lax.reduce(bits, np.uint8(0), lax.bitwise_or, (slot_axis,))
 
-    rows_per_word = groups * _LANES
-    shape = (*lead, words, rows_per_word, columns)
+    shape = (*packed.shape[:-1], _GROUPS_PER_BYTE * _LANES, columns)
     dimensions = [axis for axis in range(len(shape)) if axis != slot_axis]
-    word = lax.broadcast_in_dim(packed, shape, dimensions)
-    mask = ((word >> _iota(shape, slot_axis)) & np.uint32(1)).astype(bool)
-    mask = lax.reshape(mask, (*lead, words * rows_per_word, columns))
+    byte = lax.broadcast_in_dim(packed, shape, dimensions)
+    row_bit = np.uint8(1) << lax.broadcasted_iota(jnp.uint8, shape, slot_axis)
+    mask = (byte & row_bit) != 0
+    mask = lax.reshape(mask, (*lead, shape[slot_axis - 1] * shape[slot_axis], columns))
     if layout.phase is None:
         return lax.dynamic_slice_in_dim(mask, _phase(layout, origin), rows, axis=len(lead))
     return lax.slice_in_dim(mask, layout.phase, layout.phase + rows, axis=len(lead))
-
-
-def _word_shape(groups: int) -> tuple[int, int]:
-    """How many words, of how many groups each, for the least padding of a column."""
-    if groups <= _GROUPS_PER_WORD:
-        return 1, groups
-    candidates = range(_GROUPS_PER_WORD, _GROUPS_PER_WORD // 2, -1)
-    per_word = min(candidates, key=lambda size: -(-groups // size) * size)
-    return -(-groups // per_word), per_word
 
 
 def _phase(layout: Layout, origin: Origin | None) -> np.uint32 | jax.Array:

@@ -280,15 +280,6 @@ def test_mask_keys_are_no_child_keys():
     assert not mask_keys & child_words
 
 
-@pytest.mark.parametrize("groups", range(1, 200))
-def test_word_shapes_hold_all_groups_with_little_padding(groups):
-    words, per_word = _law._word_shape(groups)
-    assert words * per_word >= groups
-    assert (words - 1) * per_word < groups
-    assert 1 <= per_word <= 8
-    assert words * per_word <= -(-groups // 8) * 8
-
-
 def test_products_of_block_indices_are_exact_modulo_64_bits():
     generator = np.random.default_rng(0)
     index = generator.integers(0, 2**32, 2000, np.uint32)

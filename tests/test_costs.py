@@ -1,0 +1,111 @@
+"""What the README claims about cost: residuals, temporaries, compilations, imports."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdropout
+
+
+def residuals(function, x):
+    return jax.tree.leaves(jax.vjp(function, x)[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize("options", [{}, {"precision": 32}, {"broadcast_dims": (0,)}])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_only_residual_is_the_key(dtype, options, wrap, key):
+    x = jnp.ones((64, 48), dtype)
+    (leaf,) = residuals(wrap(lambda x: jdropout.dropout(key, x, 0.3, **options)), x)
+    assert leaf.dtype == key.dtype
+    assert leaf.shape == ()
+    (raw,) = residuals(wrap(lambda x: jdropout.dropout(jax.random.key_data(key), x, 0.3)), x)
+    assert raw.nbytes == 8
+
+
+def test_no_residual_grows_with_the_input_when_the_rate_flag_and_start_are_traced(key):
+    x = jnp.ones((64, 48))
+
+    @jax.jit
+    def f(x, rate, flag, start):
+        return jdropout.dropout(
+            key, x, rate, deterministic=flag, start=(start, 0), global_shape=(128, 48)
+        )
+
+    leaves = residuals(lambda x: f(x, 0.3, False, 7), x)
+    assert all(leaf.size == 1 for leaf in leaves)
+
+
+def test_flax_style_dropout_stores_its_mask():
+    """The control for the two tests above: a stored mask is seen by them."""
+    x = jnp.ones((64, 48))
+
+    def flax_style(x):
+        mask = jax.random.bernoulli(jax.random.key(0), 0.7, x.shape)
+        return jnp.where(mask, x / 0.7, 0)
+
+    assert max(leaf.size for leaf in residuals(flax_style, x)) == x.size
+
+
+def gradient_temporaries(dropout, x, key):
+    gradient = jax.grad(lambda x, key: jnp.sin(dropout(key, jnp.cos(x))).sum())
+    compiled = jax.jit(gradient).lower(x, key).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(2048, 2048), (64, 250, 250), (1 << 22,)], ids=str)
+def test_gradient_temporaries_are_at_most_a_bit_per_element(dtype, shape, key):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    n = np.prod(shape)
+    ours = gradient_temporaries(lambda key, x: jdropout.dropout(key, x, 0.1), x, key)
+    assert ours <= n / 8 + 2**20
+
+    def flax_style(key, x):
+        mask = jax.random.bernoulli(key, 0.9, x.shape)
+        return jnp.where(mask, x / jnp.asarray(0.9, x.dtype), jnp.zeros_like(x))
+
+    assert gradient_temporaries(flax_style, x, key) >= n  # the control: at least a byte each
+
+
+def test_one_compilation_serves_all_keys_and_the_eager_cache_hits():
+    traces = 0
+
+    @jax.jit
+    def f(key, x):
+        nonlocal traces
+        traces += 1
+        return jdropout.dropout(key, x, 0.5)
+
+    for i in range(5):
+        f(jax.random.key(i), jnp.ones((8, 8)))
+    assert traces == 1
+
+
+def test_layers_of_one_shape_share_one_trace_of_the_law(key):
+    """48 layers must not trace the cipher 96 times: the mask is one jitted function."""
+
+    def loss(x):
+        for i in range(4):
+            x = jdropout.dropout(jax.random.fold_in(key, i), x, 0.1)
+        return x.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(jnp.ones((64, 32))).as_text()
+    assert text.count("func.func private @_keep") == 1
+
+
+def test_importing_the_package_imports_no_framework_on_top_of_jax():
+    code = (
+        "import sys, jax; before = set(sys.modules); import jdropout; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    names = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    for framework in ("flax", "matplotlib", "optax", "sklearn", "rich"):
+        assert f"'{framework}'" not in names
+    assert "'jdropout'" in names

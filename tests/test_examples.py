@@ -1,0 +1,126 @@
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+# Installed torch or not, the import fails.
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*command):
+    # The tests' own settings, such as eight devices, are not what a reader of the examples has.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
+        encoding="utf-8",
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def run_example(name, *options):
+    result = run(EXAMPLES / name, *options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def train_shortly(output, *options):
+    settings = "--steps 20 --width 8 --seeds 2 --train-size 50 --batch-size 16".split()
+    return run_example("train_mlp.py", *settings, "--output", output, *options)
+
+
+def last_digest(text):
+    match = re.fullmatch(r"digest: ([0-9a-f]{16})", text.splitlines()[-1])
+    assert match, text
+    return match[1]
+
+
+def assert_is_picture(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(data) > 10_000
+
+
+def test_how_dropout_works_prints_its_table_and_draws_its_picture(tmp_path):
+    text = run_example("how_dropout_works.py", "--keys", 1000, "--output", tmp_path / "new")
+    for row in ("evaluation", "masked only", "masked and scaled"):
+        assert row in text
+    assert "0.3999939" in text
+    assert "all checks passed" in text
+    assert_is_picture(tmp_path / "new" / "how_dropout_works.png")
+
+
+@pytest.mark.parametrize("options", [("--rate", 0.9, "--units", 1), ("--rate", 1e-9, "--keys", 2)])
+def test_how_dropout_works_at_extreme_settings(options, tmp_path):
+    run_example("how_dropout_works.py", "--keys", 500, *options, "--output", tmp_path)
+    assert_is_picture(tmp_path / "how_dropout_works.png")
+
+
+def test_how_dropout_works_says_how_to_get_torch(tmp_path):
+    script = EXAMPLES / "how_dropout_works.py"
+    result = run("-c", WITHOUT_TORCH, script, "--torch", "--output", tmp_path)
+    assert result.returncode == 1
+    assert "pip install torch" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_train_mlp_ends_in_the_same_parameters_every_time(api, tmp_path):
+    first, second = (train_shortly(tmp_path, "--api", api) for _ in range(2))
+    assert "test accuracy" in first
+    assert "50 training samples" in first
+    assert first == second
+    assert_is_picture(tmp_path / "train_mlp.png")
+    assert last_digest(first) != last_digest(train_shortly(tmp_path, "--api", api, "--seed", 1))
+
+
+@pytest.mark.parametrize(
+    ("example", "option", "value"),
+    [
+        ("how_dropout_works.py", "--rate", "1"),
+        ("how_dropout_works.py", "--units", "many"),
+        ("train_mlp.py", "--rate", "1.5"),
+        ("train_mlp.py", "--label-noise", "nan"),
+        ("train_mlp.py", "--train-size", "1797"),
+        ("train_mlp.py", "--output", __file__),
+    ],
+)
+def test_bad_options_are_named(example, option, value):
+    result = run(EXAMPLES / example, option, value)
+    assert result.returncode == 2
+    assert f"argument {option}: got {value}, pass " in result.stderr
+
+
+def test_digits_have_wrong_labels_in_training_alone(key):
+    specification = importlib.util.spec_from_file_location("_digits", EXAMPLES / "_digits.py")
+    digits = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(digits)
+    pool, test = digits.load()
+    assert not set(map(bytes, np.asarray(pool.images))) & set(map(bytes, np.asarray(test.images)))
+    right, noisy = (digits.draw(key, pool, test, 1000, noise) for noise in (0.0, 0.3))
+    np.testing.assert_array_equal(noisy.test.labels, test.labels)
+    np.testing.assert_array_equal(noisy.train.images, right.train.images)
+    assert 0.25 < (noisy.train.labels != right.train.labels).mean() < 0.35
+    assert set(np.unique(noisy.train.labels)) == set(range(10))
+    np.testing.assert_allclose(noisy.train.images.mean(axis=0), 0, atol=1e-5)
+    # Back to pixels: the test images went through the same map, which the training images made.
+    scale = pool.images.std()
+    np.testing.assert_allclose(
+        noisy.test.images * scale + pool.images.mean(axis=0, keepdims=True), test.images, atol=1e-4
+    )
+    assert jax.tree.map(np.shape, right) == jax.tree.map(np.shape, noisy)

@@ -1,0 +1,177 @@
+"""The same bits on one device and on eight, in every axis mode, with no collective."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jdropout
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+SIZES = {"a": 2, "b": 4}
+SHAPES = [
+    (24, 16),  # 3 rows a device
+    (40, 8),  # 5 rows a device
+    (96, 64),
+    (200, 1000),
+    (256, 512),
+    (24, 1024),
+    (8, 96, 64),
+    (16, 24, 8),
+    (4, 8, 64, 16),
+    (8, 8, 24, 8),
+    (64,),
+]
+
+
+def mesh(axis_type):
+    return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(axis_type,) * 2)
+
+
+def specs(shape):
+    """Every placement of the mesh's axes on the array's axes that divides them."""
+    for spec in itertools.product([None, "a", "b", ("a", "b")], repeat=len(shape)):
+        used = [[] if s is None else [s] if isinstance(s, str) else list(s) for s in spec]
+        names = list(itertools.chain(*used))
+        parts = [math.prod(SIZES[name] for name in names) for names in used]
+        divides = all(size % part == 0 for size, part in zip(shape, parts, strict=True))
+        if names and len(names) == len(set(names)) and divides:
+            yield P(*spec)
+
+
+def collectives(compiled):
+    return [name for name in COLLECTIVES if name in compiled.as_text()]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_sharding_gives_the_same_bits_without_a_collective(axis_type, shape, key):
+    x = np.asarray(jax.random.normal(jax.random.key(1), shape))
+    expected = np.asarray(jdropout.dropout(key, x, 0.3))
+    keep = np.asarray(jdropout.keep_mask(key, 0.3, shape))
+    step = jax.jit(lambda x: jax.vjp(lambda x: jdropout.dropout(key, x, 0.3), x)[1](x)[0])
+    function = jax.jit(lambda x: jdropout.dropout(key, x, 0.3))
+    devices = mesh(axis_type)
+    with jax.set_mesh(devices):
+        for spec in specs(shape):
+            sharding = NamedSharding(devices, spec)
+            placed = jax.device_put(x, sharding)
+            compiled = function.lower(placed).compile()
+            y = compiled(placed)
+            np.testing.assert_array_equal(y, expected)
+            assert y.sharding.is_equivalent_to(sharding, len(shape)), spec
+            assert collectives(compiled) == [], spec
+        placed = jax.device_put(x, NamedSharding(devices, next(specs(shape))))
+        compiled = step.lower(placed).compile()
+        np.testing.assert_array_equal(np.asarray(compiled(placed)) != 0, keep & (x != 0))
+        assert collectives(compiled) == []
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1), (2,)])
+def test_explicit_sharding_survives_broadcast_axes(dims, key):
+    x = jnp.ones((8, 16, 4))
+    expected = np.asarray(jdropout.dropout(key, x, 0.5, broadcast_dims=dims))
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        placed = jax.device_put(x, P("a", "b", None))
+        for wrap in (jax.jit, lambda f: f):
+            y = wrap(lambda x: jdropout.dropout(key, x, 0.5, broadcast_dims=dims))(placed)
+            assert jax.typeof(y).sharding.spec == P("a", "b", None)
+            np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("options", [{"rate": 1.0}, {"rate": 0.0}, {"deterministic": True}])
+def test_explicit_sharding_survives_the_shortcuts(options, key):
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        placed = jax.device_put(jnp.ones((8, 16)), P("a", "b"))
+        y = jdropout.dropout(key, placed, **({"rate": 0.5} | options))
+        assert jax.typeof(y).sharding.spec == P("a", "b")
+
+
+def test_explicit_sharding_works_with_traced_rate_and_flag_and_their_gradient(key):
+    x = jnp.ones((8, 16))
+    expected = np.asarray(jdropout.dropout(key, x, 0.5))
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        placed = jax.device_put(x, P("b", None))
+
+        @jax.jit
+        def gradient(x, rate, flag):
+            return jax.grad(lambda x: jdropout.dropout(key, x, rate, deterministic=flag).sum())(x)
+
+        np.testing.assert_array_equal(gradient(placed, 0.5, False), expected)
+        np.testing.assert_array_equal(gradient(placed, 0.5, True), x)
+
+
+SPLITS = [
+    ((24, 16), P("a", "b")),
+    ((24, 16), P(("a", "b"), None)),  # 3 rows a device: blocks begin in the middle of a group
+    ((16, 24), P(None, ("a", "b"))),
+    ((4, 40, 6), P("a", "b", None)),
+    ((2, 4, 64, 16), P("a", None, "b", None)),
+    ((64,), P(("a", "b"))),
+]
+
+
+@pytest.mark.parametrize(("shape", "spec"), SPLITS, ids=str)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_with_global_positions_equals_the_whole(shape, spec, check_vma, key):
+    x = jax.random.normal(jax.random.key(1), shape)
+    expected = np.asarray(jdropout.dropout(key, x, 0.3))
+
+    def local(key, x):
+        start = [
+            0 if names is None else jax.lax.axis_index(names) * size
+            for names, size in zip(spec, x.shape, strict=True)
+        ]
+        return jdropout.dropout(key, x, 0.3, start=start, global_shape=shape)
+
+    split = jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh(AxisType.Auto),
+            in_specs=(P(), spec),
+            out_specs=spec,
+            check_vma=check_vma,
+        )
+    )
+    np.testing.assert_array_equal(split(key, x), expected)
+    assert collectives(split.lower(key, x).compile()) == []
+    gradient = jax.jit(jax.grad(lambda x: split(key, x).sum()))(x)
+    np.testing.assert_array_equal(np.asarray(gradient) != 0, expected != 0)
+
+
+def test_shard_map_without_positions_repeats_the_mask_and_with_folded_keys_does_not(key):
+    def shared(key, x):
+        return jdropout.dropout(key, x, 0.5)
+
+    def folded(key, x):
+        return jdropout.dropout(jax.random.fold_in(key, jax.lax.axis_index("b")), x, 0.5)
+
+    x = jnp.ones((32, 16))
+    results = [
+        np.asarray(
+            jax.shard_map(f, mesh=mesh(AxisType.Auto), in_specs=(P(), P("b")), out_specs=P("b"))(
+                key, x
+            )
+        ).reshape(4, 8, 16)
+        for f in (shared, folded)
+    ]
+    assert all((results[0][0] == results[0][i]).all() for i in range(1, 4))
+    assert all((results[1][0] != results[1][i]).any() for i in range(1, 4))
+
+
+def test_the_mask_does_not_depend_on_the_number_of_devices(key):
+    x = jnp.ones((64, 48))
+    expected = np.asarray(jdropout.dropout(key, x, 0.5))
+    for count in (1, 2, 4, 8):
+        devices = jax.make_mesh(
+            (count,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+        )
+        for spec in (P("d"), P(None, "d")):
+            placed = jax.device_put(x, NamedSharding(devices, spec))
+            y = jax.jit(lambda x: jdropout.dropout(key, x, 0.5))(placed)
+            np.testing.assert_array_equal(y, expected)
