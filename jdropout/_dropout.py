@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +59,8 @@ def dropout(
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
       >>> jdropout.dropout(jax.random.key(0), jnp.ones((2, 8)), 0.5)
-      Array([[2., 0., 2., 2., 0., 2., 0., 2.],
-             [2., 0., 2., 0., 2., 0., 0., 2.]], dtype=float32)
+      Array([[0., 2., 2., 0., 2., 2., 2., 0.],
+             [2., 2., 2., 2., 2., 2., 0., 0.]], dtype=float32)
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout: a simple way to
@@ -115,10 +115,10 @@ def keep_mask(
       >>> import jax, jdropout
       >>> key = jax.random.key(0)
       >>> jdropout.keep_mask(key, 0.5, (2, 6))
-      Array([[ True, False,  True,  True, False,  True],
-             [ True, False,  True, False,  True, False]], dtype=bool)
-      >>> jdropout.keep_mask(key, 0.5, (1, 3), start=(1, 3), global_shape=(2, 6))
-      Array([[False,  True, False]], dtype=bool)
+      Array([[False,  True,  True, False,  True,  True],
+             [ True,  True,  True,  True,  True,  True]], dtype=bool)
+      >>> jdropout.keep_mask(key, 0.5, (1, 3), start=(0, 2), global_shape=(2, 6))
+      Array([[ True, False,  True]], dtype=bool)
 
     References:
       The mask law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random
@@ -132,9 +132,13 @@ def keep_mask(
         return jnp.ones(shape, bool)
     if operands is None:
         return jnp.zeros(shape, bool)
-    return _keep(operands, mask)
+    return _jitted_keep(operands, mask)
 
 
+@overload
+def effective_rate(rate: float | np.floating, *, precision: int | None = None) -> float: ...
+@overload
+def effective_rate(rate: jax.Array, *, precision: int | None = None) -> jax.Array: ...
 def effective_rate(rate: Rate, *, precision: int | None = None) -> float | jax.Array:
     """The probability of dropping that `dropout` really has: the rate, rounded to its bits.
 
@@ -182,6 +186,7 @@ class _Operands(NamedTuple):
     """All that may be traced about a mask. What is None is no residual."""
 
     key: jax.Array
+    """A key; inside of compiled functions its words (`_with_words`)."""
     rate: jax.Array | None
     deterministic: jax.Array | None
     origin: _law.Origin | None
@@ -240,7 +245,17 @@ def _masked_scale(operands: _Operands, x: jax.Array, mask: _Mask) -> jax.Array:
         kept = lax.select(_keep_like(x, operands, mask), scaled, jnp.zeros_like(scaled))
         return kept.astype(x.dtype)
 
-    return masked_scale(jax.lax.stop_gradient(operands), x)
+    # The words, not the key: before JAX 0.10 a residual key of one branch breaks lax.cond.
+    return masked_scale(jax.lax.stop_gradient(_with_words(operands)), x)
+
+
+def _with_words(operands: _Operands) -> _Operands:
+    return operands._replace(key=_law.key_words(operands.key))
+
+
+@functools.partial(jax.jit, static_argnames="mask")
+def _jitted_keep(operands: _Operands, mask: _Mask) -> jax.Array:
+    return _keep(_with_words(operands), mask)
 
 
 def _keep_like(x: jax.Array, operands: _Operands, mask: _Mask) -> jax.Array:

@@ -5,6 +5,7 @@ Read from the top: `keep` is the law; `_elementwise` is its reference evaluation
 a change of one bit is a new `LAW_VERSION`.
 """
 
+import functools
 import math
 from fractions import Fraction
 from typing import NamedTuple
@@ -68,6 +69,7 @@ class Origin(NamedTuple):
 # --- thresholds ---------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1024)  # exact fractions cost more than an eager call should
 def static_threshold(rate: float, precision: int | None) -> Threshold:
     """Rounds a rate to the integer threshold of the law (exact arithmetic, ties to even)."""
     keep_probability = 1 - Fraction(rate)
@@ -242,12 +244,17 @@ def _multiply64(index: jax.Array, factor: int) -> WordPair:
 # --- keys ---------------------------------------------------------------------------------
 
 
-def mask_keys(key: Key, digits: int) -> list[WordPair]:
-    """The cipher keys of a mask's digits: blocks that no other use of ``key`` makes."""
+def key_words(key: Key) -> jax.Array:
+    """The uint32 words of a typed or raw key, shape (n,)."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
     # JAX's key-reuse checker does not count key_data() as a use; an opaque operation it does.
-    key = lax.optimization_barrier(key)
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    words = [lax.index_in_dim(data, i, keepdims=False) for i in range(data.shape[0])]
+    return jax.random.key_data(lax.optimization_barrier(key))
+
+
+def mask_keys(key_words: jax.Array, digits: int) -> list[WordPair]:
+    """The cipher keys of a mask's digits: blocks that no other use of the key makes."""
+    words = [lax.index_in_dim(key_words, i, keepdims=False) for i in range(key_words.shape[0])]
     if len(words) == 2:
         state = (words[0], words[1])
     else:
@@ -264,11 +271,13 @@ def mask_keys(key: Key, digits: int) -> list[WordPair]:
 # --- the law ------------------------------------------------------------------------------
 
 
-def keep(key: Key, threshold: Threshold, layout: Layout, origin: Origin | None) -> jax.Array:
+def keep(
+    key_words: jax.Array, threshold: Threshold, layout: Layout, origin: Origin | None
+) -> jax.Array:
     """The mask of a block: True where the element is kept.
 
     Args:
-      key: a single PRNG key.
+      key_words: of a single PRNG key.
       threshold: of the rate.
       layout: of the block.
       origin: of the block.
@@ -279,7 +288,7 @@ def keep(key: Key, threshold: Threshold, layout: Layout, origin: Origin | None) 
     if 0 in layout.shape:
         return jnp.zeros(layout.shape, bool)
     evaluate = _packed if layout.shape[-2] > _LANES else _elementwise
-    return evaluate(mask_keys(key, threshold.digits), threshold, layout, origin)
+    return evaluate(mask_keys(key_words, threshold.digits), threshold, layout, origin)
 
 
 def _elementwise(

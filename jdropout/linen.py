@@ -35,7 +35,7 @@ class Dropout(linen.Dropout):
       >>> import jdropout.linen
       >>> layer = jdropout.linen.Dropout(0.5, deterministic=False)
       >>> layer.apply({}, jnp.ones((1, 8)), rngs={"dropout": jax.random.key(0)})
-      Array([[2., 0., 2., 2., 0., 2., 0., 2.]], dtype=float32)
+      Array([[2., 0., 0., 0., 0., 2., 2., 2.]], dtype=float32)
 
     References:
       Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",

@@ -43,7 +43,7 @@ class Dropout(nnx.Dropout):
       >>> import jdropout.nnx
       >>> layer = jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((1, 8)))
-      Array([[2., 0., 2., 2., 0., 2., 0., 2.]], dtype=float32)
+      Array([[2., 2., 2., 2., 0., 0., 2., 2.]], dtype=float32)
       >>> layer(jnp.ones((1, 8)), deterministic=True)
       Array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
 

@@ -21,10 +21,10 @@ def residuals(function, x):
 def test_the_only_residual_is_the_key(dtype, options, wrap, key):
     x = jnp.ones((64, 48), dtype)
     (leaf,) = residuals(wrap(lambda x: jdropout.dropout(key, x, 0.3, **options)), x)
-    assert leaf.dtype == key.dtype
-    assert leaf.shape == ()
-    (raw,) = residuals(wrap(lambda x: jdropout.dropout(jax.random.key_data(key), x, 0.3)), x)
-    assert raw.nbytes == 8
+    np.testing.assert_array_equal(leaf, jax.random.key_data(key))
+    raw_key = jax.random.key_data(key)
+    (leaf,) = residuals(wrap(lambda x: jdropout.dropout(raw_key, x, 0.3, **options)), x)
+    np.testing.assert_array_equal(leaf, raw_key)
 
 
 def test_no_residual_grows_with_the_input_when_the_rate_flag_and_start_are_traced(key):
@@ -37,7 +37,7 @@ def test_no_residual_grows_with_the_input_when_the_rate_flag_and_start_are_trace
         )
 
     leaves = residuals(lambda x: f(x, 0.3, False, 7), x)
-    assert all(leaf.size == 1 for leaf in leaves)
+    assert sum(leaf.size for leaf in leaves) <= 2 + 2 + 3  # key, rate and flag, position
 
 
 def test_flax_style_dropout_stores_its_mask():

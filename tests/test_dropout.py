@@ -113,6 +113,7 @@ def test_traced_rate_does_not_recompile(key):
 def test_gradient_with_respect_to_the_rate_is_zero(key):
     def f(rate):
         return jdropout.dropout(key, jnp.ones((8, 8)), rate).sum()
+
     assert jax.grad(f)(0.3) == 0
     assert jax.jvp(f, (0.3,), (1.0,))[1] == 0
     assert jax.grad(jax.jit(f))(0.3) == 0
@@ -303,8 +304,10 @@ def test_one_key_in_two_dropouts_is_reported():
 @pytest.mark.parametrize("rate", [0.5, 1e-4])
 def test_one_key_in_one_dropout_is_not_reported_under_grad(wrap, rate):
     with jax.debug_key_reuse(True):
+
         def f(key, x):
             return jdropout.dropout(key, jnp.sin(x), rate).sum()
+
         wrap(jax.grad(f, argnums=1))(jax.random.key(0), jnp.ones(4))
         wrap(lambda k, x: jax.jvp(lambda x: f(k, x), (x,), (x,)))(jax.random.key(1), jnp.ones(4))
         wrap(jax.hessian(f, argnums=1))(jax.random.key(2), jnp.ones(4))

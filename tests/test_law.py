@@ -59,7 +59,7 @@ def evaluate(name, key, rate, shape, block=None, start=None, precision=None):
 
     @jax.jit
     def mask(key, origin):
-        keys = _law.mask_keys(key, threshold.digits)
+        keys = _law.mask_keys(_law.key_words(key), threshold.digits)
         return EVALUATIONS[name](keys, threshold, layout, origin)
 
     return np.asarray(mask(key, origin)).reshape(block or shape)
@@ -272,7 +272,7 @@ def test_more_precision_never_reshuffles_a_mask(key):
 
 def test_mask_keys_are_no_child_keys():
     key = jax.random.key(7)
-    mask_keys = {tuple(map(int, words)) for words in _law.mask_keys(key, 2)}
+    mask_keys = {tuple(map(int, words)) for words in _law.mask_keys(_law.key_words(key), 2)}
     children = [jax.random.fold_in(key, i) for i in range(512)]
     children += list(jax.random.split(key, 512))
     child_words = {tuple(key_words(child).tolist()) for child in children}

@@ -347,15 +347,13 @@ def test_kept_fraction_fits_the_rate(rate):
     n = 1 << 20
     y = drop(jax.random.key(0), ones(1024, 1024), rate)
     kept = int((y != 0).sum())
-    effective = jdropout.effective_rate(rate)
-    sigma = math.sqrt(n * effective * (1 - effective))
 
     def rejected(kept):
-        return abs(kept - n * (1 - effective)) > 6.5 * sigma
+        return abs(kept - n * (1 - rate)) > 6.5 * math.sqrt(n * rate * (1 - rate))
 
     assert not rejected(kept)
     assert rejected(kept * 1.03), "the test has to notice three percent"
-    np.testing.assert_allclose(float(y.max()), 1 / (1 - effective), rtol=1e-6)
+    np.testing.assert_allclose(float(y.max()), 1 / (1 - rate), rtol=1e-4)
 
 
 def test_rate_0_keeps_all_and_rate_1_drops_all_with_clean_gradients(key):

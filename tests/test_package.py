@@ -37,3 +37,10 @@ def test_random_numbers_are_made_in_the_law_alone():
 
 def test_the_changelog_knows_the_version():
     assert f"## [{jdropout.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_public_name_is_in_the_documentation():
+    text = (ROOT / "docs" / "api.md").read_text()
+    for module in (jdropout, jdropout.nnx, jdropout.linen):
+        for name in module.__all__:
+            assert f":: {module.__name__}.{name}\n" in text, name

@@ -1,0 +1,222 @@
+"""What is measured: for each section a function that yields the rows of its table."""
+
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from harness import Plan, Row, interleave, ratio_row, timed_row
+
+import jdropout
+
+try:
+    import equinox
+except ImportError:
+    equinox = None
+try:
+    import haiku
+except ImportError:
+    haiku = None
+
+RATE = 0.1
+KEY = jax.random.key(0, impl="threefry2x32")
+DTYPES = (jnp.float32, jnp.bfloat16)
+SHAPES = ((32, 128), (256, 512), (1024, 784), (4096, 4096), (16384, 128), (256, 10), (65536,))
+SHAPES += ((128, 197, 768), (64, 56, 56, 64), (8, 8, 512, 512))
+OVER_COPY = ("ours / copy", "flax / copy", "equinox / copy", "haiku / copy", "flax / ours")
+
+Function = Callable[..., Any]
+
+
+def libraries() -> dict[str, Function]:
+    """Dropout of a key and an array, in every library that is installed."""
+    flax_layer = nnx.Dropout(RATE, deterministic=False)
+    found: dict[str, Function] = {
+        "ours": lambda key, x: jdropout.dropout(key, x, RATE),
+        "flax": lambda key, x: flax_layer(x, rngs=key),
+    }
+    if equinox is not None:
+        equinox_layer = equinox.nn.Dropout(RATE)
+        found["equinox"] = lambda key, x: equinox_layer(x, key=key)
+    if haiku is not None:
+        found["haiku"] = lambda key, x: haiku.dropout(key, RATE, x)
+    return found
+
+
+def dropout(plan: Plan) -> Iterator[Row]:
+    """Dropout under jit, over x * 2."""
+    functions = libraries() | {"copy": copy}
+    for x in arrays(SHAPES, plan):
+        for name, jitted in passes(functions, KEY, x).items():
+            yield timed_row(labels(x, name), jitted, OVER_COPY, plan)
+
+
+def chain(plan: Plan) -> Iterator[Row]:
+    """The chain residual + dropout(gelu(x + bias)) under jit, over the same without dropout."""
+
+    def with_dropout(drop: Function) -> Function:
+        return lambda key, x, bias, residual: residual + drop(key, jax.nn.gelu(x + bias))
+
+    drops = {"ours": libraries()["ours"], "flax": libraries()["flax"], "without": identity}
+    functions = {name: with_dropout(drop) for name, drop in drops.items()}
+    columns = ("ours / without", "flax / without", "flax / ours")
+    for x in arrays(((4096, 4096), (1024, 784)), plan):
+        for name, jitted in passes(functions, KEY, x, x[0], x).items():
+            yield timed_row(labels(x, name), jitted, columns, plan)
+
+
+def vmap(plan: Plan) -> Iterator[Row]:
+    """Vmap over 256 keys, over one call with one key."""
+    ours, flax = libraries()["ours"], libraries()["flax"]
+    keys = jax.random.split(KEY, 256)
+    columns = ("ours / one key", "flax / one key", "flax / ours", "one key / copy")
+    for shape in ((32, 128), (64, 64)):
+        x = normal((256, *shape))
+        functions = jit({"ours": jax.vmap(ours), "flax": jax.vmap(flax)}, keys, x)
+        functions |= jit({"one key": ours, "copy": copy}, KEY, x)
+        yield timed_row(labels(x), functions, columns, plan)
+
+
+def temporaries(plan: Plan) -> Iterator[Row]:
+    """Temporaries of the gradient of sum(sin(dropout(cos(x)))): MB (multiple of n / 8 bytes)."""
+    names = ("ours", "flax", "equinox", "haiku", "without")
+    for dtype in DTYPES:
+        x = jax.ShapeDtypeStruct((4096, 4096), dtype)
+        sizes: dict[str, int] = {}
+        for name, drop in (libraries() | {"without": identity}).items():
+            gradient = jax.grad(lambda x, key, drop=drop: jnp.sin(drop(key, jnp.cos(x))).sum())
+            compiled = jax.jit(gradient).lower(x, KEY).compile()
+            sizes[name] = compiled.memory_analysis().temp_size_in_bytes
+        cells = {
+            name: f"{size / 1e6:.1f} ({size * 8 / x.size:.2f})" for name, size in sizes.items()
+        }
+        yield Row(labels(x), dict.fromkeys(names, "-") | cells, {"bytes": sizes})
+
+
+def compilation(plan: Plan) -> Iterator[Row]:
+    """Gradient of layers dropout(tanh(x @ w)) in one jit: its compilation and its step."""
+
+    def gradient(drop: Function) -> Function:
+        def loss(w: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+            for i in range(plan.layers):
+                x = drop(jax.random.fold_in(key, i), jnp.tanh(x @ w))
+            return x.sum()
+
+        return jax.grad(loss)
+
+    drops = {"ours": libraries()["ours"], "flax": libraries()["flax"], "without": identity}
+    arguments = (0.05 * normal((512, 512)), normal((256, 512)), KEY)
+    steps: dict[str, Any] = {}
+
+    def compile_step(name: str) -> tuple[float, float]:
+        jax.clear_caches()
+        cpu, wall = time.process_time(), time.perf_counter()
+        steps[name] = jax.jit(gradient(drops[name])).lower(*arguments).compile()
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+    samplers = {name: functools.partial(compile_step, name) for name in drops}
+    interleave(samplers, 1)  # starts the compiler's threads
+    times = interleave(samplers, plan.compile_rounds)
+    columns = ("ours / flax", "without / flax", "ours / without", "flax / without")
+    for index, clock in enumerate(("CPU time", "wall time")):
+        of_clock = {name: samples[:, index] for name, samples in times.items()}
+        quantity = f"{plan.layers} layers: trace, lower, compile: {clock}"
+        yield ratio_row({"quantity": quantity}, of_clock, columns)
+    calls = {name: functools.partial(step, *arguments) for name, step in steps.items()}
+    yield timed_row({"quantity": f"{plan.layers} layers: time of a step"}, calls, columns, plan)
+
+    sizes = {name: step.memory_analysis().temp_size_in_bytes for name, step in steps.items()}
+    pairs = {column: [sizes[name] for name in column.split(" / ")] for column in columns}
+    cells = {column: f"{over / under:.2f}" for column, (over, under) in pairs.items()}
+    yield Row({"quantity": f"{plan.layers} layers: temporaries"}, cells, {"bytes": sizes})
+
+
+def eager(plan: Plan) -> Iterator[Row]:
+    """Dropout without jit, over a jitted x * 2."""
+    for x in (normal((32, 128)), normal((256, 512))):
+        functions = libraries() | {"copy": jax.jit(copy)}
+        calls = {name: functools.partial(function, KEY, x) for name, function in functions.items()}
+        yield timed_row(labels(x), calls, OVER_COPY, plan)
+
+
+def importing(plan: Plan) -> Iterator[Row]:
+    """Time of `import jax`, and of `import jdropout` after it; minimum of several processes."""
+    code = "import jax, jdropout, sys; print(*sys.modules)"
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    times: dict[str, float] = {"jax": float("inf"), "jdropout": float("inf")}
+    for _ in range(plan.rounds):
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
+        for line in process.stderr.splitlines():
+            *_, module = fields = [field.strip() for field in line.split("|")]
+            if module in times:
+                times[module] = min(times[module], int(fields[1]) / 1e6)
+    cells = {
+        "jax": f"{times['jax'] * 1e3:.0f} ms",
+        "+ jdropout": f"{times['jdropout'] * 1e3:.1f} ms",
+    }
+    for name in ("flax", "matplotlib", "optax"):
+        cells[f"imports {name}"] = "yes" if name in process.stdout.split() else "no"
+    yield Row({}, cells, {"seconds": times})
+
+
+SECTIONS = {
+    "dropout": dropout,
+    "chain": chain,
+    "vmap": vmap,
+    "temporaries": temporaries,
+    "compile": compilation,
+    "eager": eager,
+    "import": importing,
+}
+
+
+def copy(key: jax.Array, x: jax.Array) -> jax.Array:
+    return x * 2
+
+
+def identity(key: jax.Array, x: jax.Array) -> jax.Array:
+    return x
+
+
+def arrays(shapes: tuple[tuple[int, ...], ...], plan: Plan) -> Iterator[jax.Array]:
+    for shape in shapes:
+        if prod(shape) <= plan.max_size:
+            yield from (normal(shape, dtype) for dtype in DTYPES)
+
+
+def normal(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(KEY, shape, dtype)
+
+
+def labels(x: jax.Array | jax.ShapeDtypeStruct, name: str | None = None) -> dict[str, str]:
+    return {"shape": str(x.shape), "dtype": x.dtype.name} | ({"pass": name} if name else {})
+
+
+def jit(functions: Mapping[str, Function], *arguments: jax.Array) -> dict[str, Function]:
+    return {name: functools.partial(jax.jit(f), *arguments) for name, f in functions.items()}
+
+
+def passes(
+    functions: Mapping[str, Function], key: jax.Array, x: jax.Array, *others: jax.Array
+) -> dict[str, dict[str, Function]]:
+    """The jitted forward pass, and both passes with x in the place of the cotangent."""
+
+    def both(function: Function) -> Function:
+        def forward_and_backward(key: jax.Array, g: jax.Array, *inputs: jax.Array) -> Any:
+            y, pullback = jax.vjp(functools.partial(function, key), *inputs)
+            return y, pullback(g)
+
+        return forward_and_backward
+
+    return {
+        "forward": jit(functions, key, x, *others),
+        "forward + backward": jit(
+            {name: both(function) for name, function in functions.items()}, key, x, x, *others
+        ),
+    }

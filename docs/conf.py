@@ -1,0 +1,14 @@
+project = "jdropout"
+author = "The jdropout authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = "jdropout"
+exclude_patterns = ["_build"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nitpicky = False
+default_role = "code"

@@ -1,0 +1,166 @@
+"""Data, results and figure of the handwritten-digits example."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+CLASSES = 10
+PIXELS = 64
+TEST_SIZE = 797
+POOL_SIZE = 1000
+
+COLOURS = ("#c2410c", "#1d4ed8")
+
+
+class Samples(NamedTuple):
+    """Images and their labels."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class Data(NamedTuple):
+    """What a run trains on, and what it is tested on."""
+
+    train: Samples
+    test: Samples
+
+
+class Scores(NamedTuple):
+    """An evaluation; as a history, NumPy arrays with axes (run, evaluation)."""
+
+    train_accuracy: jax.Array | np.ndarray
+    test_accuracy: jax.Array | np.ndarray
+    train_loss: jax.Array | np.ndarray
+    test_loss: jax.Array | np.ndarray
+
+
+def load() -> tuple[Samples, Samples]:
+    """Returns the pool that training samples are drawn from, and the test samples.
+
+    The split is always the same one.
+    """
+    digits = load_digits()
+    images, labels = jnp.float32(digits.data), jnp.int32(digits.target)
+    order = jax.random.permutation(jax.random.key(0), POOL_SIZE + TEST_SIZE)
+    pool, test = order[:POOL_SIZE], order[POOL_SIZE:]
+    return Samples(images[pool], labels[pool]), Samples(images[test], labels[test])
+
+
+def draw(key: jax.Array, pool: Samples, test: Samples, size: int, label_noise: float) -> Data:
+    """Draws the training samples of a run, makes some labels wrong and standardises the images.
+
+    Args:
+      key: a PRNG key.
+      pool: samples to draw from, without replacement.
+      test: samples for the test; their labels stay as they are.
+      size: number of training samples.
+      label_noise: probability that a training label is replaced by another digit.
+
+    Returns:
+      The data of the run. The images are standardised by statistics of its training samples.
+    """
+    rows_key, wrong_key, shift_key = jax.random.split(key, 3)
+    rows = jax.random.permutation(rows_key, POOL_SIZE)[:size]
+    wrong = jax.random.bernoulli(wrong_key, label_noise, (size,))
+    shift = jax.random.randint(shift_key, (size,), 1, CLASSES)
+    labels = (pool.labels[rows] + jnp.where(wrong, shift, 0)) % CLASSES
+    images = pool.images[rows]
+    # One scale for all pixels: at the border a pixel is 0 in nearly every image, so that its own
+    # standard deviation is zero or hangs on a single image.
+    mean, scale = images.mean(axis=0, keepdims=True), images.std()
+    return Data(
+        Samples((images - mean) / scale, labels),
+        Samples((test.images - mean) / scale, test.labels),
+    )
+
+
+def results_table(histories: Mapping[str, Scores], caption: str) -> Table:
+    """Makes a table of the last evaluation: mean and standard deviation over the runs."""
+    table = Table("", "train accuracy", "test accuracy", "train loss", "test loss", caption=caption)
+    for name, history in histories.items():
+        accuracies = [
+            f"{100 * score.mean():.1f} ± {100 * score.std(ddof=1):.1f}%"
+            for score in (history.train_accuracy[:, -1], history.test_accuracy[:, -1])
+        ]
+        losses = [
+            f"{score.mean():.2f} ± {score.std(ddof=1):.2f}"
+            for score in (history.train_loss[:, -1], history.test_loss[:, -1])
+        ]
+        table.add_row(name, *accuracies, *losses)
+    return table
+
+
+def gain_by_dropout(plain: Scores, dropped: Scores) -> str:
+    """Describes the paired differences in test accuracy at the end."""
+    gain = 100 * (dropped.test_accuracy[:, -1] - plain.test_accuracy[:, -1])
+    error = gain.std(ddof=1) / np.sqrt(len(gain))
+    return (
+        f"test accuracy with dropout minus without, pair by pair: {gain.mean():+.1f} ± "
+        f"{error:.1f} points (mean and its standard error), {gain.min():+.1f} to {gain.max():+.1f}"
+    )
+
+
+def best_on_the_way(histories: Mapping[str, Scores], steps: Sequence[int]) -> str:
+    """Describes what stopping at the best moment would have given."""
+    parts = []
+    for name, history in histories.items():
+        mean = history.test_accuracy.mean(axis=0)
+        parts.append(f"{name} {100 * mean.max():.1f}% (step {steps[mean.argmax()]})")
+    return f"highest mean test accuracy on the way: {', '.join(parts)}"
+
+
+def save_curves(
+    path: pathlib.Path, histories: Mapping[str, Scores], steps: Sequence[int], title: str
+) -> None:
+    """Draws the histories: for each score the mean and a band of one standard deviation."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    panels = {
+        "train_accuracy": "accuracy on the training samples (wrong labels included)",
+        "test_accuracy": "accuracy on the test samples (all labels right)",
+        "train_loss": "loss on the training samples",
+        "test_loss": "loss on the test samples",
+    }
+    for panel, (field, heading) in zip(axes.flat, panels.items(), strict=True):
+        panel.set_title(heading, loc="left", fontsize=11)
+        draw_panel(
+            panel, {name: getattr(scores, field) for name, scores in histories.items()}, steps
+        )
+    for panel in axes[0]:
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    for panel in axes[1]:
+        panel.set_xlabel("step")
+    figure.savefig(path, dpi=110)
+
+
+def draw_panel(axes: Axes, scores: Mapping[str, np.ndarray], steps: Sequence[int]) -> None:
+    for colour, score in zip(COLOURS, scores.values(), strict=True):
+        mean, spread = score.mean(axis=0), score.std(axis=0, ddof=1)
+        axes.plot(steps, mean, color=colour, linewidth=2)
+        axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+    ends = {name: score[:, -1].mean() for name, score in scores.items()}
+    low, high = axes.get_ylim()
+    close = np.ptp(list(ends.values())) < 0.1 * (high - low)
+    for colour, (name, end) in zip(COLOURS, ends.items(), strict=True):
+        axes.annotate(
+            name,
+            (steps[-1], end),
+            (5, 0),
+            textcoords="offset points",
+            va=("bottom" if end == max(ends.values()) else "top") if close else "center",
+            color=colour,
+            fontsize=11,
+            fontweight="bold",
+        )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
