@@ -29,7 +29,11 @@ def check_rate(rate: Any) -> float | jax.Array:
             f"rate must be a scalar, got an array of shape {rate.shape}. "
             "For one rate per example use jax.vmap over keys, inputs and rates."
         )
-    if not isinstance(rate, float | int | np.floating | np.integer):
+    number = isinstance(rate, float | int) or (
+        isinstance(rate, np.generic)  # jnp.issubdtype also knows a bfloat16 scalar
+        and (jnp.issubdtype(rate.dtype, np.floating) or jnp.issubdtype(rate.dtype, np.integer))
+    )
+    if not number:
         raise TypeError(f"rate must be a number in [0, 1], got {rate!r} of type {_type(rate)}.")
     if not 0 <= rate <= 1:  # also catches NaN
         raise ValueError(_rate_range(rate))
@@ -92,9 +96,15 @@ def check_deterministic(deterministic: Any) -> bool | jax.Array:
 
 
 def check_input(x: Any) -> None:
-    dtype = getattr(x, "dtype", None)
-    if dtype is None:
+    if isinstance(x, bool | int | float | complex):
         dtype = np.result_type(x)
+    elif isinstance(x, jax.Array | np.ndarray | np.generic):
+        dtype = x.dtype
+    else:
+        raise TypeError(
+            f"x must be an array, got {_type(x)}. Convert it with jnp.asarray(x), or use "
+            "jax.tree.map with one key per leaf."
+        )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"x must be a floating-point or complex array, got dtype {dtype}. Dropout scales what "

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from jdropout._checks import check_rate
-from jdropout._typing import Flag, Rate
+from jdropout._checks import check_deterministic, check_rate
+from jdropout._typing import Rate
 
 
 def check_module_rate(rate: Any) -> float:
@@ -21,7 +21,13 @@ def check_module_rate(rate: Any) -> float:
     return checked
 
 
-def draws_mask(rate: Rate, deterministic: Flag) -> bool:
+def check_module_flag(deterministic: Any) -> bool | jax.Array:
+    """Returns a flag as a bool wherever its value is known, as Flax's own modules see it."""
+    flag = check_deterministic(deterministic)
+    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
+
+
+def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
     """Whether a call draws a mask, and so takes a key from its stream, exactly as in Flax."""
     if deterministic is True or isinstance(rate, jax.Array):
         return deterministic is not True

@@ -1,7 +1,5 @@
 """Dropout as Flax linen modules."""
 
-from typing import Any
-
 import jax
 
 try:
@@ -12,7 +10,7 @@ except ImportError as error:
     ) from error
 
 from jdropout._dropout import dropout
-from jdropout._flax import draws_mask
+from jdropout._flax import check_module_flag, draws_mask
 from jdropout._typing import Flag, Key
 
 __all__ = ["Dropout"]
@@ -61,7 +59,9 @@ class Dropout(linen.Dropout):
             rate is outside [0, 1].
           TypeError: if the rate is not a number, or the input's dtype an integer.
         """
-        flag: Any = linen.merge_param("deterministic", self.deterministic, deterministic)
+        flag = check_module_flag(
+            linen.merge_param("deterministic", self.deterministic, deterministic)
+        )
         key = rng
         if key is None and draws_mask(self.rate, flag):
             key = self.make_rng(self.rng_collection)

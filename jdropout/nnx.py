@@ -12,7 +12,7 @@ except ImportError as error:
     ) from error
 
 from jdropout._dropout import dropout
-from jdropout._flax import check_module_rate, draws_mask
+from jdropout._flax import check_module_flag, check_module_rate, draws_mask
 from jdropout._typing import Flag
 
 __all__ = ["Dropout"]
@@ -80,7 +80,8 @@ class Dropout(nnx.Dropout):
 
         Args:
           inputs: array of any shape, of a floating-point or complex dtype.
-          deterministic: takes precedence over the constructor's flag; may be traced.
+          deterministic: takes precedence over the constructor's flag; may be traced, and then
+            takes a key whatever its value.
           rngs: takes precedence over the constructor's; may also be a key.
 
         Returns:
@@ -99,13 +100,10 @@ class Dropout(nnx.Dropout):
                 "2. in the call: self.dropout(x, deterministic=not training)\n"
                 "3. for a whole model: nnx.view(model, deterministic=True)"
             )
-        key = self._key(rngs) if draws_mask(self.rate, deterministic) else None
+        flag = check_module_flag(deterministic)
+        key = self._key(rngs) if draws_mask(self.rate, flag) else None
         return dropout(
-            key,
-            inputs,
-            self.rate,
-            deterministic=deterministic,
-            broadcast_dims=self.broadcast_dims,
+            key, inputs, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims
         )
 
     def _key(self, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None) -> jax.Array:

@@ -270,6 +270,13 @@ def test_effective_rate_is_the_kept_fractions_expectation(rate):
     np.testing.assert_allclose(traced, fine, rtol=1e-3 if rate < 1e-6 else 1e-5)
 
 
+@pytest.mark.parametrize("rate", [jnp.bfloat16.dtype.type(0.5), np.float16(0.5), np.array(0.5)])
+def test_numpy_rates_of_any_dtype_are_static(rate, key):
+    expected = jdropout.keep_mask(key, 0.5, (9, 9))
+    np.testing.assert_array_equal(jdropout.keep_mask(key, rate, (9, 9)), expected)
+    assert isinstance(jdropout.effective_rate(rate), float)
+
+
 def test_numpy_and_python_inputs_are_accepted(key):
     x = np.ones((4, 4), np.float32)
     np.testing.assert_array_equal(

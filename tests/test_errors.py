@@ -32,6 +32,8 @@ CASES = {
     "rate JAX range": (dict(rate=jnp.float32(1.5)), ValueError, "got 1.5"),
     "rate JAX NaN": (dict(rate=jnp.float32(jnp.nan)), ValueError, "got nan"),
     "x integer": (dict(x=jnp.arange(3)), TypeError, "got dtype int32"),
+    "x list": (dict(x=[1.0, 2.0]), TypeError, "x must be an array, got list"),
+    "x None": (dict(x=None), TypeError, "x must be an array, got NoneType"),
     "x bool": (dict(x=jnp.ones(3, bool)), TypeError, "got dtype bool"),
     "x Python integer": (dict(x=1), TypeError, "x.astype(jnp.float32)"),
     "x integer in evaluation": (
