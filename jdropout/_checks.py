@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,8 @@ def _check_rate_array(rate: jax.Array) -> jax.Array:
     if not isinstance(rate, jax.core.Tracer):
         if not 0 <= float(rate) <= 1:
             raise ValueError(_rate_range(float(rate)))
-    else:
+    elif not jax.typeof(rate).sharding.mesh.explicit_axes:
+        # Under vmap checkify sorts the batch, which an explicitly sharded one forbids.
         checkify.debug_check(
             (rate >= 0) & (rate <= 1), "rate must be in [0, 1], got {rate}.", rate=rate
         )
@@ -69,7 +70,7 @@ def _rate_range(rate: object) -> str:
 
 
 def check_precision(precision: Any) -> int | None:
-    if precision is None or (precision in (16, 32) and not isinstance(precision, bool)):
+    if precision is None or (isinstance(precision, int) and precision in (16, 32)):
         return precision
     raise ValueError(
         f"precision must be None, 16 or 32 (bits of the uniform number), got {precision!r}. "
@@ -105,6 +106,11 @@ def check_input(x: Any) -> None:
             f"x must be an array, got {_type(x)}. Convert it with jnp.asarray(x), or use "
             "jax.tree.map with one key per leaf."
         )
+    if dtype == jnp.float8_e8m0fnu:
+        raise TypeError(
+            "x must have a dtype with a zero, got float8_e8m0fnu, which has none to drop to: "
+            "convert with x.astype(jnp.bfloat16)."
+        )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"x must be a floating-point or complex array, got dtype {dtype}. Dropout scales what "
@@ -113,7 +119,6 @@ def check_input(x: Any) -> None:
 
 
 def check_key(key: Any) -> Key:
-    """Returns the key; a raw NumPy key becomes a JAX array."""
     if key is None:
         raise ValueError(
             "key is None, but dropout is on and draws a mask. Pass key=jax.random.key(seed) (a new "
@@ -141,7 +146,7 @@ def check_key(key: Any) -> Key:
             f"key must be a raw key of 2 or 4 uint32 words, got {key.shape[0]}. "
             "Make one with jax.random.key(seed)."
         )
-    return key if isinstance(key, jax.Array) else jnp.asarray(key)
+    return cast("Key", key)  # a raw NumPy key serves as well as a JAX one
 
 
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:
@@ -154,6 +159,14 @@ def check_shape(name: str, shape: Any) -> tuple[int, ...]:
     if any(size < 0 for size in sizes):
         raise ValueError(f"{name} must not have a negative size, got {sizes}.")
     return sizes
+
+
+def check_static_shape(shape: tuple[Any, ...]) -> None:
+    if not all(isinstance(size, int) for size in shape):
+        raise ValueError(
+            f"x must have a static shape, got {shape}: a mask needs the sizes of the whole array. "
+            "Export dropout with static shapes, or evaluation with deterministic=True."
+        )
 
 
 def check_broadcast_dims(broadcast_dims: Any, rank: int) -> frozenset[int]:
@@ -189,8 +202,8 @@ def check_block(
     whole = check_shape("global_shape", global_shape)
     if not isinstance(start, Sequence):
         raise TypeError(
-            f"start must be a sequence with one index per axis, got {start!r}. "
-            "Use 0 on axes that are not split."
+            f"start must be a sequence with one index per axis, got {start!r}. Write tuple(start) "
+            "for an array, and 0 on axes that are not split."
         )
     first = tuple(_check_index(index) for index in start)
     if not len(first) == len(whole) == len(shape):
@@ -215,10 +228,11 @@ def check_block(
 
 
 def _check_index(index: Any) -> Index:
-    if isinstance(index, jax.Array) and index.ndim == 0 and jnp.issubdtype(index.dtype, np.integer):
+    traced_scalar = isinstance(index, jax.core.Tracer) and index.ndim == 0
+    if traced_scalar and jnp.issubdtype(index.dtype, np.integer):
         return index
     try:
-        return operator.index(index)
+        return operator.index(index)  # also of a JAX array whose value is known
     except TypeError:
         raise TypeError(
             f"start must hold integers, or integer scalar arrays, got {index!r}. "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _law
+from jdropout import _checks, _law, _threshold
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -27,23 +27,24 @@ def dropout(
     """Zeroes elements at random and scales the others, so that the mean stays.
 
     ``y = x * m / (1 - r)`` with ``m ~ Bernoulli(1 - r)`` and ``r = effective_rate(rate)``, so
-    ``E[y] = x`` exactly, up to rounding. The product is taken in float32 (float64 for 64-bit
-    input) and rounded once. The mask is a pure function of key and position: the same bits on
-    every device, sharding, dtype and version. The backward pass makes it again from the key;
-    nothing else is stored.
+    ``E[y] = x`` exactly, up to rounding. The product with the reciprocal is taken in float32
+    (float64 for 64-bit input) and then rounded to x's dtype. The mask is a pure function of key
+    and position: the same bits on every device, sharding, dtype and version. The backward pass
+    makes it again from the key; nothing else is stored.
 
     Args:
       key: a PRNG key, typed (of any implementation) or raw; a new one for every call. May be
         None where no mask is drawn: deterministic, or rate 0 or 1.
       x: array of any shape, of a floating-point or complex dtype.
-      rate: probability of dropping, in [0, 1]: a number, or a (traced) floating-point scalar.
-        Its gradient is zero. A traced rate outside [0, 1] gives NaN, and an error under
-        ``checkify``.
+      rate: probability of dropping, in [0, 1]: a number, or a (traced) floating-point scalar,
+        which is read as float32. Its gradient is zero. A traced rate outside [0, 1] gives NaN,
+        and an error under ``checkify``.
       deterministic: whether to return `x` as it is; a boolean or a (traced) boolean scalar.
       broadcast_dims: axes along which all elements share their fate.
       start: index of x's first element in an array of ``global_shape``, whose mask is to be
         used: for code that sees a part of an array, as in ``shard_map``. Integers or (traced)
-        integer scalars. On axes in ``broadcast_dims`` it makes no difference.
+        integer scalars; a traced one outside the array gives the mask of some other place. On
+        axes in ``broadcast_dims`` it makes no difference.
       global_shape: shape of the whole array; needed with ``start``.
       precision: bits of the rate, 16 or 32. None takes 32 where 16 bits miss a static rate by
         more than 0.1 % of it. It never reshuffles a mask.
@@ -166,8 +167,13 @@ def effective_rate(rate: Rate, *, precision: int | None = None) -> float | jax.A
     rate = _checks.check_rate(rate)
     precision = _checks.check_precision(precision)
     if isinstance(rate, jax.Array):
-        return _law.traced_drop_probability(_law.traced_threshold(rate, precision))
-    return float(1 - _law.keep_probability(_law.static_threshold(rate, precision)))
+        return _traced_effective_rate(rate, precision)
+    return float(1 - _threshold.keep_probability(_threshold.static_threshold(rate, precision)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _traced_effective_rate(rate: jax.Array, precision: int | None) -> jax.Array:
+    return _threshold.traced_drop_probability(_threshold.traced_threshold(rate, precision))
 
 
 class _Mask(NamedTuple):
@@ -177,7 +183,7 @@ class _Mask(NamedTuple):
     """Shape of the block; broadcast axes have size 1."""
     full_shape: tuple[int, ...]
     layout: _law.Layout
-    threshold: _law.Threshold | None
+    threshold: _threshold.Threshold | None
     """None if it depends on a traced rate or flag."""
     precision: int | None
 
@@ -185,7 +191,7 @@ class _Mask(NamedTuple):
 class _Operands(NamedTuple):
     """All that may be traced about a mask. What is None is no residual."""
 
-    key: jax.Array
+    key: Key
     """A key; inside of compiled functions its words (`_with_words`)."""
     rate: jax.Array | None
     deterministic: jax.Array | None
@@ -212,10 +218,13 @@ def _describe(
         return tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
 
     traced_rate = rate if isinstance(rate, jax.Array) else None
-    threshold = None if isinstance(rate, jax.Array) else _law.static_threshold(rate, precision)
-    kept = None if threshold is None else _law.keep_probability(threshold)
+    threshold = (
+        None if isinstance(rate, jax.Array) else _threshold.static_threshold(rate, precision)
+    )
+    kept = None if threshold is None else _threshold.keep_probability(threshold)
     if kept == 1 or deterministic is True:
         return None, None
+    _checks.check_static_shape(shape)
     layout, origin = _law.locate(unshared(whole), unshared(shape), first)
     mask = _Mask(unshared(shape), shape, layout, threshold, precision)
     if kept == 0 and deterministic is False:
@@ -246,7 +255,7 @@ def _masked_scale(operands: _Operands, x: jax.Array, mask: _Mask) -> jax.Array:
         return kept.astype(x.dtype)
 
     # The words, not the key: before JAX 0.10 a residual key of one branch breaks lax.cond.
-    return masked_scale(jax.lax.stop_gradient(_with_words(operands)), x)
+    return masked_scale(_with_words(operands), x)
 
 
 def _with_words(operands: _Operands) -> _Operands:
@@ -270,13 +279,16 @@ def _keep_like(x: jax.Array, operands: _Operands, mask: _Mask) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="mask")
 def _keep(operands: _Operands, mask: _Mask) -> jax.Array:
+    if 0 in mask.full_shape:
+        return jnp.zeros(mask.full_shape, bool)
     if operands.rate is None:
         assert mask.threshold is not None  # a rate is either static or traced
         threshold = mask.threshold
     else:
-        threshold = _law.traced_threshold(operands.rate, mask.precision)
+        threshold = _threshold.traced_threshold(operands.rate, mask.precision)
     if operands.deterministic is not None:
-        threshold = _law.keep_all_if(operands.deterministic, threshold)
+        threshold = _threshold.keep_all_if(operands.deterministic, threshold)
+    assert isinstance(operands.key, jax.Array)  # its words, see _with_words()
     keep = _law.keep(operands.key, threshold, mask.layout, operands.origin)
     return jnp.broadcast_to(lax.reshape(keep, mask.shape), mask.full_shape)
 
@@ -285,12 +297,12 @@ def _scale(operands: _Operands, mask: _Mask, dtype: np.dtype) -> jax.Array:
     """1 / keep, rounded once to float32 or float64; NaN for a traced rate outside [0, 1]."""
     if operands.rate is None:
         assert mask.threshold is not None
-        kept = _law.keep_probability(mask.threshold)
+        kept = _threshold.keep_probability(mask.threshold)
         scale = jnp.asarray(float(1 / kept) if kept else 1.0, dtype)
     else:
         rate = operands.rate
-        threshold = _law.traced_threshold(rate, mask.precision)
-        traced_kept = _law.traced_keep_probability(threshold, dtype)
+        threshold = _threshold.traced_threshold(rate, mask.precision)
+        traced_kept = _threshold.traced_keep_probability(threshold, dtype)
         scale = 1 / jnp.where(traced_kept > 0, traced_kept, 1)
         scale = jnp.where((rate >= 0) & (rate <= 1), scale, jnp.nan)
     if operands.deterministic is not None:

@@ -23,12 +23,15 @@ def check_module_rate(rate: Any) -> float:
 
 def check_module_flag(deterministic: Any) -> bool | jax.Array:
     """Returns a flag as a bool wherever its value is known, as Flax's own modules see it."""
+    if isinstance(deterministic, int):  # Flax takes 0 and 1 as well
+        deterministic = bool(deterministic)
     flag = check_deterministic(deterministic)
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
 def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
     """Whether a call draws a mask, and so takes a key from its stream, exactly as in Flax."""
-    if deterministic is True or isinstance(rate, jax.Array):
-        return deterministic is not True
-    return rate != 0 and (rate != 1 or deterministic is not False)
+    if deterministic is True:
+        return False
+    static_rate = None if isinstance(rate, jax.Array) else rate
+    return static_rate != 0 and not (static_rate == 1 and deterministic is False)

@@ -5,10 +5,8 @@ Read from the top: `keep` is the law; `_elementwise` is its reference evaluation
 a change of one bit is a new `LAW_VERSION`.
 """
 
-import functools
 import math
-from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +14,18 @@ import numpy as np
 from jax import lax
 
 from jdropout._threefry import threefry2x32
+from jdropout._threshold import DIGIT_BITS, Threshold, below
 from jdropout._typing import Index, Key, WordPair
 
 LAW_VERSION = 1
 
 # The cipher's description: one 64-bit block serves a group of four rows, 16 bits each.
-_LANES = 4
-_DIGIT_BITS = 16
-_DIGIT = 1 << _DIGIT_BITS
+_LANES = 64 // DIGIT_BITS
+_DIGIT_MASK = np.uint32((1 << DIGIT_BITS) - 1)
 _TAG = 0x6A64726F  # "jdro": the counter that only mask keys are made at
 
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
-
-
-class Threshold(NamedTuple):
-    """Keep iff ``u < t``, with `t` written as base-2^16 digits: ``high`` may reach 2^16.
-
-    The fields are integers for a static rate and uint32 scalars for a traced one; ``low``
-    is None where one digit decides.
-    """
-
-    high: int | jax.Array
-    low: int | jax.Array | None = None
-
-    @property
-    def digits(self) -> int:
-        return 1 if self.low is None else 2
 
 
 class Layout(NamedTuple):
@@ -64,72 +47,6 @@ class Origin(NamedTuple):
     high: jax.Array
     low: jax.Array
     phase: jax.Array | None
-
-
-# --- thresholds ---------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1024)  # exact fractions cost more than an eager call should
-def static_threshold(rate: float, precision: int | None) -> Threshold:
-    """Rounds a rate to the integer threshold of the law (exact arithmetic, ties to even)."""
-    keep_probability = 1 - Fraction(rate)
-    one_digit = round(keep_probability * _DIGIT)
-    if precision is None:
-        miss = abs(Fraction(one_digit, _DIGIT) - keep_probability)
-        precision = 16 if miss * 1000 <= Fraction(rate) else 32
-    if precision == 16:
-        return Threshold(one_digit)
-    return Threshold(*divmod(round(keep_probability * _DIGIT**2), _DIGIT))
-
-
-def traced_threshold(rate: jax.Array, precision: int | None) -> Threshold:
-    """The same for a traced rate; one outside [0, 1] keeps everything.
-
-    All steps are exact in float32: a product with 2^16, a split, and one rounding.
-    """
-    valid = (rate >= 0) & (rate <= 1)
-    scaled = jnp.where(valid, rate, 0).astype(jnp.float32) * np.float32(_DIGIT)
-    if precision != 32:
-        return Threshold(np.uint32(_DIGIT) - jnp.round(scaled).astype(jnp.uint32))
-    high = jnp.floor(scaled)
-    low = jnp.round((scaled - high) * np.float32(_DIGIT)).astype(jnp.uint32)
-    borrow = jnp.minimum(low, np.uint32(1))
-    return Threshold(
-        np.uint32(_DIGIT) - high.astype(jnp.uint32) - borrow,
-        (np.uint32(_DIGIT) - low) & np.uint32(_DIGIT - 1),
-    )
-
-
-def keep_all_if(flag: jax.Array, threshold: Threshold) -> Threshold:
-    """A threshold that keeps everything where a traced flag is True."""
-    low = threshold.low
-    return Threshold(
-        jnp.where(flag, np.uint32(_DIGIT), jnp.uint32(threshold.high)),
-        None if low is None else jnp.where(flag, np.uint32(0), jnp.uint32(low)),
-    )
-
-
-def keep_probability(threshold: Threshold) -> Fraction:
-    """The probability with which a static threshold keeps: t / 2^16 or t / 2^32."""
-    if threshold.low is None:
-        return Fraction(int(threshold.high), _DIGIT)
-    return Fraction(int(threshold.high) * _DIGIT + int(threshold.low), _DIGIT**2)
-
-
-def traced_keep_probability(threshold: Threshold, dtype: jnp.dtype) -> jax.Array:
-    """The same for a traced threshold, in float32 or float64."""
-    kept = jnp.asarray(threshold.high).astype(dtype)
-    if threshold.low is not None:
-        kept = kept + jnp.asarray(threshold.low).astype(dtype) / _DIGIT
-    return kept / _DIGIT
-
-
-def traced_drop_probability(threshold: Threshold) -> jax.Array:
-    """Its complement in float32, without the cancellation of 1 - keep."""
-    dropped = (np.uint32(_DIGIT) - jnp.asarray(threshold.high)).astype(jnp.float32)
-    if threshold.low is not None:
-        dropped = dropped - jnp.asarray(threshold.low).astype(jnp.float32) / _DIGIT
-    return dropped / _DIGIT
 
 
 # --- positions ----------------------------------------------------------------------------
@@ -179,7 +96,8 @@ def locate(
         for index, stride in zip(first, strides, strict=True)
         if not isinstance(index, jax.Array)
     )
-    pair = (jnp.uint32(static >> 32), jnp.uint32(static & 0xFFFFFFFF))
+    # NumPy scalars: an eager call hands them to its one compiled function as they are.
+    pair = cast("WordPair", (np.uint32(static >> 32), np.uint32(static & 0xFFFFFFFF)))
     for index, stride in zip(first, strides, strict=True):
         if isinstance(index, jax.Array):
             pair = _add64(pair, _multiply64(index, stride))
@@ -247,9 +165,9 @@ def _multiply64(index: jax.Array, factor: int) -> WordPair:
 def key_words(key: Key) -> jax.Array:
     """The uint32 words of a typed or raw key, shape (n,)."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
+        return jnp.asarray(key)
     # JAX's key-reuse checker does not count key_data() as a use; an opaque operation it does.
-    return jax.random.key_data(lax.optimization_barrier(key))
+    return jax.random.key_data(lax.optimization_barrier(key)).reshape(-1)
 
 
 def mask_keys(key_words: jax.Array, digits: int) -> list[WordPair]:
@@ -285,8 +203,6 @@ def keep(
     Returns:
       Booleans of ``layout.shape``.
     """
-    if 0 in layout.shape:
-        return jnp.zeros(layout.shape, bool)
     evaluate = _packed if layout.shape[-2] > _LANES else _elementwise
     return evaluate(mask_keys(key_words, threshold.digits), threshold, layout, origin)
 
@@ -303,9 +219,9 @@ def _elementwise(
     def digit(key: WordPair) -> jax.Array:
         y0, y1 = threefry2x32(key, index)
         word = jnp.where(lane < 2, y0, y1)
-        return (word >> (lane % 2 * np.uint32(_DIGIT_BITS))) & np.uint32(_DIGIT - 1)
+        return (word >> (lane % 2 * np.uint32(DIGIT_BITS))) & _DIGIT_MASK
 
-    return _below(threshold, [digit(key) for key in keys])
+    return below(threshold, [digit(key) for key in keys])
 
 
 def _packed(
@@ -333,11 +249,11 @@ def _packed(
     def bit(lane: int) -> jax.Array:
         field = [block[lane // 2] for block in blocks]
         if lane % 2:
-            field = [word >> np.uint32(_DIGIT_BITS) for word in field]
+            field = [word >> np.uint32(DIGIT_BITS) for word in field]
         else:
-            field = [word & np.uint32(_DIGIT - 1) for word in field]
+            field = [word & _DIGIT_MASK for word in field]
         weight = np.uint8(1 << lane) << first_bit
-        return lax.select(_below(threshold, field), weight, jnp.zeros_like(weight))
+        return lax.select(below(threshold, field), weight, jnp.zeros_like(weight))
 
     bits = bit(0) | bit(1) | bit(2) | bit(3)
     packed = lax.reduce(bits, np.uint8(0), lax.bitwise_or, (slot_axis,))
@@ -359,12 +275,3 @@ def _phase(layout: Layout, origin: Origin | None) -> np.uint32 | jax.Array:
     assert origin is not None  # locate() leaves the phase open only with an origin
     assert origin.phase is not None
     return origin.phase
-
-
-def _below(threshold: Threshold, digits: list[jax.Array]) -> jax.Array:
-    """``u < t``, most significant digit first."""
-    first = digits[0]
-    high = jnp.uint32(threshold.high)
-    if threshold.low is None:
-        return first < high
-    return (first < high) | ((first == high) & (digits[1] < jnp.uint32(threshold.low)))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-Key: TypeAlias = jax.Array
+Key: TypeAlias = jax.Array | np.ndarray
 """A typed PRNG key of any implementation, or a raw uint32 key of 2 or 4 words."""
 
 Rate: TypeAlias = float | np.floating | jax.Array

@@ -27,6 +27,14 @@ def test_the_only_residual_is_the_key(dtype, options, wrap, key):
     np.testing.assert_array_equal(leaf, raw_key)
 
 
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "checkpoint_dots"])
+def test_checkpoint_policies_store_the_input_at_most(policy, key):
+    x = jnp.ones((64, 48))
+    policy = getattr(jax.checkpoint_policies, policy)
+    checkpointed = jax.checkpoint(lambda x: jdropout.dropout(key, x, 0.3), policy=policy)
+    assert sum(leaf.size for leaf in residuals(checkpointed, x)) <= 2
+
+
 def test_no_residual_grows_with_the_input_when_the_rate_flag_and_start_are_traced(key):
     x = jnp.ones((64, 48))
 
@@ -72,7 +80,7 @@ def test_gradient_temporaries_are_at_most_a_bit_per_element(dtype, shape, key):
     assert gradient_temporaries(flax_style, x, key) >= n  # the control: at least a byte each
 
 
-def test_one_compilation_serves_all_keys_and_the_eager_cache_hits():
+def test_one_trace_serves_all_keys():
     traces = 0
 
     @jax.jit

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,17 @@ def test_traced_flag_switches_dropout_off_and_on(wrap, rate, key):
     np.testing.assert_array_equal(f(jnp.array(False)), jdropout.dropout(key, x, rate))
 
 
+def test_rates_and_flags_of_a_batch_may_differ(key):
+    keys = jax.random.split(key, 3)
+    rates, flags = jnp.array([0.1, 0.5, 0.9]), jnp.array([False, True, False])
+    masks = jax.vmap(lambda k, r: jdropout.keep_mask(k, r, (20, 20)))(keys, rates)
+    x = jnp.ones((3, 20, 20))
+    y = jax.vmap(lambda k, x, r, f: jdropout.dropout(k, x, r, deterministic=f))(
+        keys, x, rates, flags
+    )
+    np.testing.assert_array_equal(np.asarray(y) != 0, masks | flags[:, None, None])
+
+
 def test_traced_flag_and_traced_rate_work_together(key):
     x = jnp.ones((30, 4))
     f = jax.jit(lambda flag, rate: jdropout.dropout(key, x, rate, deterministic=flag))
@@ -147,7 +159,7 @@ def test_traced_flag_and_traced_rate_work_together(key):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_output_dtype_is_the_input_dtype_and_the_value_is_rounded_once(dtype, key):
+def test_output_dtype_is_the_input_dtype_and_the_value_a_wide_product_rounded_once(dtype, key):
     x = jax.random.normal(jax.random.key(0), (61, 37)).astype(dtype)
     for rate in (0.1, 0.5, 0.3):
         y = jdropout.dropout(key, x, rate)
@@ -165,7 +177,7 @@ def test_output_dtype_is_the_input_dtype_and_the_value_is_rounded_once(dtype, ke
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_every_normal_half_precision_value_is_rounded_correctly(dtype, key):
+def test_at_rate_a_tenth_every_half_precision_value_is_the_correctly_rounded_quotient(dtype, key):
     x = np.arange(2**16, dtype=np.uint16).view(dtype)
     size = np.abs(x.astype(np.float32))
     x = x[np.isfinite(size) & (size >= np.finfo(np.float32).tiny)]  # XLA may flush float32's rest
@@ -285,11 +297,30 @@ def test_numpy_and_python_inputs_are_accepted(key):
     assert jdropout.dropout(key, 1.0, 0.5).shape == ()
 
 
-def test_an_eager_call_is_one_compiled_call(key):
+EAGER = {
+    "dropout": lambda key, x: jdropout.dropout(key, x, 0.5),
+    "raw key": lambda key, x: jdropout.dropout(np.array([1, 2], np.uint32), x, 0.5),
+    "two digits": lambda key, x: jdropout.dropout(key, x, 0.5, precision=32),
+    "rate array": lambda key, x: jdropout.dropout(key, x, RATE_ARRAY),
+    "flag array": lambda key, x: jdropout.dropout(key, x, 0.5, deterministic=FLAG_ARRAY),
+    "block": lambda key, x: jdropout.dropout(key, x, 0.5, start=(5, 3), global_shape=(99, 99)),
+    "block, array": lambda key, x: jdropout.dropout(
+        key, x, 0.5, start=(START_ARRAY, 0), global_shape=(99, 99)
+    ),
+    "keep_mask": lambda key, x: jdropout.keep_mask(key, 0.5, (17, 3)),
+    "effective_rate": lambda key, x: jdropout.effective_rate(RATE_ARRAY),
+}
+RATE_ARRAY, FLAG_ARRAY, START_ARRAY = jnp.float32(0.3), jnp.array(True), jnp.int32(7)
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_an_eager_call_is_one_compiled_function(name, key, caplog):
     x = jnp.ones((16, 16))
-    jdropout.dropout(key, x, 0.5)
-    with jax.log_compiles(False), jax.no_tracing():
-        jdropout.dropout(key, x, 0.5)
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        EAGER[name](key, x)
+    compiled = [r.getMessage() for r in caplog.records if "XLA compilation of" in r.getMessage()]
+    assert len(compiled) == 1, compiled
 
 
 def test_one_key_in_two_dropouts_is_reported():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import jdropout
 
@@ -34,6 +35,11 @@ CASES = {
     "x integer": (dict(x=jnp.arange(3)), TypeError, "got dtype int32"),
     "x list": (dict(x=[1.0, 2.0]), TypeError, "x must be an array, got list"),
     "x None": (dict(x=None), TypeError, "x must be an array, got NoneType"),
+    "x without a zero": (
+        dict(x=jnp.ones(3, jnp.float8_e8m0fnu)),
+        TypeError,
+        "dtype with a zero, got float8_e8m0fnu",
+    ),
     "x bool": (dict(x=jnp.ones(3, bool)), TypeError, "got dtype bool"),
     "x Python integer": (dict(x=1), TypeError, "x.astype(jnp.float32)"),
     "x integer in evaluation": (
@@ -58,6 +64,7 @@ CASES = {
     "deterministic float array": (dict(deterministic=jnp.float32(1)), TypeError, "boolean scalar"),
     "deterministic vector": (dict(deterministic=jnp.ones(2, bool)), ValueError, "shape (2,)"),
     "precision": (dict(precision=8), ValueError, "None, 16 or 32 (bits"),
+    "precision float": (dict(precision=16.0), ValueError, "got 16.0"),
     "precision bool": (dict(precision=True), ValueError, "got True"),
     "broadcast_dims axis": (dict(broadcast_dims=(2,)), ValueError, "axis 2, but the array has 2"),
     "broadcast_dims negative": (dict(broadcast_dims=(-3,)), ValueError, "from -2 to 1"),
@@ -74,6 +81,21 @@ CASES = {
     ),
     "block before": (dict(start=(0, -1), global_shape=(8, 8)), ValueError, "start -1"),
     "block larger": (dict(start=(0, jnp.int32(0)), global_shape=(8, 4)), ValueError, "axis 1"),
+    "start array before": (
+        dict(start=(0, jnp.int32(-1)), global_shape=(8, 8)),
+        ValueError,
+        "start -1",
+    ),
+    "start array outside": (
+        dict(start=(np.int64(5), 0), global_shape=(8, 8)),
+        ValueError,
+        "start 5, size 4",
+    ),
+    "start whole array": (
+        dict(start=np.array([0, 0]), global_shape=(8, 8)),
+        TypeError,
+        "Write tuple(start)",
+    ),
     "start float": (dict(start=(0.0, 0), global_shape=(8, 8)), TypeError, "lax.axis_index"),
     "start scalar": (dict(start=0, global_shape=(8, 8)), TypeError, "start must be a sequence"),
     "global_shape huge": (
@@ -124,6 +146,14 @@ def test_effective_rate_raises_the_same(case):
 def test_keep_mask_names_a_bad_shape(shape, error, text):
     with pytest.raises(error, match=re.escape(text)):
         jdropout.keep_mask(KEY, 0.5, shape)
+
+
+def test_a_symbolic_shape_is_named_and_evaluation_exports_with_one():
+    (size,) = export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((size, 24), jnp.float32)
+    with pytest.raises(ValueError, match="x must have a static shape"):
+        export.export(jax.jit(lambda x: jdropout.dropout(KEY, x, 0.5)))(x)
+    export.export(jax.jit(lambda x: jdropout.dropout(KEY, x, 0.5, deterministic=True)))(x)
 
 
 def test_errors_come_before_any_computation():

@@ -5,13 +5,14 @@ import json
 import pathlib
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
 
 import jdropout
-from jdropout import _law
+from jdropout import _law, _threshold
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_masks.json").read_text())
 
@@ -54,7 +55,7 @@ def key_words(key):
 
 
 def evaluate(name, key, rate, shape, block=None, start=None, precision=None):
-    threshold = _law.static_threshold(rate, precision)
+    threshold = _threshold.static_threshold(rate, precision)
     layout, origin = _law.locate(shape, block or shape, start)
 
     @jax.jit
@@ -88,6 +89,12 @@ def test_empty_masks_are_empty(shape, key):
     mask = jdropout.keep_mask(key, 0.5, shape)
     assert mask.shape == shape
     assert jdropout.dropout(key, jnp.zeros(shape), 0.5).shape == shape
+
+
+@pytest.mark.parametrize(("block", "whole"), [((0, 5), (1, 5)), ((0,), (1,)), ((2, 0), (2, 1))])
+def test_an_empty_block_of_an_axis_of_one_is_empty(block, whole, key):
+    start = (0,) * len(block)
+    assert jdropout.keep_mask(key, 0.3, block, start=start, global_shape=whole).shape == block
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (3, 8, 5), (2, 3, 33, 4)], ids=str)
@@ -208,6 +215,11 @@ def test_golden_masks_are_reproduced(vector):
         precision=vector["precision"],
     )
     assert GOLDEN["law_version"] == _law.LAW_VERSION
+    threshold = _threshold.static_threshold(vector["rate"], vector["precision"])
+    assert threshold.digits == vector["digits"]
+    assert (
+        _threshold.keep_probability(threshold) * 2 ** (16 * threshold.digits) == vector["threshold"]
+    )
     assert np.packbits(np.asarray(mask).reshape(-1)).tobytes().hex() == vector["mask"]
 
 
@@ -231,6 +243,23 @@ def test_typed_and_raw_keys_of_every_implementation_equal_the_twin(impl):
     np.testing.assert_array_equal(jdropout.keep_mask(key, 0.3, (13, 9)), twin)
     np.testing.assert_array_equal(jdropout.keep_mask(data, 0.3, (13, 9)), twin)
     np.testing.assert_array_equal(jdropout.keep_mask(np.asarray(data), 0.3, (13, 9)), twin)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (5,), (2, 2)], ids=str)
+def test_keys_of_a_users_own_implementation_equal_the_twin(shape):
+    implementation = jax.extend.random.define_prng_impl(
+        key_shape=shape,
+        seed=lambda seed: jnp.zeros(shape, jnp.uint32),
+        split=lambda key, sizes: jnp.zeros((*sizes, *shape), jnp.uint32),
+        random_bits=lambda key, width, sizes: jnp.zeros(sizes, jnp.uint32),
+        fold_in=lambda key, data: key,
+        name=f"own{len(shape)}{shape[0]}",
+        tag=f"own{len(shape)}{shape[0]}",
+    )
+    words = np.arange(7, 7 + np.prod(shape), dtype=np.uint32)
+    key = jax.random.wrap_key_data(jnp.array(words).reshape(shape), impl=implementation)
+    twin = law_twin.keep_mask(words, 0.3, (13, 9))
+    np.testing.assert_array_equal(jdropout.keep_mask(key, 0.3, (13, 9)), twin)
 
 
 @pytest.mark.parametrize("impl", implementations())

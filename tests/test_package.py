@@ -2,12 +2,14 @@
 
 import ast
 import pathlib
+import re
 
 import jdropout
 import jdropout.linen
 import jdropout.nnx
 
 ROOT = pathlib.Path(__file__).parent.parent
+MODULES = list(pathlib.Path(jdropout.__file__).parent.glob("*.py"))
 
 
 def test_public_names_are_exactly_all_and_have_docstrings_with_examples():
@@ -21,12 +23,13 @@ def test_public_names_are_exactly_all_and_have_docstrings_with_examples():
 
 
 def test_no_module_uses_private_jax():
-    for path in (ROOT / "jdropout").glob("*.py"):
+    assert len(MODULES) > 5
+    for path in MODULES:
         assert "jax._src" not in path.read_text(), path
 
 
 def test_random_numbers_are_made_in_the_law_alone():
-    for path in (ROOT / "jdropout").glob("*.py"):
+    for path in MODULES:
         if path.name != "_law.py":
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute):
@@ -37,6 +40,15 @@ def test_random_numbers_are_made_in_the_law_alone():
 
 def test_the_changelog_knows_the_version():
     assert f"## [{jdropout.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readmes_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["y"].shape == (32, 128)
 
 
 def test_every_public_name_is_in_the_documentation():

@@ -47,6 +47,15 @@ POLICIES = {
         "dots_with_no_batch_dims_saveable",
         "checkpoint_dots_with_no_batch_dims",
     )
+} | {
+    "save_only_these_names": jax.checkpoint_policies.save_only_these_names("a"),
+    "save_any_names_but_these": jax.checkpoint_policies.save_any_names_but_these("a"),
+    "save_anything_except_these_names": jax.checkpoint_policies.save_anything_except_these_names(
+        "a"
+    ),
+    "save_from_both_policies": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.nothing_saveable
+    ),
 }
 WRAPPERS = {
     "plain": lambda f: f,

@@ -1,0 +1,99 @@
+"""Rates as integers: the threshold of the mask law, and the probability that it really has."""
+
+import functools
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DIGIT_BITS = 16
+_DIGIT = 1 << DIGIT_BITS
+
+
+class Threshold(NamedTuple):
+    """Keep iff ``u < t``, with `t` written as base-2^16 digits: ``high`` may reach 2^16.
+
+    The fields are integers for a static rate and uint32 scalars for a traced one; ``low``
+    is None where one digit decides.
+    """
+
+    high: int | jax.Array
+    low: int | jax.Array | None = None
+
+    @property
+    def digits(self) -> int:
+        return 1 if self.low is None else 2
+
+
+@functools.lru_cache(maxsize=1024)  # exact fractions cost more than an eager call should
+def static_threshold(rate: float, precision: int | None) -> Threshold:
+    """Rounds a rate to the integer threshold of the law: exact arithmetic, ties to even."""
+    keep_probability = 1 - Fraction(rate)
+    one_digit = round(keep_probability * _DIGIT)
+    if precision is None:
+        miss = abs(Fraction(one_digit, _DIGIT) - keep_probability)
+        precision = 16 if miss * 1000 <= Fraction(rate) else 32
+    if precision == 16:
+        return Threshold(one_digit)
+    return Threshold(*divmod(round(keep_probability * _DIGIT**2), _DIGIT))
+
+
+def traced_threshold(rate: jax.Array, precision: int | None) -> Threshold:
+    """The same for a traced rate, read as float32; one outside [0, 1] keeps everything.
+
+    All steps are exact in float32: a product with 2^16, a split, and one rounding.
+    """
+    valid = (rate >= 0) & (rate <= 1)
+    scaled = jnp.where(valid, rate, 0).astype(jnp.float32) * np.float32(_DIGIT)
+    if precision != 32:
+        return Threshold(np.uint32(_DIGIT) - jnp.round(scaled).astype(jnp.uint32))
+    high = jnp.floor(scaled)
+    low = jnp.round((scaled - high) * np.float32(_DIGIT)).astype(jnp.uint32)
+    borrow = jnp.minimum(low, np.uint32(1))
+    return Threshold(
+        np.uint32(_DIGIT) - high.astype(jnp.uint32) - borrow,
+        (np.uint32(_DIGIT) - low) & np.uint32(_DIGIT - 1),
+    )
+
+
+def keep_all_if(flag: jax.Array, threshold: Threshold) -> Threshold:
+    """A threshold that keeps everything where a traced flag is True."""
+    low = threshold.low
+    return Threshold(
+        jnp.where(flag, np.uint32(_DIGIT), jnp.uint32(threshold.high)),
+        None if low is None else jnp.where(flag, np.uint32(0), jnp.uint32(low)),
+    )
+
+
+def keep_probability(threshold: Threshold) -> Fraction:
+    """The probability with which a static threshold keeps: t / 2^16 or t / 2^32."""
+    if threshold.low is None:
+        return Fraction(int(threshold.high), _DIGIT)
+    return Fraction(int(threshold.high) * _DIGIT + int(threshold.low), _DIGIT**2)
+
+
+def traced_keep_probability(threshold: Threshold, dtype: jnp.dtype) -> jax.Array:
+    """The same for a traced threshold, in float32 or float64."""
+    kept = jnp.asarray(threshold.high).astype(dtype)
+    if threshold.low is not None:
+        kept = kept + jnp.asarray(threshold.low).astype(dtype) / _DIGIT
+    return kept / _DIGIT
+
+
+def traced_drop_probability(threshold: Threshold) -> jax.Array:
+    """Its complement in float32, without the cancellation of 1 - keep."""
+    dropped = (np.uint32(_DIGIT) - jnp.asarray(threshold.high)).astype(jnp.float32)
+    if threshold.low is not None:
+        dropped = dropped - jnp.asarray(threshold.low).astype(jnp.float32) / _DIGIT
+    return dropped / _DIGIT
+
+
+def below(threshold: Threshold, digits: list[jax.Array]) -> jax.Array:
+    """``u < t``, most significant digit first."""
+    first = digits[0]
+    high = jnp.uint32(threshold.high)
+    if threshold.low is None:
+        return first < high
+    return (first < high) | ((first == high) & (digits[1] < jnp.uint32(threshold.low)))
