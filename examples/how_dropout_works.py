@@ -19,13 +19,13 @@ import functools
 import math
 import pathlib
 import sys
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _options import checked, parse_and_make_output
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -244,31 +244,11 @@ def parse_options() -> argparse.Namespace:
     add("--seed", type=seed, default=0, help="number that the keys are made from")
     add("--torch", action="store_true", help="check torch.nn.Dropout as well")
     add("--output", type=pathlib.Path, default="output", help="directory for the picture")
-    options = parser.parse_args()
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: got {options.output}, pass a directory ({error})")
-    return options
+    return parse_and_make_output(parser)
 
 
 def drops_some(rate: float) -> bool:
     return 0 < rate < 1 and 0 < jdropout.effective_rate(rate) < 1
-
-
-def checked(kind: type, fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """Makes a type for an option: an error tells which values fit."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"got {text}, pass {wanted}")
-        return value
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import hashlib
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import _digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _options import checked, parse_and_make_output
 from flax import linen, nnx
 from rich.console import Console
 from rich.progress import Progress
@@ -245,27 +246,7 @@ def parse_options() -> argparse.Namespace:
     add("--train-size", type=size, default=500, help="training samples of a run")
     add("--label-noise", type=probability, default=0.3, help="share of wrong training labels")
     add("--output", type=pathlib.Path, default="output", help="directory for the figure")
-    options = parser.parse_args()
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: got {options.output}, pass a directory ({error})")
-    return options
-
-
-def checked(kind: type, fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """Makes a type for an option: an error tells which values fit."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"got {text}, pass {wanted}")
-        return value
-
-    return parse
+    return parse_and_make_output(parser)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 # Installed torch or not, the import fails.
 WITHOUT_TORCH = """
-import runpy, sys
+import os, runpy, sys
 sys.modules["torch"] = None
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as `python script` does
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
