@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast, overload
+from typing import cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _law, _threshold
+from jdropout import _checks, _mask, _threshold
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -70,7 +70,7 @@ def dropout(
     _checks.check_input(x)
     deterministic = _checks.check_deterministic(deterministic)
     shape = jnp.shape(x)
-    mask, operands = _describe(
+    mask, operands = _mask.describe(
         key, rate, deterministic, shape, broadcast_dims, start, global_shape, precision
     )
     if mask is None:
@@ -126,7 +126,7 @@ def keep_mask(
       numbers: as easy as 1, 2, 3" (SC 2011), for its cipher.
     """
     shape = _checks.check_shape("shape", shape)
-    mask, operands = _describe(
+    mask, operands = _mask.describe(
         key, rate, False, shape, broadcast_dims, start, global_shape, precision
     )
     if mask is None:
@@ -176,65 +176,8 @@ def _traced_effective_rate(rate: jax.Array, precision: int | None) -> jax.Array:
     return _threshold.traced_drop_probability(_threshold.traced_threshold(rate, precision))
 
 
-class _Mask(NamedTuple):
-    """All that is static about a mask."""
-
-    shape: tuple[int, ...]
-    """Shape of the block; broadcast axes have size 1."""
-    full_shape: tuple[int, ...]
-    layout: _law.Layout
-    threshold: _threshold.Threshold | None
-    """None if it depends on a traced rate or flag."""
-    precision: int | None
-
-
-class _Operands(NamedTuple):
-    """All that may be traced about a mask. What is None is no residual."""
-
-    key: Key
-    """A key; inside of compiled functions its words (`_with_words`)."""
-    rate: jax.Array | None
-    deterministic: jax.Array | None
-    origin: _law.Origin | None
-
-
-def _describe(
-    key: Key | None,
-    rate: Rate,
-    deterministic: bool | jax.Array,
-    shape: tuple[int, ...],
-    broadcast_dims: Sequence[int],
-    start: Sequence[Index] | None,
-    global_shape: Sequence[int] | None,
-    precision: int | None,
-) -> tuple[_Mask | None, _Operands | None]:
-    """Checks the arguments; a missing mask keeps everything, missing operands drop everything."""
-    rate = _checks.check_rate(rate)
-    precision = _checks.check_precision(precision)
-    shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
-    first, whole = _checks.check_block(start, global_shape, shape)
-
-    def unshared(sizes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
-
-    traced_rate = rate if isinstance(rate, jax.Array) else None
-    threshold = (
-        None if isinstance(rate, jax.Array) else _threshold.static_threshold(rate, precision)
-    )
-    kept = None if threshold is None else _threshold.keep_probability(threshold)
-    if kept == 1 or deterministic is True:
-        return None, None
-    _checks.check_static_shape(shape)
-    layout, origin = _law.locate(unshared(whole), unshared(shape), first)
-    mask = _Mask(unshared(shape), shape, layout, threshold, precision)
-    if kept == 0 and deterministic is False:
-        return mask, None
-    flag = deterministic if isinstance(deterministic, jax.Array) else None
-    return mask, _Operands(_checks.check_key(key), traced_rate, flag, origin)
-
-
 @functools.partial(jax.jit, static_argnames="mask")
-def _masked_scale(operands: _Operands, x: jax.Array, mask: _Mask) -> jax.Array:
+def _masked_scale(operands: _mask.Operands, x: jax.Array, mask: _mask.Mask) -> jax.Array:
     """The linear map x -> m * x / keep. Its only residuals are the operands.
 
     `jax.checkpoint` makes the backward pass recompute the mask; unlike a custom_vjp it keeps
@@ -243,68 +186,21 @@ def _masked_scale(operands: _Operands, x: jax.Array, mask: _Mask) -> jax.Array:
     """
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def masked_scale(operands: _Operands, x: jax.Array) -> jax.Array:
+    def masked_scale(operands: _mask.Operands, x: jax.Array) -> jax.Array:
         wide = jnp.dtype(jnp.float64 if jnp.finfo(x.dtype).bits == 64 else jnp.float32)
-        scale = _scale(operands, mask, wide)
+        scale = _mask.scale(operands, mask, wide)
         if jnp.iscomplexobj(x):  # a complex product would turn an infinite part into NaN
             scaled = lax.complex(lax.real(x) * scale, lax.imag(x) * scale)
         else:
             scaled = x.astype(wide) * scale
         # Select before rounding: XLA:CPU has no bfloat16 select, and would round twice.
-        kept = lax.select(_keep_like(x, operands, mask), scaled, jnp.zeros_like(scaled))
+        kept = lax.select(_mask.keep_like(x, operands, mask), scaled, jnp.zeros_like(scaled))
         return kept.astype(x.dtype)
 
     # The words, not the key: before JAX 0.10 a residual key of one branch breaks lax.cond.
-    return masked_scale(_with_words(operands), x)
-
-
-def _with_words(operands: _Operands) -> _Operands:
-    return operands._replace(key=_law.key_words(operands.key))
+    return masked_scale(_mask.with_words(operands), x)
 
 
 @functools.partial(jax.jit, static_argnames="mask")
-def _jitted_keep(operands: _Operands, mask: _Mask) -> jax.Array:
-    return _keep(_with_words(operands), mask)
-
-
-def _keep_like(x: jax.Array, operands: _Operands, mask: _Mask) -> jax.Array:
-    """The mask with the explicit sharding of x: the compiler places it, no device gathers it."""
-    sharding = jax.typeof(x).sharding
-    explicit = sharding.mesh.explicit_axes
-    if not explicit:
-        return _keep(operands, mask)
-    keep = functools.partial(_keep, mask=mask)
-    return jax.sharding.auto_axes(keep, axes=explicit, out_sharding=sharding)(operands)
-
-
-@functools.partial(jax.jit, static_argnames="mask")
-def _keep(operands: _Operands, mask: _Mask) -> jax.Array:
-    if 0 in mask.full_shape:
-        return jnp.zeros(mask.full_shape, bool)
-    if operands.rate is None:
-        assert mask.threshold is not None  # a rate is either static or traced
-        threshold = mask.threshold
-    else:
-        threshold = _threshold.traced_threshold(operands.rate, mask.precision)
-    if operands.deterministic is not None:
-        threshold = _threshold.keep_all_if(operands.deterministic, threshold)
-    assert isinstance(operands.key, jax.Array)  # its words, see _with_words()
-    keep = _law.keep(operands.key, threshold, mask.layout, operands.origin)
-    return jnp.broadcast_to(lax.reshape(keep, mask.shape), mask.full_shape)
-
-
-def _scale(operands: _Operands, mask: _Mask, dtype: np.dtype) -> jax.Array:
-    """1 / keep, rounded once to float32 or float64; NaN for a traced rate outside [0, 1]."""
-    if operands.rate is None:
-        assert mask.threshold is not None
-        kept = _threshold.keep_probability(mask.threshold)
-        scale = jnp.asarray(float(1 / kept) if kept else 1.0, dtype)
-    else:
-        rate = operands.rate
-        threshold = _threshold.traced_threshold(rate, mask.precision)
-        traced_kept = _threshold.traced_keep_probability(threshold, dtype)
-        scale = 1 / jnp.where(traced_kept > 0, traced_kept, 1)
-        scale = jnp.where((rate >= 0) & (rate <= 1), scale, jnp.nan)
-    if operands.deterministic is not None:
-        scale = jnp.where(operands.deterministic, jnp.ones_like(scale), scale)
-    return scale
+def _jitted_keep(operands: _mask.Operands, mask: _mask.Mask) -> jax.Array:
+    return _mask.keep(_mask.with_words(operands), mask)

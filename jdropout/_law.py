@@ -56,13 +56,16 @@ def locate(
     mask_shape: tuple[int, ...],
     block_shape: tuple[int, ...],
     start: tuple[Index, ...] | None,
+    tile: tuple[Index, ...] | None = None,
 ) -> tuple[Layout, Origin | None]:
-    """Finds the block of ``block_shape`` at ``start`` in a mask of ``mask_shape``.
+    """Finds the block of ``block_shape`` at ``start + tile * block_shape`` in a mask.
 
     Args:
       mask_shape: shape of the whole mask; broadcast axes have size 1.
       block_shape: shape of the wanted block, of the same rank.
       start: index of the block's first element; None for the beginning.
+      tile: how many blocks after ``start``; None for none. A traced number of blocks of whole
+        groups of rows leaves the phase static.
 
     Returns:
       The static layout, and the block's origin (None for the beginning).
@@ -71,18 +74,22 @@ def locate(
     whole = [mask_shape[axis] for axis in axes]
     block = [block_shape[axis] for axis in axes]
     first: list[Index] = [0 if start is None else start[axis] for axis in axes]
+    tiles: list[Index] = [0 if tile is None else tile[axis] for axis in axes]
     if not axes:
-        whole, block, first = [1], [1], [0]
+        whole, block, first, tiles = [1], [1], [0], [0]
     if len(whole) == 1:
-        whole, block, first = [*whole, 1], [*block, 1], [*first, 0]
+        whole, block, first, tiles = [*whole, 1], [*block, 1], [*first, 0], [*tiles, 0]
 
     *lead, rows, columns = whole
     counted = [*lead, -(-rows // _LANES), columns]
     strides = tuple(math.prod(counted[axis + 1 :]) for axis in range(len(counted)))
     wide = math.prod(counted) > 2**32
 
-    if start is None:
+    if start is None and tile is None:
         return Layout(tuple(block), strides, 0, wide), None
+    groups_per_tile, ragged_rows = divmod(block[-2], _LANES)
+    if ragged_rows:
+        first[-2], tiles[-2] = first[-2] + tiles[-2] * block[-2], 0
     row = first[-2]
     if isinstance(row, jax.Array):
         phase = None
@@ -91,6 +98,8 @@ def locate(
     else:
         phase, traced_phase = int(row) % _LANES, None
         first[-2] = int(row) // _LANES
+    steps = [*block[:-2], groups_per_tile, block[-1]]
+    first = [index + number * step for index, number, step in zip(first, tiles, steps, strict=True)]
     static = sum(
         int(index) * stride
         for index, stride in zip(first, strides, strict=True)
