@@ -1,8 +1,9 @@
 """Dropout for JAX: nothing stored, the same bits everywhere, close to the speed of a copy."""
 
+from jdropout._attention import dot_product_attention as dot_product_attention
 from jdropout._dropout import dropout as dropout
 from jdropout._dropout import effective_rate as effective_rate
 from jdropout._dropout import keep_mask as keep_mask
 
-__all__ = ["dropout", "effective_rate", "keep_mask"]
+__all__ = ["dot_product_attention", "dropout", "effective_rate", "keep_mask"]
 __version__ = "0.1.0"

@@ -13,20 +13,20 @@ from jax.experimental import checkify
 from jdropout._typing import Index, Key
 
 
-def check_rate(rate: Any) -> float | jax.Array:
+def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
     """Returns a static rate as a float, and an array as a floating-point scalar array."""
     if isinstance(rate, bool | np.bool_):
         raise TypeError(
-            f"rate must be a number in [0, 1], got {rate!r}, a boolean. To switch dropout off "
-            "pass deterministic=True, or rate=0.0."
+            f"{name} must be a number in [0, 1], got {rate!r}, a boolean. To switch dropout off "
+            "pass deterministic=True, or a rate of 0."
         )
     if isinstance(rate, jax.Array):
-        return _check_rate_array(rate)
+        return _check_rate_array(rate, name)
     if isinstance(rate, np.ndarray) and rate.ndim == 0:
-        return check_rate(rate[()])
+        return check_rate(rate[()], name)
     if getattr(rate, "shape", ()) != ():
         raise ValueError(
-            f"rate must be a scalar, got an array of shape {rate.shape}. "
+            f"{name} must be a scalar, got an array of shape {rate.shape}. "
             "For one rate per example use jax.vmap over keys, inputs and rates."
         )
     number = isinstance(rate, float | int) or (
@@ -34,38 +34,38 @@ def check_rate(rate: Any) -> float | jax.Array:
         and (jnp.issubdtype(rate.dtype, np.floating) or jnp.issubdtype(rate.dtype, np.integer))
     )
     if not number:
-        raise TypeError(f"rate must be a number in [0, 1], got {rate!r} of type {_type(rate)}.")
+        raise TypeError(f"{name} must be a number in [0, 1], got {rate!r} of type {_type(rate)}.")
     if not 0 <= rate <= 1:  # also catches NaN
-        raise ValueError(_rate_range(rate))
+        raise ValueError(_rate_range(rate, name))
     return float(rate)
 
 
-def _check_rate_array(rate: jax.Array) -> jax.Array:
+def _check_rate_array(rate: jax.Array, name: str) -> jax.Array:
     if not jnp.issubdtype(rate.dtype, jnp.floating):
         raise TypeError(
-            f"rate must be a floating-point scalar, got an array of dtype {rate.dtype}. "
+            f"{name} must be a floating-point scalar, got an array of dtype {rate.dtype}. "
             "Convert it with rate.astype(jnp.float32)."
         )
     if rate.shape != ():
         raise ValueError(
-            f"rate must be a scalar, got an array of shape {rate.shape}. "
+            f"{name} must be a scalar, got an array of shape {rate.shape}. "
             "For one rate per example use jax.vmap over keys, inputs and rates."
         )
     if not isinstance(rate, jax.core.Tracer):
         if not 0 <= float(rate) <= 1:
-            raise ValueError(_rate_range(float(rate)))
+            raise ValueError(_rate_range(float(rate), name))
     elif not jax.typeof(rate).sharding.mesh.explicit_axes:
         # Under vmap checkify sorts the batch, which an explicitly sharded one forbids.
         checkify.debug_check(
-            (rate >= 0) & (rate <= 1), "rate must be in [0, 1], got {rate}.", rate=rate
+            (rate >= 0) & (rate <= 1), name + " must be in [0, 1], got {rate}.", rate=rate
         )
     return rate
 
 
-def _rate_range(rate: object) -> str:
+def _rate_range(rate: object, name: str) -> str:
     return (
-        f"rate must be in [0, 1], got {rate}. It is the probability of dropping, not of keeping: "
-        "0 keeps everything, 1 drops everything."
+        f"{name} must be in [0, 1], got {rate}. It is the probability of dropping, not of "
+        "keeping: 0 keeps everything, 1 drops everything."
     )
 
 
@@ -118,32 +118,33 @@ def check_input(x: Any) -> None:
         )
 
 
-def check_key(key: Any) -> Key:
+def check_key(key: Any, name: str = "key") -> Key:
     if key is None:
         raise ValueError(
-            "key is None, but dropout is on and draws a mask. Pass key=jax.random.key(seed) (a new "
-            "one for every step, for example jax.random.fold_in(key, step)), or deterministic=True "
-            "to switch dropout off."
+            f"{name} is None, but dropout is on and draws a mask. Pass "
+            f"{name}=jax.random.key(seed) (a new one for every step, for example "
+            "jax.random.fold_in(key, step)), or deterministic=True to switch dropout off."
         )
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(
-            f"key must be a JAX PRNG key, got {key!r} of type {_type(key)}. "
+            f"{name} must be a JAX PRNG key, got {key!r} of type {_type(key)}. "
             "Make one with jax.random.key(seed)."
         )
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and key.dtype != jnp.uint32:
         raise TypeError(
-            f"key must be a JAX PRNG key or a raw uint32 key, got an array of dtype {key.dtype}. "
-            "Make one with jax.random.key(seed)."
+            f"{name} must be a JAX PRNG key or a raw uint32 key, got an array of dtype "
+            f"{key.dtype}. Make one with jax.random.key(seed)."
         )
     if key.ndim != (0 if typed else 1):
         raise ValueError(
-            f"key must be a single key, got {'keys' if typed else 'an array'} of shape {key.shape}."
-            " For one key per example use jax.vmap(dropout, in_axes=(0, 0, None))(keys, x, rate)."
+            f"{name} must be a single key, got {'keys' if typed else 'an array'} of shape "
+            f"{key.shape}. For one key per example use jax.vmap(dropout, "
+            "in_axes=(0, 0, None))(keys, x, rate)."
         )
     if not typed and key.shape[0] not in (2, 4):
         raise ValueError(
-            f"key must be a raw key of 2 or 4 uint32 words, got {key.shape[0]}. "
+            f"{name} must be a raw key of 2 or 4 uint32 words, got {key.shape[0]}. "
             "Make one with jax.random.key(seed)."
         )
     return cast("Key", key)  # a raw NumPy key serves as well as a JAX one
@@ -238,6 +239,144 @@ def _check_index(index: Any) -> Index:
             f"start must hold integers, or integer scalar arrays, got {index!r}. "
             "Inside shard_map: jax.lax.axis_index(name) * block_size."
         ) from None
+
+
+# --- attention ----------------------------------------------------------------------------
+
+
+def check_attention_inputs(
+    query: Any, key: Any, value: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
+        arrays[name] = x = _as_array(name, x)
+        if x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+            raise TypeError(
+                f"{name} must be a float16, bfloat16, float32 or float64 array, got dtype "
+                f"{x.dtype}. Convert it with {name}.astype(jnp.bfloat16)."
+            )
+        if x.dtype != arrays["query"].dtype:
+            raise TypeError(
+                f"query, key and value must have the same dtype, got {arrays['query'].dtype} for "
+                f"query and {x.dtype} for {name}. Convert it with {name}.astype(query.dtype)."
+            )
+        if x.ndim not in (3, 4) or x.ndim != arrays["query"].ndim:
+            raise ValueError(
+                "query, key and value must all have the axes (batch, length, heads, features), or "
+                f"all but the batch, got shape {x.shape} for {name}. Reshape further batch axes "
+                "into one."
+            )
+    query, key, value = arrays.values()
+    shapes = f"got shapes {query.shape}, {key.shape} and {value.shape}"
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        raise ValueError(
+            f"query, key and value must have the same batch size, {shapes}. Repeat the smaller "
+            "with jnp.broadcast_to."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same number of features, {shapes}.")
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(f"key and value must have the same length and heads, {shapes}.")
+    if 0 in key.shape[-2:] or 0 in query.shape[-2:] or query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            "query, key and value must have heads and features, and query a multiple of the heads "
+            f"of key and value, {shapes}."
+        )
+    return query, key, value
+
+
+def check_logits_operand(name: str, x: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """Checks a bias or mask, which broadcasts to the attention matrix."""
+    if x is None:
+        return None
+    x = _as_array(name, x)
+    if name == "mask" and x.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be boolean, True where a query may attend to a key, got dtype {x.dtype}. "
+            "Convert it with mask.astype(bool), or pass what is added to the logits as bias."
+        )
+    if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"bias must be a floating-point array, got dtype {x.dtype}. Pass booleans as mask."
+        )
+    fits = x.ndim == len(shape) and all(
+        size in (1, bound) for size, bound in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must have {len(shape)} axes and broadcast to {shape}, which is ([batch], "
+            f"heads, queries, keys), got shape {x.shape}. Insert axes of size 1."
+        )
+    return x
+
+
+def check_lengths(name: str, lengths: Any, batch: Sequence[int]) -> jax.Array | None:
+    if lengths is None:
+        return None
+    lengths = _as_array(name, lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an array of integers, got dtype {lengths.dtype}.")
+    if lengths.shape != (math.prod(batch),):
+        raise ValueError(
+            f"{name} must have one length per example, shape ({math.prod(batch)},), got shape "
+            f"{lengths.shape}."
+        )
+    return lengths
+
+
+def check_window(window: Any) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = (window, window) if isinstance(window, int) else window
+    try:
+        before, after = (operator.index(size) for size in pair)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"local_window_size must be an integer or a pair of integers, got {window!r}. Write "
+            "(before, after), the numbers of keys on either side."
+        ) from None
+    if before < 0 or after < 0:
+        raise ValueError(
+            f"local_window_size must not be negative, got {window}. Write (before, after), the "
+            "numbers of keys on either side."
+        )
+    return before, after
+
+
+def check_scale(scale: Any) -> Any:
+    array = _as_array("scale", scale)
+    if array.shape != () or not (
+        jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"scale must be a real scalar, got shape {array.shape} and dtype {array.dtype}. For "
+            "one scale per head or feature multiply the query by it."
+        )
+    return array
+
+
+def check_block_sizes(block_sizes: Any) -> tuple[int, int] | None:
+    if block_sizes is None:
+        return None
+    try:
+        rows, columns = (operator.index(size) for size in block_sizes)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"block_sizes must be None or a pair of integers, got {block_sizes!r}. Write "
+            "(queries, keys) of a block."
+        ) from None
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"block_sizes must be positive, got {block_sizes}. Write (queries, keys) of a block, "
+            "such as (512, 256)."
+        )
+    return rows, columns
+
+
+def _as_array(name: str, x: Any) -> jax.Array:
+    if isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float):
+        return jnp.asarray(x)
+    raise TypeError(f"{name} must be an array, got {_type(x)}. Convert it with jnp.asarray.")
 
 
 def _type(value: object) -> str:

@@ -46,9 +46,13 @@ def describe(
     start: Sequence[Index] | None,
     global_shape: Sequence[int] | None,
     precision: int | None,
+    prefix: str = "",
 ) -> tuple[Mask | None, Operands | None]:
-    """Checks the arguments; a missing mask keeps everything, missing operands drop everything."""
-    rate = _checks.check_rate(rate)
+    """Checks the arguments; a missing mask keeps everything, missing operands drop everything.
+
+    ``prefix`` is that of the arguments' names in errors.
+    """
+    rate = _checks.check_rate(rate, f"{prefix}rate")
     precision = _checks.check_precision(precision)
     shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
     first, whole = _checks.check_block(start, global_shape, shape)
@@ -70,7 +74,7 @@ def describe(
     if kept == 0 and deterministic is False:
         return mask, None
     flag = deterministic if isinstance(deterministic, jax.Array) else None
-    return mask, Operands(_checks.check_key(key), traced_rate, flag, origin)
+    return mask, Operands(_checks.check_key(key, f"{prefix}key"), traced_rate, flag, origin)
 
 
 def tile(
