@@ -271,7 +271,7 @@ def _attention_in_groups(inputs: _Inputs, plan: _Plan) -> tuple[jax.Array, jax.A
         scale=jnp.asarray(inputs.scale, inputs.dtype),
         dropout=None if inputs.dropout is None else _mask.with_words(inputs.dropout),
     )
-    output, residual = _attend(plan, inputs)
+    output, residual = _attend(plan, _varying(inputs))
     output = output.transpose(0, 3, 1, 2, 4).reshape(*batch, length, heads, -1)
     return output, residual.transpose(0, 3, 1, 2).reshape(*batch, length, heads)
 
@@ -586,6 +586,25 @@ def _join(blocks: _Axis, x: jax.Array) -> jax.Array:
     x = jnp.moveaxis(x, 0, 3)
     x = x.reshape(*x.shape[:3], -1, *x.shape[5:])
     return lax.slice_in_dim(x, 0, blocks.length, axis=3)
+
+
+# --- shard_map ----------------------------------------------------------------------------
+
+
+def _varying(inputs: _Inputs) -> _Inputs:
+    """Lets the differentiable inputs vary over the same devices of a `shard_map`.
+
+    JAX would do so where they meet, which is inside of the branches of a condition that varies
+    too, and the transpose is a collective that some devices then never reach.
+    """
+    zero = _zero(inputs)
+    return inputs._replace(
+        query=inputs.query + zero.astype(inputs.query.dtype),
+        key=inputs.key + zero.astype(inputs.key.dtype),
+        value=inputs.value + zero.astype(inputs.value.dtype),
+        bias=None if inputs.bias is None else inputs.bias + zero.astype(inputs.bias.dtype),
+        scale=inputs.scale + zero,
+    )
 
 
 def _zero(inputs: _Inputs) -> jax.Array:
