@@ -515,8 +515,10 @@ def _dropout_scale(plan: _Plan, inputs: _Inputs) -> Any:
 
 
 def _start(plan: _Plan, inputs: _Inputs) -> tuple[Index, ...]:
-    pairs = zip(plan.start, inputs.start, strict=True)
-    return tuple(static if traced is None else traced.astype(jnp.int32) for static, traced in pairs)
+    return tuple(
+        traced.astype(jnp.int32) if static is None else static
+        for static, traced in zip(plan.start, inputs.start, strict=True)
+    )
 
 
 def _product(
