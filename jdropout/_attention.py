@@ -9,7 +9,7 @@ row and around a block of it leaves nothing behind but inputs, output and log-su
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,54 @@ _Carry = TypeVar("_Carry")
 _BLOCK_SIZES = (512, 256)
 
 
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    dropout_key: Key | None,
+    dropout_rate: Rate,
+    deterministic: Flag = ...,
+    is_causal: bool = ...,
+    scale: ArrayLike | None = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    dropout_broadcast_dims: Sequence[int] = ...,
+    dropout_precision: int | None = ...,
+    start: Sequence[Index] | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    precision: jax.lax.PrecisionLike = ...,
+    block_sizes: tuple[int, int] | None = ...,
+    return_residual: Literal[False] = ...,
+) -> jax.Array: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    dropout_key: Key | None,
+    dropout_rate: Rate,
+    deterministic: Flag = ...,
+    is_causal: bool = ...,
+    scale: ArrayLike | None = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    dropout_broadcast_dims: Sequence[int] = ...,
+    dropout_precision: int | None = ...,
+    start: Sequence[Index] | None = ...,
+    global_shape: Sequence[int] | None = ...,
+    precision: jax.lax.PrecisionLike = ...,
+    block_sizes: tuple[int, int] | None = ...,
+    return_residual: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,

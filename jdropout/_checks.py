@@ -241,6 +241,40 @@ def _check_index(index: Any) -> Index:
         ) from None
 
 
+# --- fused ------------------------------------------------------------------------------------
+
+
+def check_same_shape(x: Any, residual: Any) -> tuple[jax.Array, jax.Array]:
+    x, residual = _as_array("x", x), _as_array("residual", residual)
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"x and residual must have the same shape, got {x.shape} and {residual.shape}."
+        )
+    for name, array in (("x", x), ("residual", residual)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}.")
+    return x, residual
+
+
+def check_features(name: str, vector: Any, x: jax.Array) -> jax.Array | None:
+    """Checks an optional vector along x's last axis; returns it with as many axes as x."""
+    if vector is None:
+        return None
+    vector = _as_array(name, vector)
+    if vector.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name} must have the shape {x.shape[-1:]} of x's last axis, got {vector.shape}."
+        )
+    if not jnp.issubdtype(vector.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point array, got dtype {vector.dtype}.")
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def check_norm(norm: Any) -> None:
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}.")
+
+
 # --- attention ----------------------------------------------------------------------------
 
 

@@ -1,22 +1,25 @@
 """What the nnx and linen modules share."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jdropout._attention import dot_product_attention
 from jdropout._checks import check_deterministic, check_rate
 from jdropout._typing import Rate
 
 
-def check_module_rate(rate: Any) -> float:
+def check_module_rate(rate: Any, name: str = "rate") -> float:
     """Returns the rate of a module, which is static: an array would be a leaf of its state."""
     if isinstance(rate, jax.Array):
         raise TypeError(
-            f"rate must be a Python number, got an array of shape {rate.shape} and dtype "
+            f"{name} must be a Python number, got an array of shape {rate.shape} and dtype "
             f"{rate.dtype}: as a module attribute it would become a leaf that an optimizer can "
             "train. For a scheduled rate call jdropout.dropout(key, x, rate) in the model."
         )
-    checked = check_rate(rate)
+    checked = check_rate(rate, name)
     assert isinstance(checked, float)  # arrays were turned away above
     return checked
 
@@ -35,3 +38,57 @@ def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
         return False
     static_rate = None if isinstance(rate, jax.Array) else rate
     return static_rate != 0 and not (static_rate == 1 and deterministic is False)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: Any,
+    mask: Any,
+    *,
+    broadcast_dropout: bool,
+    dropout_rng: Any,
+    dropout_rate: Rate,
+    deterministic: Any,
+    precision: Any,
+    module: Any,
+    is_causal: bool = False,
+) -> jax.Array:
+    """Attention by the rules of Flax: any number of batch axes, operands broadcast to them."""
+    if module is not None:
+        raise ValueError(
+            "module was given (sow_weights=True), but attention in blocks never has all weights at "
+            "once. To look at the weights use attention_fn of Flax itself, or sow_weights=False."
+        )
+    batch = query.shape[:-3]
+    several = len(batch) > 1
+    full = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
+
+    def one_batch(x: jax.Array) -> jax.Array:
+        return x.reshape(math.prod(batch), *x.shape[-3:]) if several else x
+
+    def operand(x: Any) -> jax.Array | None:
+        if x is None:
+            return None
+        x = jnp.asarray(x)
+        x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
+        if several:
+            x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+        return one_batch(x)
+
+    mask = operand(mask)
+    output = dot_product_attention(
+        one_batch(query),
+        one_batch(key),
+        one_batch(value),
+        operand(bias),
+        None if mask is None else mask.astype(bool),
+        dropout_key=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=check_module_flag(deterministic),
+        dropout_broadcast_dims=range(min(len(batch), 1) + 1) if broadcast_dropout else (),
+        precision=precision,
+        is_causal=is_causal,
+    )
+    return output.reshape(*query.shape[:-1], value.shape[-1])
