@@ -261,7 +261,7 @@ class _Inputs(NamedTuple):
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the softmax and of all sums."""
-        return jnp.promote_types(self.query.dtype, jnp.float32)
+        return _wide(self.query.dtype)
 
 
 def _block_sizes(query: jax.Array) -> tuple[int, int]:
@@ -586,8 +586,12 @@ def _linear_product(
     subscripts: str, x: jax.Array, y: jax.Array, plan: _Plan, dtype: np.dtype
 ) -> jax.Array:
     """A product whose transposes have operands of ``dtype`` too, for the sake of matrix units."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return _product(subscripts, x.astype(dtype), y.astype(dtype), plan, dtype).astype(wide)
+    product = _product(subscripts, x.astype(dtype), y.astype(dtype), plan, dtype)
+    return product.astype(_wide(dtype))
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 # --- tiles --------------------------------------------------------------------------------

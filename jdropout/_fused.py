@@ -158,7 +158,7 @@ def dropout_add_norm(
 def _normalise(
     x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, norm: str, epsilon: float
 ) -> jax.Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     if norm == "layer":
         x = x - x.mean(-1, keepdims=True)
     y = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)

@@ -174,6 +174,36 @@ FAR = [
 ]
 
 
+@pytest.mark.parametrize(
+    "block", [(2, 1, 8, 5), (1, 3, 12, 4), (2, 3, 6, 9), (1, 1, 3, 1)], ids=str
+)
+@pytest.mark.parametrize("start", [None, (0, 0, 3, 2), (0, 1, 8, 0)], ids=str)
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_tile_equals_the_block_at_its_start(block, start, traced, key):
+    whole, tile = (4, 5, 40, 30), (1, 1, 2, 3)
+    words = _law.key_words(key)
+
+    def keep(start, tile):
+        layout, origin = _law.locate(whole, block, start, tile)
+        return _law.keep(words, _threshold.static_threshold(0.5, None), layout, origin), layout
+
+    first = tuple(s + t * b for s, t, b in zip(start or (0,) * 4, tile, block, strict=True))
+    expected, _ = keep(first, None)
+    layouts = []
+
+    @jax.jit
+    def traced_keep(tile):
+        mask, layout = keep(start, tuple(tile))
+        layouts.append(layout)
+        return mask
+
+    np.testing.assert_array_equal(
+        traced_keep(jnp.array(tile)) if traced else keep(start, tile)[0], expected
+    )
+    if traced and block[-2] % 4 == 0:
+        assert layouts[0].phase == (start or (0,) * 4)[-2] % 4  # no dynamic slice is needed
+
+
 @pytest.mark.parametrize(("whole", "start", "block"), FAR, ids=str)
 def test_positions_beyond_32_bits_equal_the_twin(whole, start, block, key):
     for precision in (16, 32):
