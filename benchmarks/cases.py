@@ -4,49 +4,35 @@ import functools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from math import prod
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from attention import attention, attention_blocks, attention_length, attention_memory
+from common import (
+    DTYPES,
+    KEY,
+    Function,
+    arrays,
+    bind,
+    compile_all,
+    copy,
+    identity,
+    jit,
+    labels,
+    libraries,
+    normal,
+    passes,
+    step_rows,
+    temporary_bytes,
+)
 from harness import Plan, Row, interleave, ratio_row, timed_row
+from transformer import fused, transformer
 
-import jdropout
-
-try:
-    import equinox
-except ImportError:
-    equinox = None
-try:
-    import haiku
-except ImportError:
-    haiku = None
-
-RATE = 0.1
-KEY = jax.random.key(0, impl="threefry2x32")
-DTYPES = (jnp.float32, jnp.bfloat16)
 SHAPES = ((32, 128), (256, 512), (1024, 784), (4096, 4096), (16384, 128), (256, 10), (65536,))
 SHAPES += ((128, 197, 768), (64, 56, 56, 64), (8, 8, 512, 512))
 OVER_COPY = ("ours / copy", "flax / copy", "equinox / copy", "haiku / copy", "flax / ours")
-
-Function = Callable[..., Any]
-
-
-def libraries() -> dict[str, Function]:
-    """Dropout of a key and an array, in every library that is installed."""
-    flax_layer = nnx.Dropout(RATE, deterministic=False)
-    found: dict[str, Function] = {
-        "ours": lambda key, x: jdropout.dropout(key, x, RATE),
-        "flax": lambda key, x: flax_layer(x, rngs=key),
-    }
-    if equinox is not None:
-        equinox_layer = equinox.nn.Dropout(RATE)
-        found["equinox"] = lambda key, x: equinox_layer(x, key=key)
-    if haiku is not None:
-        found["haiku"] = lambda key, x: haiku.dropout(key, RATE, x)
-    return found
 
 
 def dropout(plan: Plan) -> Iterator[Row]:
@@ -88,11 +74,11 @@ def temporaries(plan: Plan) -> Iterator[Row]:
     names = ("ours", "flax", "equinox", "haiku", "without")
     for dtype in DTYPES:
         x = jax.ShapeDtypeStruct((4096, 4096), dtype)
-        sizes: dict[str, int] = {}
-        for name, drop in (libraries() | {"without": identity}).items():
-            gradient = jax.grad(lambda x, key, drop=drop: jnp.sin(drop(key, jnp.cos(x))).sum())
-            compiled = jax.jit(gradient).lower(x, KEY).compile()
-            sizes[name] = compiled.memory_analysis().temp_size_in_bytes
+        gradients = {
+            name: jax.grad(lambda x, key, drop=drop: jnp.sin(drop(key, jnp.cos(x))).sum())
+            for name, drop in (libraries() | {"without": identity}).items()
+        }
+        sizes = temporary_bytes(compile_all(gradients, x, KEY))
         cells = {
             name: f"{size / 1e6:.1f} ({size * 8 / x.size:.2f})" for name, size in sizes.items()
         }
@@ -122,26 +108,19 @@ def compilation(plan: Plan) -> Iterator[Row]:
 
     samplers = {name: functools.partial(compile_step, name) for name in drops}
     interleave(samplers, 1)  # starts the compiler's threads
-    times = interleave(samplers, plan.compile_rounds)
+    times = interleave(samplers, plan.few_rounds)
     columns = ("ours / flax", "without / flax", "ours / without", "flax / without")
     for index, clock in enumerate(("CPU time", "wall time")):
         of_clock = {name: samples[:, index] for name, samples in times.items()}
         quantity = f"{plan.layers} layers: trace, lower, compile: {clock}"
         yield ratio_row({"quantity": quantity}, of_clock, columns)
-    calls = {name: functools.partial(step, *arguments) for name, step in steps.items()}
-    yield timed_row({"quantity": f"{plan.layers} layers: time of a step"}, calls, columns, plan)
-
-    sizes = {name: step.memory_analysis().temp_size_in_bytes for name, step in steps.items()}
-    pairs = {column: [sizes[name] for name in column.split(" / ")] for column in columns}
-    cells = {column: f"{over / under:.2f}" for column, (over, under) in pairs.items()}
-    yield Row({"quantity": f"{plan.layers} layers: temporaries"}, cells, {"bytes": sizes})
+    yield from step_rows(f"{plan.layers} layers", steps, arguments, columns, plan)
 
 
 def eager(plan: Plan) -> Iterator[Row]:
     """Dropout without jit, over a jitted x * 2."""
     for x in (normal((32, 128)), normal((256, 512))):
-        functions = libraries() | {"copy": jax.jit(copy)}
-        calls = {name: functools.partial(function, KEY, x) for name, function in functions.items()}
+        calls = bind(libraries() | {"copy": jax.jit(copy)}, KEY, x)
         yield timed_row(labels(x), calls, OVER_COPY, plan)
 
 
@@ -173,50 +152,10 @@ SECTIONS = {
     "compile": compilation,
     "eager": eager,
     "import": importing,
+    "attention": attention,
+    "attention_memory": attention_memory,
+    "attention_length": attention_length,
+    "attention_blocks": attention_blocks,
+    "transformer": transformer,
+    "fused": fused,
 }
-
-
-def copy(key: jax.Array, x: jax.Array) -> jax.Array:
-    return x * 2
-
-
-def identity(key: jax.Array, x: jax.Array) -> jax.Array:
-    return x
-
-
-def arrays(shapes: tuple[tuple[int, ...], ...], plan: Plan) -> Iterator[jax.Array]:
-    for shape in shapes:
-        if prod(shape) <= plan.max_size:
-            yield from (normal(shape, dtype) for dtype in DTYPES)
-
-
-def normal(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(KEY, shape, dtype)
-
-
-def labels(x: jax.Array | jax.ShapeDtypeStruct, name: str | None = None) -> dict[str, str]:
-    return {"shape": str(x.shape), "dtype": x.dtype.name} | ({"pass": name} if name else {})
-
-
-def jit(functions: Mapping[str, Function], *arguments: jax.Array) -> dict[str, Function]:
-    return {name: functools.partial(jax.jit(f), *arguments) for name, f in functions.items()}
-
-
-def passes(
-    functions: Mapping[str, Function], key: jax.Array, x: jax.Array, *others: jax.Array
-) -> dict[str, dict[str, Function]]:
-    """The jitted forward pass, and both passes with x in the place of the cotangent."""
-
-    def both(function: Function) -> Function:
-        def forward_and_backward(key: jax.Array, g: jax.Array, *inputs: jax.Array) -> Any:
-            y, pullback = jax.vjp(functools.partial(function, key), *inputs)
-            return y, pullback(g)
-
-        return forward_and_backward
-
-    return {
-        "forward": jit(functions, key, x, *others),
-        "forward + backward": jit(
-            {name: both(function) for name, function in functions.items()}, key, x, x, *others
-        ),
-    }

@@ -13,17 +13,51 @@ class Plan(NamedTuple):
     """How much to measure."""
 
     rounds: int
-    compile_rounds: int
+    few_rounds: int
+    """Rounds of what takes long."""
     sample_seconds: float
     """A sample repeats its call until it lasts this long."""
     layers: int
     """Depth of the network that is compiled."""
     max_size: float
     """Larger arrays are not timed."""
+    attention_length: int
+    """Queries and keys of an attention."""
+    lengths: tuple[int, ...]
+    """Of attention that is timed."""
+    compiled_lengths: tuple[int, ...]
+    """Of attention that is compiled and not run."""
+    block_sizes: tuple[int, ...]
+    """Queries or keys in a block of attention."""
+    transformer_blocks: int
 
 
-FULL = Plan(rounds=15, compile_rounds=5, sample_seconds=0.02, layers=48, max_size=float("inf"))
-QUICK = Plan(rounds=3, compile_rounds=2, sample_seconds=0.005, layers=6, max_size=2**20)
+FULL = Plan(
+    rounds=15,
+    few_rounds=5,
+    sample_seconds=0.02,
+    layers=48,
+    max_size=float("inf"),
+    attention_length=2048,
+    lengths=(1024, 2048, 4096, 8192, 16384),
+    compiled_lengths=(1024, 2048, 4096, 8192, 16384),
+    block_sizes=(128, 256, 512, 1024),
+    transformer_blocks=4,
+)
+QUICK = Plan(
+    rounds=3,
+    few_rounds=2,
+    sample_seconds=0.005,
+    layers=6,
+    max_size=2**20,
+    attention_length=256,
+    lengths=(256, 512),
+    compiled_lengths=(1024, 2048),
+    block_sizes=(64, 128),
+    transformer_blocks=1,
+)
+LONG_SECONDS = 0.5
+"""A call as long as this is timed without one before it."""
 
 
 class Ratio(NamedTuple):
@@ -63,8 +97,13 @@ def timed_row(
     Returns:
       The row of ratios; its details are the median times of one call.
     """
+    return ratio_row(labels, time_all(functions, plan), columns)
+
+
+def time_all(functions: Mapping[str, Callable[[], Any]], plan: Plan) -> dict[str, np.ndarray]:
+    """Seconds of a call, for every competitor and round."""
     samplers = {name: sampler(function, plan) for name, function in functions.items()}
-    return ratio_row(labels, interleave(samplers, plan.rounds), columns)
+    return interleave(samplers, plan.rounds)
 
 
 def interleave(samplers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
@@ -100,10 +139,11 @@ def sampler(function: Callable[[], Any], plan: Plan) -> Callable[[], float]:
     # Calls queued on a CPU may run side by side; on an accelerator it is the wait that costs.
     wait_for_each = jax.default_backend() == "cpu"
 
-    def sample(calls: int) -> float:
+    def sample(calls: int, warm_up: bool = True) -> float:
         # The first call pays for what its predecessor left behind: on a busy machine, 4096 x 4096,
         # the quartiles of ours / copy were 0.85 and 1.39 in first calls, 1.08 and 1.16 in second.
-        jax.block_until_ready(function())
+        if warm_up:
+            jax.block_until_ready(function())
         start = time.perf_counter()
         for _ in range(calls):
             result = function()
@@ -113,6 +153,6 @@ def sampler(function: Callable[[], Any], plan: Plan) -> Callable[[], float]:
         return (time.perf_counter() - start) / calls
 
     calls = 1
-    while calls * sample(calls) < plan.sample_seconds:
+    while (seconds := calls * sample(calls)) < plan.sample_seconds:
         calls *= 2
-    return lambda: sample(calls)
+    return lambda: sample(calls, warm_up=seconds < LONG_SECONDS)

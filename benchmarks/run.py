@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-PACKAGES = ("jdropout", "jax", "jaxlib", "flax", "equinox", "dm-haiku", "numpy")
+PACKAGES = ("jdropout", "jax", "jaxlib", "flax", "equinox", "dm-haiku", "optax", "numpy")
 LEGEND = """\
-a / b is the time of a over that of b: median ± half the distance between the quartiles.
-A dash stands for a library that is not installed."""
+a / b is the time of a over that of b: median ± half the distance between the quartiles. Where a
+section speaks of memory, it is bytes. A dash stands for what is not installed or not measured."""
 
 
 def main() -> None:

@@ -22,8 +22,12 @@ from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 _Carry = TypeVar("_Carry")
 
-# Rows and columns of a block of the attention matrix, by benchmarks/run.py --only attention_blocks.
-_BLOCK_SIZES = (512, 256)
+# Queries and keys in a block, measured by `benchmarks/run.py --only attention_blocks`: the largest
+# that pays, halved to the smallest as long as the blocks of all examples and heads together have
+# more elements than stay near the processor.
+_LARGEST_BLOCK = (512, 256)
+_SMALLEST_BLOCK = (128, 128)
+_ELEMENTS_AT_ONCE = 2**20
 
 
 @overload
@@ -265,11 +269,16 @@ class _Inputs(NamedTuple):
 
 
 def _block_sizes(query: jax.Array) -> tuple[int, int]:
-    rows, columns = _BLOCK_SIZES
+    *batch, length, heads, _ = query.shape
+    sizes = list(_LARGEST_BLOCK)
+    for axis, smallest in enumerate(_SMALLEST_BLOCK):
+        elements = math.prod(batch) * heads * math.prod(sizes)
+        halvings = max(0, math.ceil(math.log2(max(elements, 1) / _ELEMENTS_AT_ONCE)))
+        sizes[axis] = max(smallest, sizes[axis] >> halvings)
     spec = jax.typeof(query).sharding.spec
     if len(spec) == query.ndim and spec[-3] is not None:  # explicitly sharded queries
-        rows = query.shape[-3]
-    return rows, columns
+        sizes[0] = length
+    return sizes[0], sizes[1]
 
 
 def _axis(length: int, block: int) -> _Axis:
