@@ -316,7 +316,7 @@ def _attention_in_groups(inputs: _Inputs, plan: _Plan) -> tuple[jax.Array, jax.A
         return x.reshape(sizes[0], *head_sizes, *sizes[2:])
 
     def features_first(x: jax.Array) -> jax.Array:
-        return x.reshape(batch_size, key_length, key_heads, -1).transpose(0, 2, 3, 1)
+        return x.reshape(batch_size, key_length, key_heads, x.shape[-1]).transpose(0, 2, 3, 1)
 
     query = inputs.query.reshape(batch_size, length, key_heads, groups, features)
     inputs = inputs._replace(
@@ -329,8 +329,9 @@ def _attention_in_groups(inputs: _Inputs, plan: _Plan) -> tuple[jax.Array, jax.A
         dropout=None if inputs.dropout is None else _mask.with_words(inputs.dropout),
     )
     output, residual = _attend(plan, _varying(inputs))
-    output = output.transpose(0, 3, 1, 2, 4).reshape(*batch, length, heads, -1)
-    return output, residual.transpose(0, 3, 1, 2).reshape(*batch, length, heads)
+    output, residual = (jnp.moveaxis(x, 3, 1) for x in (output, residual))
+    shape = (*batch, length, heads)
+    return output.reshape(*shape, output.shape[-1]), residual.reshape(shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -350,7 +351,10 @@ def _attend_jvp(plan: _Plan, primals: Any, tangents: Any) -> Any:
         for name, dot in named.items()
         if dot is not None and not isinstance(dot, SymbolicZero)
     }
-    return (output, residual), _tangent(plan, inputs, output, residual, dots)
+    # By jax.jvp of a linear map: JAX 0.8 cannot transpose a loop that a custom rule binds itself.
+    tangent = functools.partial(_tangent, plan, inputs, output, residual)
+    zeros = jax.tree.map(jnp.zeros_like, dots)
+    return (output, residual), jax.jvp(tangent, (zeros,), (dots,))[1]
 
 
 def _forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
@@ -388,7 +392,7 @@ def _forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
             jnp.full(row_shape, -jnp.inf, inputs.dtype) + zero,
             jnp.zeros((*row_shape, inputs.value.shape[2]), inputs.dtype) + zero,
         )
-        columns = (jnp.arange(plan.columns.num_blocks), tiles.columns, in_cells)
+        columns = (_indices(plan.columns), tiles.columns, in_cells)
         (total, maximum, weighted), _ = lax.scan(column, start, columns)
         some = total > 0
         total = jnp.where(some, total, 1)
@@ -396,7 +400,7 @@ def _forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
         residual = jnp.where(some, maximum + jnp.log(total), -jnp.inf)
         return None, (output.astype(inputs.query.dtype), residual)
 
-    rows = (jnp.arange(plan.rows.num_blocks), tiles.rows, tiles.cells)
+    rows = (_indices(plan.rows), tiles.rows, tiles.cells)
     _, (output, residual) = lax.scan(row, None, rows)
     return _join(plan.rows, output), _join(plan.rows, residual)
 
@@ -463,7 +467,7 @@ def _tangent(
         def add(carry: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, column(xs, in_row, dots_in_row)), None
 
-        xs = (jnp.arange(plan.columns.num_blocks), columns[0], in_cells, columns[1], dots_in_cells)
+        xs = (_indices(plan.columns), columns[0], in_cells, columns[1], dots_in_cells)
         (output_dot, total_dot), _ = lax.scan(add, nothing, xs)
         output_dot = output_dot * _dropout_scale(plan, inputs)
         output_dot -= in_row["output"].astype(inputs.dtype) * total_dot[..., None]
@@ -471,7 +475,7 @@ def _tangent(
 
     columns = (tiles.columns, dot_tiles.columns)
     rows = (
-        jnp.arange(plan.rows.num_blocks),
+        _indices(plan.rows),
         (tiles.rows, tiles.cells),
         (dot_tiles.rows, dot_tiles.cells),
     )
@@ -512,6 +516,8 @@ def _allowed(plan: _Plan, inputs: _Inputs, i: Any, j: Any) -> list[jax.Array]:
     allowed = []
     if plan.columns.block_size * plan.columns.num_blocks > plan.columns.length:
         allowed.append(column < plan.columns.length)
+    if plan.rows.block_size * plan.rows.num_blocks > plan.rows.length:
+        allowed.append(row < plan.rows.length)  # or a bias could be too much for the padding's exp
     *_, first_row, first_column = _start(plan, inputs)
     row, column = row + first_row, column + first_column
     if plan.is_causal:
@@ -520,9 +526,9 @@ def _allowed(plan: _Plan, inputs: _Inputs, i: Any, j: Any) -> list[jax.Array]:
         before, after = plan.window
         allowed += [column >= row - before, column <= row + after]
     if inputs.query_lengths is not None:
-        allowed.append(row < inputs.query_lengths.reshape(-1, 1, 1, 1, 1))
+        allowed.append(row < inputs.query_lengths.astype(jnp.int32).reshape(-1, 1, 1, 1, 1))
     if inputs.key_lengths is not None:
-        allowed.append(column < inputs.key_lengths.reshape(-1, 1, 1, 1, 1))
+        allowed.append(column < inputs.key_lengths.astype(jnp.int32).reshape(-1, 1, 1, 1, 1))
     return allowed
 
 
@@ -642,6 +648,10 @@ def _split(blocks: _Axis, x: jax.Array, axis: int) -> jax.Array:
         x = jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)])
     shape = (*x.shape[:axis], blocks.num_blocks, blocks.block_size, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _indices(blocks: _Axis) -> jax.Array:
+    return lax.iota(jnp.int32, blocks.num_blocks)
 
 
 def _join(blocks: _Axis, x: jax.Array) -> jax.Array:
