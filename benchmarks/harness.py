@@ -41,7 +41,7 @@ FULL = Plan(
     attention_length=2048,
     lengths=(1024, 2048, 4096, 8192, 16384),
     compiled_lengths=(1024, 2048, 4096, 8192, 16384),
-    block_sizes=(128, 256, 512, 1024),
+    block_sizes=(128, 256, 512),
     transformer_blocks=4,
 )
 QUICK = Plan(

@@ -21,12 +21,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(*command):
+def run(*command, **settings):
     # The tests' own settings, such as eight devices, are not what a reader of the examples has.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
+        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"} | settings,
         encoding="utf-8",
         capture_output=True,
         check=False,
@@ -34,8 +34,8 @@ def run(*command):
     )
 
 
-def run_example(name, *options):
-    result = run(EXAMPLES / name, *options)
+def run_example(name, *options, **settings):
+    result = run(EXAMPLES / name, *options, **settings)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -43,6 +43,27 @@ def run_example(name, *options):
 def train_shortly(output, *options):
     settings = ["--steps=20", "--width=8", "--seeds=2", "--train-size=50", "--batch-size=16"]
     return run_example("train_mlp.py", *settings, "--output", output, *options)
+
+
+def train_transformer_shortly(output, *options):
+    settings = ["--steps=6", "--width=16", "--layers=1", "--heads=2", "--context=16"]
+    settings += ["--batch-size=4", "--train-chars=4000", "--sample-chars=40"]
+    # Nearly all of the time goes into compiling: optimizing would double it.
+    return run_example(
+        "train_transformer.py",
+        *settings,
+        "--output",
+        output,
+        *options,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+
+
+def losses(text):
+    """Returns the rows of numbers in the table of losses."""
+    rows = re.findall(r"(no dropout|dropout) +│ (\d\.\d{3}) +│ (\d\.\d{3}) +│ (\d\.\d{3})", text)
+    assert [row[0] for row in rows] == ["no dropout", "dropout"], text
+    return rows
 
 
 def last_digest(text):
@@ -104,6 +125,32 @@ def test_train_mlp_does_the_same_with_linen(tmp_path):
     assert_is_picture(tmp_path / "train_mlp.png")
 
 
+@pytest.fixture(scope="module")
+def transformer_output(tmp_path_factory):
+    return train_transformer_shortly(tmp_path_factory.mktemp("transformer"))
+
+
+def test_train_transformer_gives_the_same_parameters_in_another_process(
+    transformer_output, tmp_path
+):
+    again = train_transformer_shortly(tmp_path)
+    assert "4000 characters for training, 1000 held out" in again
+    assert losses(again) == losses(transformer_output)
+    assert last_digest(again) == last_digest(transformer_output)
+    assert_is_picture(tmp_path / "train_transformer.png")
+
+
+def test_train_transformer_with_the_attention_of_flax(transformer_output, tmp_path):
+    text = train_transformer_shortly(tmp_path, "--attention", "flax")
+    assert "attention: flax" in text
+    plain, dropped = losses(text)
+    other_plain, other_dropped = losses(transformer_output)
+    # The same function without dropout, up to rounding; other masks with it.
+    np.testing.assert_allclose(np.float64(plain[1:]), np.float64(other_plain[1:]), atol=2e-3)
+    assert dropped != other_dropped
+    assert_is_picture(tmp_path / "train_transformer.png")
+
+
 @pytest.mark.parametrize(
     ("example", "option", "value"),
     [
@@ -113,12 +160,25 @@ def test_train_mlp_does_the_same_with_linen(tmp_path):
         ("train_mlp.py", "--label-noise", "nan"),
         ("train_mlp.py", "--train-size", "1797"),
         ("train_mlp.py", "--output", __file__),
+        ("train_transformer.py", "--rate", "1"),
+        ("train_transformer.py", "--heads", "3"),
+        ("train_transformer.py", "--context", "12500"),
+        ("train_transformer.py", "--train-chars", "12"),
+        ("train_transformer.py", "--temperature", "inf"),
     ],
 )
 def test_bad_options_are_named(example, option, value):
     result = run(EXAMPLES / example, option, value)
     assert result.returncode == 2
     assert f"argument {option}: got {value}, pass " in result.stderr
+
+
+def test_train_transformer_says_how_much_text_there_is(tmp_path):
+    script = EXAMPLES / "train_transformer.py"
+    result = run(script, "--train-chars", 10**9, "--output", tmp_path)
+    assert result.returncode == 1
+    assert "--train-chars 1000000000 is more than the standard library here has" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_digits_have_wrong_labels_in_training_alone(key):

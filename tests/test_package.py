@@ -44,11 +44,12 @@ def test_the_changelog_knows_the_version():
 
 def test_the_readmes_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["y"].shape == (32, 128)
+    assert names["attended"].shape == (2, 128, 8, 64)
 
 
 def test_every_public_name_is_in_the_documentation():
