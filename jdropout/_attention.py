@@ -657,7 +657,7 @@ def _indices(blocks: _Axis) -> jax.Array:
 def _join(blocks: _Axis, x: jax.Array) -> jax.Array:
     """Undoes `_split` along axis 3."""
     x = jnp.moveaxis(x, 0, 3)
-    x = x.reshape(*x.shape[:3], -1, *x.shape[5:])
+    x = x.reshape(*x.shape[:3], blocks.num_blocks * blocks.block_size, *x.shape[5:])
     return lax.slice_in_dim(x, 0, blocks.length, axis=3)
 
 
