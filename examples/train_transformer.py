@@ -1,0 +1,500 @@
+"""Trains a small transformer on Python's own source code, without and with dropout.
+
+The model reads characters and predicts the next one. It learns from files of the standard library
+of the Python that runs this script, and is evaluated on other files of it. The text is short, so
+that without dropout the model ends up learning it by heart. Both trainings start from the same
+parameters and see the same batches: they differ in the dropout alone.
+
+    python examples/train_transformer.py
+    python examples/train_transformer.py --rate 0.2 --train-chars 100000 --steps 3000
+    python examples/train_transformer.py --attention flax
+
+With ``--attention flax`` the attention is Flax's own, which makes the whole matrix of probabilities
+and a mask for it. The second table says what a step costs; run both to compare.
+
+No random state is stored: all that is random in a step follows from the seed and the number of the
+step. So the same command on the same machine ends in the same parameters, bit for bit; compare the
+digest in the last line.
+"""
+
+import argparse
+import functools
+import hashlib
+import math
+import pathlib
+import statistics
+import sysconfig
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _options import checked, parse_and_make_output
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import jdropout.nnx
+
+VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
+CHARS_OF_A_FILE = 6000
+COLOURS = ("#c2410c", "#1d4ed8")
+
+
+def main() -> None:
+    options = parse_options()
+    text = load_text(options.train_chars)
+    runs = train(options, text)
+    print_results(options, runs)
+    print_samples(options, runs, text)
+    path = options.output / "train_transformer.png"
+    save_curves(path, runs, describe(options))
+    print(f"learning curves: {path}")
+    print(f"digest: {digest([run.state.params for run in runs])}")
+
+
+# --- text ---------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """Source code as indices into the vocabulary; no file is in both parts."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def load_text(train_chars: int) -> Text:
+    """Takes three files for the training, the next one for the evaluation, and so on."""
+    train, held_out = [], []
+    for index, part in enumerate(standard_library()):
+        (held_out if index % 4 == 3 else train).append(part)
+    text = Text(np.concatenate(train or [[]]), np.concatenate(held_out or [[]]))
+    sizes = Text(train_chars, held_out_chars(train_chars))
+    if len(text.train) < sizes.train or len(text.held_out) < sizes.held_out:
+        raise SystemExit(
+            f"--train-chars {train_chars} is more than the standard library here has: "
+            f"{len(text.train)} characters for training, {len(text.held_out)} held out"
+        )
+    return Text(text.train[: sizes.train], text.held_out[: sizes.held_out])
+
+
+def held_out_chars(train_chars: int) -> int:
+    return train_chars // 4
+
+
+def standard_library() -> Iterator[np.ndarray]:
+    """Yields the beginning of every public module that is a file, in the order of their names."""
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(folder.glob("[a-z]*.py")):
+        yield encode(path.read_text(encoding="utf-8", errors="ignore"))[:CHARS_OF_A_FILE]
+
+
+def encode(text: str) -> np.ndarray:
+    """Returns the indices of the characters, without those that the vocabulary lacks."""
+    index = {character: number for number, character in enumerate(VOCABULARY)}
+    return np.array([index[character] for character in text if character in index], np.int32)
+
+
+def decode(indices: np.ndarray) -> str:
+    return "".join(VOCABULARY[index] for index in indices)
+
+
+# --- model --------------------------------------------------------------------------------
+
+
+ATTENTIONS = {
+    "jdropout": jdropout.nnx.MultiHeadAttention,
+    "flax": functools.partial(nnx.MultiHeadAttention, broadcast_dropout=False),
+}
+
+
+class Block(nnx.Module):
+    """Attention and a perceptron, each on a residual branch that ends in dropout."""
+
+    def __init__(self, options: argparse.Namespace, rate: float, rngs: nnx.Rngs):
+        width = options.width
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = ATTENTIONS[options.attention](
+            options.heads, width, dropout_rate=rate, decode=False, keep_rngs=False, rngs=rngs
+        )
+        self.hidden_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.hidden = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.output = nnx.Linear(4 * width, width, rngs=rngs)
+        self.dropout = jdropout.nnx.Dropout(rate)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        """Maps (batch, context, width) to the same shape. Without `rngs`, nothing is dropped."""
+        randomness = {"deterministic": rngs is None, "rngs": rngs}
+        causal = nnx.make_causal_mask(x[:1, :, 0])
+        branch = self.attention(self.attention_norm(x), mask=causal, **randomness)
+        x = x + self.dropout(branch, **randomness)
+        hidden = nnx.gelu(self.hidden(self.hidden_norm(x)))
+        branch = self.output(self.dropout(hidden, **randomness))
+        return x + self.dropout(branch, **randomness)
+
+
+class Transformer(nnx.Module):
+    """A decoder: blocks between embeddings, with dropout too, and logits."""
+
+    def __init__(self, options: argparse.Namespace, rate: float, rngs: nnx.Rngs):
+        self.characters = nnx.Embed(len(VOCABULARY), options.width, rngs=rngs)
+        self.positions = nnx.Embed(options.context, options.width, rngs=rngs)
+        self.dropout = jdropout.nnx.Dropout(rate)
+        self.blocks = nnx.List([Block(options, rate, rngs) for _ in range(options.layers)])
+        self.norm = nnx.LayerNorm(options.width, rngs=rngs)
+        self.logits = nnx.Linear(options.width, len(VOCABULARY), rngs=rngs)
+
+    def __call__(self, characters: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Returns the logits of the next character at every position; no key means evaluation."""
+        # Every call of a dropout takes a key of its own from here, made from `key` by counting.
+        rngs = None if key is None else nnx.Rngs(dropout=key)
+        x = self.characters(characters) + self.positions(jnp.arange(characters.shape[-1]))
+        x = self.dropout(x, deterministic=key is None, rngs=rngs)
+        for block in self.blocks:
+            x = block(x, rngs)
+        return self.logits(self.norm(x))
+
+
+# --- training -----------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What the steps change."""
+
+    params: nnx.State
+    optimizer_state: optax.OptState
+
+
+class Training(NamedTuple):
+    """What the steps do not change."""
+
+    structure: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    context: int
+
+
+class Run:
+    """A training, without or with dropout: its compiled step, and what was measured on the way."""
+
+    def __init__(
+        self, name: str, training: Training, state: State, text: jax.Array, key: jax.Array
+    ):
+        self.name = name
+        self.state = state
+        self.text = text
+        self.key = key
+        # Compiled ahead, so that no call can compile it again.
+        begin = time.perf_counter()
+        step = jax.jit(functools.partial(train_step, training), donate_argnums=0)
+        self.step = step.lower(state, text, key, np.int32(0)).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.steps: list[int] = []
+        self.step_seconds: list[float] = []
+        self.train_losses: list[float] = []
+        self.held_out_losses: list[float] = []
+
+    def take_steps(self, first: int, last: int) -> None:
+        """Takes the steps first, ..., last - 1."""
+        begin = time.perf_counter()
+        for step in range(first, last):
+            self.state = self.step(self.state, self.text, self.key, np.int32(step))
+        jax.block_until_ready(self.state)
+        self.steps.append(last)
+        self.step_seconds.append((time.perf_counter() - begin) / (last - first))
+
+    def evaluate(self, losses: Callable[[nnx.State], tuple[jax.Array, jax.Array]]) -> None:
+        """Adds the losses at the present parameters to the history."""
+        train_loss, held_out_loss = losses(self.state.params)
+        self.train_losses.append(float(train_loss))
+        self.held_out_losses.append(float(held_out_loss))
+
+
+def train(options: argparse.Namespace, text: Text) -> list[Run]:
+    """Trains without and with dropout, by turns, so that both find the machine equally busy."""
+    bar_console = Console(stderr=True)
+    with Progress(console=bar_console, disable=not bar_console.is_terminal) as progress:
+        bar = progress.add_task("compiling", total=2 * options.steps)
+        runs, losses = start(options, text), evaluation(options, text)
+        progress.update(bar, description="training")
+        first = 0
+        for last in evaluation_steps(options.steps):
+            for run in runs:
+                run.take_steps(first, last)
+                run.evaluate(losses)
+                progress.advance(bar, last - first)
+            first = last
+    return runs
+
+
+def start(options: argparse.Namespace, text: Text) -> list[Run]:
+    """Returns both runs before their first step, with the same parameters."""
+    init_key, train_key = jax.random.split(jax.random.key(options.seed))
+    optimizer = make_optimizer(options)
+
+    @jax.jit
+    def init(key: jax.Array) -> State:
+        params = nnx.state(Transformer(options, rate=0.0, rngs=nnx.Rngs(key)))
+        return State(params, optimizer.init(params))
+
+    state, train_text = init(init_key), jnp.asarray(text.train)
+    runs = []
+    for name, rate in {"no dropout": 0.0, "dropout": options.rate}.items():
+        training = Training(
+            structure(options, rate), optimizer, options.batch_size, options.context
+        )
+        own_state = jax.tree.map(jnp.copy, state)  # the steps overwrite it
+        runs.append(Run(name, training, own_state, train_text, train_key))
+    return runs
+
+
+def structure(options: argparse.Namespace, rate: float) -> nnx.GraphDef:
+    """Returns all of a model but its parameters."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(options, rate, nnx.Rngs(0))))
+
+
+def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, options.learning_rate, warmup_steps=options.steps // 10, decay_steps=options.steps
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+
+def train_step(
+    training: Training, state: State, text: jax.Array, key: jax.Array, step: jax.Array
+) -> State:
+    """Takes one step. What is random in it is a function of the key and the step alone."""
+    batch_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
+    length = training.context + 1
+    starts = jax.random.randint(batch_key, (training.batch_size, 1), 0, len(text) - length + 1)
+    windows = text[starts + jnp.arange(length)]
+    gradient = jax.grad(loss)(state.params, training.structure, windows, dropout_key)
+    updates, optimizer_state = training.optimizer.update(
+        gradient, state.optimizer_state, state.params
+    )
+    return State(optax.apply_updates(state.params, updates), optimizer_state)
+
+
+def loss(
+    params: nnx.State, structure: nnx.GraphDef, windows: jax.Array, key: jax.Array | None
+) -> jax.Array:
+    """Returns the mean cross-entropy of the next characters, in nats."""
+    logits = nnx.merge(structure, params)(windows[:, :-1], key)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+def evaluation(
+    options: argparse.Namespace, text: Text
+) -> Callable[[nnx.State], tuple[jax.Array, jax.Array]]:
+    """Returns a function from parameters to the losses on both texts, with nothing dropped."""
+    model = structure(options, rate=0.0)
+    count = (len(text.held_out) - 1) // options.context
+    windows = [spread_windows(part, count, options.context + 1) for part in text]
+
+    @jax.jit
+    def losses(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        train_loss, held_out_loss = (loss(params, model, part, None) for part in windows)
+        return train_loss, held_out_loss
+
+    return losses
+
+
+def spread_windows(text: np.ndarray, count: int, length: int) -> jax.Array:
+    """Returns evenly spaced pieces of the text."""
+    starts = np.linspace(0, len(text) - length, count).astype(int)
+    return jnp.asarray(text[starts[:, None] + np.arange(length)])
+
+
+def evaluation_steps(steps: int) -> list[int]:
+    """Up to 20 numbers of steps, evenly spaced and ending at `steps`."""
+    count = min(steps, 20)
+    return [steps * (index + 1) // count for index in range(count)]
+
+
+# --- generated text -----------------------------------------------------------------------
+
+
+def print_samples(options: argparse.Namespace, runs: Sequence[Run], text: Text) -> None:
+    """Prints how the trained models continue the held-out text after one of its lines."""
+    line_ends = np.flatnonzero(text.held_out[options.context - 1 :] == VOCABULARY.index("\n"))
+    end = options.context + (line_ends[0] if line_ends.size else 0)
+    window = jnp.asarray(text.held_out[end - options.context : end])
+    # Both draw with the same keys, which none of the steps had.
+    keys = jax.random.split(jax.random.fold_in(runs[0].key, options.steps), options.sample_chars)
+    continue_text = jax.jit(generator(options))
+    for run in runs:
+        characters = continue_text(run.state.params, window, keys)
+        print(f"\n{run.name}, at temperature {options.temperature:g}, continues held-out text:")
+        print(textwrap.indent(decode(np.asarray(characters)), "  | ", lambda line: True))
+
+
+def generator(options: argparse.Namespace) -> Callable[..., jax.Array]:
+    """Returns a function from parameters, a piece of text and keys to a character for each key."""
+    graph = structure(options, rate=0.0)
+
+    def continue_text(params: nnx.State, window: jax.Array, keys: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params)
+
+        def draw(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = model(window[None], None)[0, -1]
+            character = jax.random.categorical(key, logits / options.temperature)
+            character = character.astype(window.dtype)
+            return jnp.append(window[1:], character), character
+
+        return jax.lax.scan(draw, window, keys)[1]
+
+    return continue_text
+
+
+# --- results ------------------------------------------------------------------------------
+
+
+def print_results(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    console = Console()
+    console.print(losses_table(runs, describe(options)))
+    console.print(costs_table(runs, f"attention: {options.attention}; median time of a step"))
+    print(overfitting(runs[0]))
+    print(effect_of_dropout(*runs))
+
+
+def losses_table(runs: Sequence[Run], caption: str) -> Table:
+    header = ("train loss", "held-out loss", "lowest held-out loss", "at step")
+    table = Table("", *header, caption=caption)
+    for run in runs:
+        lowest, step = lowest_held_out(run)
+        losses = (run.train_losses[-1], run.held_out_losses[-1], lowest)
+        table.add_row(run.name, *(f"{value:.3f}" for value in losses), str(step))
+    return table
+
+
+def costs_table(runs: Sequence[Run], caption: str) -> Table:
+    table = Table("", "time of a step", "its temporaries", "its compilation", caption=caption)
+    for run in runs:
+        table.add_row(
+            run.name,
+            f"{1e3 * statistics.median(run.step_seconds):.1f} ms",
+            f"{run.step.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB",
+            f"{run.compile_seconds:.1f} s",
+        )
+    return table
+
+
+def lowest_held_out(run: Run) -> tuple[float, int]:
+    return min(zip(run.held_out_losses, run.steps, strict=True))
+
+
+def overfitting(plain: Run) -> str:
+    lowest, step = lowest_held_out(plain)
+    if step == plain.steps[-1]:
+        return "without dropout the held-out loss fell until the end: too few steps to overfit"
+    rise = plain.held_out_losses[-1] - lowest
+    return f"without dropout the held-out loss rose by {rise:.3f} after step {step}"
+
+
+def effect_of_dropout(plain: Run, dropped: Run) -> str:
+    """Says in words what the numbers of the table say."""
+    at_end = dropped.held_out_losses[-1] - plain.held_out_losses[-1]
+    at_best = lowest_held_out(dropped)[0] - lowest_held_out(plain)[0]
+    if at_best < 0:
+        verdict = "helped, and more than stopping the other training at its best step"
+    elif at_end < 0:
+        verdict = "helped, but stopping the other training at its best step is at least as good"
+    else:
+        verdict = "did not help"
+    return (
+        f"held-out loss with dropout minus without: {at_end:+.3f} at the end, {at_best:+.3f} "
+        f"between the lowest\nin this run dropout {verdict} (one seed, so partly chance)"
+    )
+
+
+def save_curves(path: pathlib.Path, runs: Sequence[Run], title: str) -> None:
+    """Draws the losses on both texts, and marks the lowest on the held-out one."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    for colour, run in zip(COLOURS, runs, strict=True):
+        held_out = f"{run.name}, held-out files"
+        axes.plot(run.steps, run.held_out_losses, color=colour, linewidth=2, label=held_out)
+        train = f"{run.name}, training files"
+        axes.plot(run.steps, run.train_losses, "--", color=colour, linewidth=1.5, label=train)
+        lowest, step = lowest_held_out(run)
+        axes.plot(step, lowest, "o", color=colour)
+        axes.annotate(
+            f"lowest {lowest:.3f}",
+            (step, lowest),
+            (0, -8),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            color=colour,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss without dropout, nats per character")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    figure.savefig(path, dpi=110)
+
+
+def describe(options: argparse.Namespace) -> str:
+    return (
+        f"{options.train_chars} characters for training, {held_out_chars(options.train_chars)} "
+        f"held out; layers: {options.layers}, width: {options.width}\n"
+        f"dropout at rate {options.rate:g}, {options.steps} steps, seed {options.seed}"
+    )
+
+
+def digest(params: Sequence[nnx.State]) -> str:
+    leaves = jax.tree.leaves(jax.device_get(params))
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()[:16]
+
+
+# --- options ------------------------------------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains a transformer on Python source code, without and with dropout.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    probability = checked(float, lambda p: 0 <= p < 1, "a number of at least 0 and below 1")
+    positive = checked(int, lambda n: n >= 1, "a whole number of at least 1")
+    above_zero = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+    seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+    size = checked(int, lambda n: n >= 1000, "a whole number of at least 1000")
+    add = parser.add_argument
+    add("--attention", choices=ATTENTIONS, default="jdropout", help="whose attention is used")
+    add("--rate", type=probability, default=0.1, help="probability of dropping, everywhere")
+    add("--layers", type=positive, default=2, help="blocks of attention and perceptron")
+    add("--width", type=positive, default=128, help="features of a character")
+    add("--heads", type=positive, default=4, help="heads of the attention")
+    add("--context", type=positive, default=64, help="characters that the model sees")
+    add("--steps", type=positive, default=1000, help="training steps")
+    add("--batch-size", type=positive, default=16, help="pieces of text in a step")
+    add("--learning-rate", type=above_zero, default=3e-3, help="of AdamW, at its highest")
+    add("--seed", type=seed, default=0, help="number that the key is made from")
+    add("--train-chars", type=size, default=50000, help="characters of the training text")
+    add("--sample-chars", type=positive, default=200, help="characters to generate")
+    add("--temperature", type=above_zero, default=0.7, help="of the generated text")
+    add("--output", type=pathlib.Path, default="output", help="directory for the figure")
+    options = parse_and_make_output(parser)
+    if options.width % options.heads:
+        parser.error(
+            f"argument --heads: got {options.heads}, pass a divisor of --width {options.width}"
+        )
+    if options.context >= held_out_chars(options.train_chars):
+        parser.error(
+            f"argument --context: got {options.context}, pass less than a quarter of "
+            f"--train-chars {options.train_chars}"
+        )
+    return options
+
+
+if __name__ == "__main__":
+    main()
