@@ -43,7 +43,7 @@ from rich.table import Table
 import jdropout.nnx
 
 VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
-CHARS_OF_A_FILE = 6000
+CHARS_OF_A_FILE = 3000
 COLOURS = ("#c2410c", "#1d4ed8")
 
 
@@ -419,23 +419,14 @@ def save_curves(path: pathlib.Path, runs: Sequence[Run], title: str) -> None:
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11)
     for colour, run in zip(COLOURS, runs, strict=True):
-        held_out = f"{run.name}, held-out files"
-        axes.plot(run.steps, run.held_out_losses, color=colour, linewidth=2, label=held_out)
-        train = f"{run.name}, training files"
-        axes.plot(run.steps, run.train_losses, "--", color=colour, linewidth=1.5, label=train)
         lowest, step = lowest_held_out(run)
+        held_out = f"{run.name}: held-out files, lowest {lowest:.2f} at step {step}"
+        axes.plot(run.steps, run.held_out_losses, color=colour, linewidth=2, label=held_out)
         axes.plot(step, lowest, "o", color=colour)
-        axes.annotate(
-            f"lowest {lowest:.3f}",
-            (step, lowest),
-            (0, -8),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            color=colour,
-        )
+        train = f"{run.name}: training files"
+        axes.plot(run.steps, run.train_losses, "--", color=colour, linewidth=1.5, label=train)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss without dropout, nats per character")
+    axes.set_ylabel("loss in evaluation, nats per character")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -481,7 +472,7 @@ def parse_options() -> argparse.Namespace:
     add("--seed", type=seed, default=0, help="number that the key is made from")
     add("--train-chars", type=size, default=50000, help="characters of the training text")
     add("--sample-chars", type=positive, default=200, help="characters to generate")
-    add("--temperature", type=above_zero, default=0.7, help="of the generated text")
+    add("--temperature", type=above_zero, default=0.5, help="of the generated text")
     add("--output", type=pathlib.Path, default="output", help="directory for the figure")
     options = parse_and_make_output(parser)
     if options.width % options.heads:

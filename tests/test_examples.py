@@ -161,14 +161,19 @@ def test_train_transformer_with_the_attention_of_flax(transformer_output, tmp_pa
         ("train_mlp.py", "--train-size", "1797"),
         ("train_mlp.py", "--output", __file__),
         ("train_transformer.py", "--rate", "1"),
-        ("train_transformer.py", "--heads", "3"),
-        ("train_transformer.py", "--context", "12500"),
         ("train_transformer.py", "--train-chars", "12"),
         ("train_transformer.py", "--temperature", "inf"),
     ],
 )
 def test_bad_options_are_named(example, option, value):
     result = run(EXAMPLES / example, option, value)
+    assert result.returncode == 2
+    assert f"argument {option}: got {value}, pass " in result.stderr
+
+
+@pytest.mark.parametrize(("option", "value"), [("--heads", "3"), ("--context", "12500")])
+def test_options_that_do_not_fit_others_are_named(option, value, tmp_path):
+    result = run(EXAMPLES / "train_transformer.py", option, value, "--output", tmp_path)
     assert result.returncode == 2
     assert f"argument {option}: got {value}, pass " in result.stderr
 
