@@ -70,10 +70,10 @@ class Text(NamedTuple):
 
 
 def load_text(train_chars: int) -> Text:
-    """Takes three files for the training, the next one for the evaluation, and so on."""
+    """Takes two files for the training, the next one for the evaluation, and so on."""
     train, held_out = [], []
     for index, part in enumerate(standard_library()):
-        (held_out if index % 4 == 3 else train).append(part)
+        (held_out if index % 3 == 2 else train).append(part)
     text = Text(np.concatenate(train or [[]]), np.concatenate(held_out or [[]]))
     sizes = Text(train_chars, held_out_chars(train_chars))
     if len(text.train) < sizes.train or len(text.held_out) < sizes.held_out:
@@ -85,7 +85,7 @@ def load_text(train_chars: int) -> Text:
 
 
 def held_out_chars(train_chars: int) -> int:
-    return train_chars // 4
+    return train_chars // 2
 
 
 def standard_library() -> Iterator[np.ndarray]:
@@ -392,9 +392,9 @@ def lowest_held_out(run: Run) -> tuple[float, int]:
 def overfitting(plain: Run) -> str:
     lowest, step = lowest_held_out(plain)
     if step == plain.steps[-1]:
-        return "without dropout the held-out loss fell until the end: too few steps to overfit"
+        return "without dropout the held-out loss falls until the end: too few steps to overfit"
     rise = plain.held_out_losses[-1] - lowest
-    return f"without dropout the held-out loss rose by {rise:.3f} after step {step}"
+    return f"without dropout the held-out loss is lowest at step {step}, then rises by {rise:.3f}"
 
 
 def effect_of_dropout(plain: Run, dropped: Run) -> str:
@@ -409,7 +409,7 @@ def effect_of_dropout(plain: Run, dropped: Run) -> str:
         verdict = "did not help"
     return (
         f"held-out loss with dropout minus without: {at_end:+.3f} at the end, {at_best:+.3f} "
-        f"between the lowest\nin this run dropout {verdict} (one seed, so partly chance)"
+        f"between the lowest\nin this run dropout {verdict} (one seed, so part of it may be chance)"
     )
 
 
@@ -466,13 +466,13 @@ def parse_options() -> argparse.Namespace:
     add("--width", type=positive, default=128, help="features of a character")
     add("--heads", type=positive, default=4, help="heads of the attention")
     add("--context", type=positive, default=64, help="characters that the model sees")
-    add("--steps", type=positive, default=1000, help="training steps")
+    add("--steps", type=positive, default=800, help="training steps")
     add("--batch-size", type=positive, default=16, help="pieces of text in a step")
     add("--learning-rate", type=above_zero, default=3e-3, help="of AdamW, at its highest")
     add("--seed", type=seed, default=0, help="number that the key is made from")
-    add("--train-chars", type=size, default=50000, help="characters of the training text")
+    add("--train-chars", type=size, default=40000, help="characters of the training text")
     add("--sample-chars", type=positive, default=200, help="characters to generate")
-    add("--temperature", type=above_zero, default=0.5, help="of the generated text")
+    add("--temperature", type=above_zero, default=0.7, help="of the generated text")
     add("--output", type=pathlib.Path, default="output", help="directory for the figure")
     options = parse_and_make_output(parser)
     if options.width % options.heads:
@@ -481,7 +481,7 @@ def parse_options() -> argparse.Namespace:
         )
     if options.context >= held_out_chars(options.train_chars):
         parser.error(
-            f"argument --context: got {options.context}, pass less than a quarter of "
+            f"argument --context: got {options.context}, pass less than half of "
             f"--train-chars {options.train_chars}"
         )
     return options

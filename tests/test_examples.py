@@ -46,7 +46,7 @@ def train_shortly(output, *options):
 
 
 def train_transformer_shortly(output, *options):
-    settings = ["--steps=6", "--width=16", "--layers=1", "--heads=2", "--context=16"]
+    settings = ["--steps=20", "--width=16", "--layers=1", "--heads=2", "--context=16"]
     settings += ["--batch-size=4", "--train-chars=4000", "--sample-chars=40"]
     # Nearly all of the time goes into compiling: optimizing would double it.
     return run_example(
@@ -134,7 +134,7 @@ def test_train_transformer_gives_the_same_parameters_in_another_process(
     transformer_output, tmp_path
 ):
     again = train_transformer_shortly(tmp_path)
-    assert "4000 characters for training, 1000 held out" in again
+    assert "4000 characters for training, 2000 held out" in again
     assert losses(again) == losses(transformer_output)
     assert last_digest(again) == last_digest(transformer_output)
     assert_is_picture(tmp_path / "train_transformer.png")
@@ -171,7 +171,7 @@ def test_bad_options_are_named(example, option, value):
     assert f"argument {option}: got {value}, pass " in result.stderr
 
 
-@pytest.mark.parametrize(("option", "value"), [("--heads", "3"), ("--context", "12500")])
+@pytest.mark.parametrize(("option", "value"), [("--heads", "3"), ("--context", "20000")])
 def test_options_that_do_not_fit_others_are_named(option, value, tmp_path):
     result = run(EXAMPLES / "train_transformer.py", option, value, "--output", tmp_path)
     assert result.returncode == 2
