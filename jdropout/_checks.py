@@ -8,9 +8,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import checkify
 
-from jdropout._typing import Index, Key
+from jdropout._typing import Index, Key, WordPair
 
 
 def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
@@ -241,6 +242,61 @@ def _check_index(index: Any) -> Index:
         ) from None
 
 
+# --- keys ---------------------------------------------------------------------------------
+
+
+def check_count(name: str, count: Any, bits: int) -> WordPair:
+    """Returns an integer of at least 0 and below ``2**bits`` as two 32-bit words."""
+    if isinstance(count, jax.core.Tracer) and jnp.issubdtype(count.dtype, np.integer):
+        if count.ndim:
+            raise ValueError(
+                f"{name} must be a scalar, got an array of shape {count.shape}. "
+                "For several of them use jax.vmap."
+            )
+        low = count.astype(jnp.uint32)
+        if count.dtype.itemsize < 8:
+            return jnp.zeros_like(low), low
+        return lax.shift_right_logical(count, lax.full_like(count, 32)).astype(jnp.uint32), low
+    number = _integer(count)
+    if number is None:
+        raise TypeError(
+            f"{name} must be an integer or an integer scalar array, got {count!r} of type "
+            f"{_type(count)}."
+        )
+    if not 0 <= number < 2**bits:
+        raise ValueError(
+            f"{name} must be a whole number of at least 0 and below 2**{bits}, got {count!r}."
+        )
+    # NumPy scalars: an eager call hands them to its one compiled function as they are.
+    return cast("WordPair", (np.uint32(number >> 32), np.uint32(number & 0xFFFFFFFF)))
+
+
+def check_site(site: Any) -> tuple[Any, ...]:
+    """Returns the parts of a site: names, and indices that are checked as counts later."""
+    parts = site if isinstance(site, tuple) else (site,)
+    if not parts:
+        raise ValueError(
+            "site must not be empty, got (). Name the dropout, such as site='hidden' or "
+            "site=('layer', 3)."
+        )
+    for part in parts:
+        traced = isinstance(part, jax.core.Tracer) and jnp.issubdtype(part.dtype, np.integer)
+        if not (isinstance(part, str) or traced or _integer(part) is not None):
+            raise TypeError(
+                f"site must be a name, an index or a tuple of them, got {part!r} of type "
+                f"{_type(part)}. Write it as a string or an integer, such as ('layer', 3)."
+            )
+    return parts
+
+
+def _integer(value: Any) -> int | None:
+    """The value of an integer that is known, and no boolean; else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 # --- fused ------------------------------------------------------------------------------------
 
 
@@ -405,6 +461,89 @@ def check_block_sizes(block_sizes: Any) -> tuple[int, int] | None:
             "such as (512, 256)."
         )
     return rows, columns
+
+
+# --- schedules ----------------------------------------------------------------------------
+
+MAX_STEP = 2**31 - 128
+"""The largest float32 that int32 holds: in both, counting stops there."""
+
+
+def check_step(step: Any) -> jax.Array | np.ndarray:
+    array = step if isinstance(step, jax.Array) else np.asarray(step)
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
+        raise TypeError(f"step must be a number, got {step!r} of dtype {array.dtype}.")
+    if array.shape != ():
+        raise ValueError(
+            f"step must be a scalar, got an array of shape {array.shape}. For the rates of many "
+            "steps use jax.vmap(schedule)(steps)."
+        )
+    if isinstance(array, np.ndarray) and array != array:
+        raise ValueError(f"step must be a number, got {step}. Count the steps from 0.")
+    return array
+
+
+def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 0) -> int:
+    """Returns a number of steps, to follow those ``before``."""
+    try:
+        number = operator.index(num_steps)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {num_steps!r} of type {_type(num_steps)}. Convert "
+            f"it with int({name})."
+        ) from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+    if before + number > MAX_STEP:
+        raise ValueError(
+            f"{name} must end at step {MAX_STEP} at the latest, which is as far as int32 and "
+            f"float32 can count, got {number}{f' after {before}' if before else ''}."
+        )
+    return number
+
+
+def check_boundaries(boundaries: Any, of: str, count: int) -> tuple[int, ...]:
+    """Returns the steps at which one of ``count`` pieces ends and the next begins."""
+    if not isinstance(boundaries, Sequence | np.ndarray | jax.Array):
+        raise TypeError(
+            f"boundaries must be a sequence of steps, got {boundaries!r}. Write [step] for one."
+        )
+    steps = tuple(
+        check_num_steps(step, f"boundaries[{index}]") for index, step in enumerate(boundaries)
+    )
+    if len(steps) != count - 1:
+        raise ValueError(
+            f"boundaries must be one less than {of}, got {len(steps)} for {count}: a step for "
+            "every change from one to the next."
+        )
+    if list(steps) != sorted(set(steps)):
+        raise ValueError(f"boundaries must increase, got {steps}. Sort them.")
+    return steps
+
+
+def check_schedules(schedules: Any) -> None:
+    for index, schedule in enumerate(schedules):
+        if not callable(schedule):
+            raise TypeError(
+                f"schedules[{index}] must be a function from a step to a rate, got {schedule!r}. "
+                "For a fixed rate use jdropout.schedules.constant(rate)."
+            )
+
+
+def check_gamma(gamma: Any) -> float:
+    if isinstance(gamma, bool) or not isinstance(gamma, float | int | np.floating | np.integer):
+        raise TypeError(f"gamma must be a number, got {gamma!r} of type {_type(gamma)}.")
+    if not 0 < gamma <= float(np.finfo(np.float32).max):
+        raise ValueError(
+            f"gamma must be a finite number above 0, got {gamma}. Take 10 / num_steps, where "
+            "num_steps is the length of the training."
+        )
+    return float(gamma)
+
+
+def check_decay(decay: Any) -> None:
+    if decay not in ("linear", "constant"):
+        raise ValueError(f"decay must be 'linear' or 'constant', got {decay!r}.")
 
 
 def _as_array(name: str, x: Any) -> jax.Array:

@@ -22,7 +22,7 @@ LAW_VERSION = 1
 # The cipher's description: one 64-bit block serves a group of four rows, 16 bits each.
 _LANES = 64 // DIGIT_BITS
 _DIGIT_MASK = np.uint32((1 << DIGIT_BITS) - 1)
-_TAG = 0x6A64726F  # "jdro": the counter that only mask keys are made at
+MASK_TAG = 0x6A64726F  # "jdro": the counter that only mask keys are made at
 
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
@@ -175,22 +175,42 @@ def key_words(key: Key) -> jax.Array:
     """The uint32 words of a typed or raw key, shape (n,)."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jnp.asarray(key)
-    # JAX's key-reuse checker does not count key_data() as a use; an opaque operation it does.
-    return jax.random.key_data(lax.optimization_barrier(key)).reshape(-1)
+    return jax.random.key_data(key).reshape(-1)
+
+
+def spent_key_words(key: Key) -> jax.Array:
+    """The words of a key that is used up by it, as JAX's key-reuse checker sees it."""
+    # It does not count key_data() as a use; an opaque operation it does.
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key_words(lax.optimization_barrier(key) if typed else key)
+
+
+def like_key(words: jax.Array, key: Key) -> jax.Array:
+    """A key of the same kind as another one, made of at least as many words."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return words[: key.shape[0]]
+    shape = jax.eval_shape(jax.random.key_data, key).shape
+    data = words[: math.prod(shape)].reshape(shape)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def absorb(key_words: jax.Array) -> WordPair:
+    """Two words that stand for all words of a key."""
+    words = [lax.index_in_dim(key_words, i, keepdims=False) for i in range(key_words.shape[0])]
+    if len(words) == 2:
+        return words[0], words[1]
+    state = (jnp.uint32(MASK_TAG), jnp.uint32(len(words)))
+    words += [jnp.uint32(0)] * (len(words) % 2)
+    for pair in zip(words[::2], words[1::2], strict=True):
+        state = threefry2x32(state, pair)
+    return state
 
 
 def mask_keys(key_words: jax.Array, digits: int) -> list[WordPair]:
     """The cipher keys of a mask's digits: blocks that no other use of the key makes."""
-    words = [lax.index_in_dim(key_words, i, keepdims=False) for i in range(key_words.shape[0])]
-    if len(words) == 2:
-        state = (words[0], words[1])
-    else:
-        state = (jnp.uint32(_TAG), jnp.uint32(len(words)))
-        words += [jnp.uint32(0)] * (len(words) % 2)
-        for pair in zip(words[::2], words[1::2], strict=True):
-            state = threefry2x32(state, pair)
+    state = absorb(key_words)
     return [
-        threefry2x32(state, (jnp.uint32(_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
+        threefry2x32(state, (jnp.uint32(MASK_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
         for digit in range(digits)
     ]
 

@@ -92,7 +92,7 @@ def tile(
 
 
 def with_words(operands: Operands) -> Operands:
-    return operands._replace(key=_law.key_words(operands.key))
+    return operands._replace(key=_law.spent_key_words(operands.key))
 
 
 def keep_like(x: jax.Array, operands: Operands, mask: Mask) -> jax.Array:

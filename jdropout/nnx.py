@@ -1,9 +1,10 @@
 """Dropout as Flax nnx modules."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import jax.typing
 
 try:
@@ -16,9 +17,10 @@ except ImportError as error:
 
 from jdropout._dropout import dropout
 from jdropout._flax import attention, check_module_flag, check_module_rate, draws_mask
-from jdropout._typing import Flag, Key, Rate
+from jdropout._typing import Flag, Index, Key, Rate
+from jdropout.keys import at_site, step_key
 
-__all__ = ["Dropout", "MultiHeadAttention", "dot_product_attention"]
+__all__ = ["Dropout", "MultiHeadAttention", "dot_product_attention", "set_site_keys"]
 
 
 class Dropout(nnx.Dropout):
@@ -255,3 +257,65 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             attention_fn=attention_fn,
             **options,
         )
+
+
+def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Index = 0) -> None:
+    """Starts every random stream of a model anew, from the key of its path at this step.
+
+    Called at the beginning of a training step, it makes all masks of the model a function of
+    (root, step, microbatch, path): the model's random state then need not be saved, and training
+    resumes exactly. The stream at a path starts from ``site_key(root, step=step, site=path,
+    microbatch=microbatch)``, where the path is a tuple of names and indices as of
+    `flax.nnx.iter_graph`, such as ``("blocks", 0, "dropout", "rngs")``; the n-th call in the step,
+    from 0, draws ``fold_in`` of that and n, as always in Flax. In a stack of layers, as for
+    ``nnx.scan`` or ``nnx.vmap``, each has its index as a last part of its site.
+
+    Args:
+      model: a module whose dropouts were built with ``rngs``; changed in place. Under
+        `jax.jit`, one that was merged or made in the compiled function.
+      root: a PRNG key, the same one for the whole training.
+      step: number of the training step, an integer or a (traced) integer scalar.
+      microbatch: number of the microbatch within the step.
+
+    Raises:
+      TypeError: as for `jdropout.keys.site_key`.
+      ValueError: if the model has no random stream, or as for `jdropout.keys.site_key`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jdropout.nnx
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(4, 8, rngs=nnx.Rngs(0)), jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+      ... )
+      >>> def outputs(step):
+      ...     jdropout.nnx.set_site_keys(model, jax.random.key(0), step=step)
+      ...     return model(jnp.ones((1, 4)))
+      >>> bool((outputs(1000) == outputs(1000)).all()), bool((outputs(1000) == outputs(1001)).all())
+      (True, False)
+
+    References:
+      The key law, in the documentation.
+    """
+    key = step_key(root, step=step, microbatch=microbatch)
+    streams = [
+        (cast("tuple[str | int, ...]", path), node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.RngStream)
+    ]
+    if not streams:
+        raise ValueError(
+            "model has no random stream to set: build its dropouts with rngs, as in "
+            "Dropout(rate, rngs=rngs), or call them with rngs=jdropout.keys.site_key(...)."
+        )
+    for path, stream in streams:
+        stream.key[...] = _keys_of_stack(at_site(key, path), stream.key.shape)
+        stream.count[...] = jnp.zeros_like(stream.count[...])
+
+
+def _keys_of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The key itself, or in a stack of streams one for each index."""
+    if not shape:
+        return key
+    stack = jax.vmap(lambda index: _keys_of_stack(at_site(key, index), shape[1:]))
+    return stack(jnp.arange(shape[0], dtype=jnp.uint32))

@@ -1,0 +1,163 @@
+"""Keys from (root key, step, microbatch, site): there is no random state to save or to lose.
+
+Read from the top: `site_key` is a `step_key` and then `at_site`. Every level is one block of the
+cipher under the words of the level above, at a counter that no other use of those words has:
+
+- a step: the counter's highest bit is set;
+- a microbatch, or the index of a site: the upper half is a tag;
+- the name of a site: 64 bits of its SHA-256, whose upper half is no tag, and not 0, which is
+  where `jax.random.fold_in` and `split` have theirs.
+
+The text of this law is in `docs/keys.md`; changing it is a new version.
+"""
+
+import functools
+import hashlib
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jdropout import _checks
+from jdropout._law import MASK_TAG, absorb, key_words, like_key
+from jdropout._threefry import threefry2x32
+from jdropout._typing import Index, Key, Site, WordPair
+
+__all__ = ["at_site", "site_key", "step_key"]
+
+_INDEX_TAG = 0x6A646978  # "jdix"
+_WORDS_TAG = 0x6A647764  # "jdwd": further words of keys that have more than two
+_STEP_BIT = 0x80000000
+_RESERVED = (0, MASK_TAG, _INDEX_TAG, _WORDS_TAG)
+
+
+def site_key(root: Key, *, step: Index, site: Site, microbatch: Index = 0) -> jax.Array:
+    """The key of one dropout in one step: a pure function of its arguments.
+
+    A training loop that takes its keys from here needs no random state. After a restart, step 1000
+    has the masks that it would have had. Sites at one step have the same key only if the 64-bit
+    hashes of their names are the same (for a million names that has a chance of 3e-8), and never
+    if they differ in an index alone. Keys of different steps or roots meet by chance alone, as
+    random 64-bit numbers do, and so do these keys and what ``fold_in`` or ``split`` make of the
+    root. What they make of a key from here is no key of a site below it.
+
+    Args:
+      root: a PRNG key, typed (of any implementation) or raw; the same one for the whole training.
+      step: number of the training step, an integer or a (traced) integer scalar, at least 0.
+      site: which dropout it is: a name, an index (an integer or a (traced) integer scalar below
+        2**32, such as that of a layer in a scan), or a tuple of names and indices.
+      microbatch: number of the microbatch within the step, as for an index.
+
+    Returns:
+      A key of root's kind.
+
+    Raises:
+      TypeError: if an argument has a wrong type.
+      ValueError: if a number is negative or too large, the root is missing or a batch of keys, or
+        the site is an empty tuple.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> from jdropout.keys import site_key
+      >>> root = jax.random.key(0)
+      >>> key = site_key(root, step=1000, site=("decoder", 3, "mlp"))
+      >>> y = jdropout.dropout(key, jnp.ones((2, 8)), 0.1)
+      >>> site_key(root, step=1001, site=("decoder", 3, "mlp")) == key
+      Array(False, dtype=bool)
+
+    References:
+      The key law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random numbers:
+      as easy as 1, 2, 3" (SC 2011), section 2, for keys and counters.
+    """
+    return at_site(step_key(root, step=step, microbatch=microbatch), site)
+
+
+def step_key(root: Key, *, step: Index, microbatch: Index = 0) -> jax.Array:
+    """The key that all sites of a step are below: the first half of `site_key`.
+
+    Args:
+      root: a PRNG key, as for `site_key`.
+      step: number of the training step, as for `site_key`.
+      microbatch: number of the microbatch, as for `site_key`.
+
+    Returns:
+      A key of root's kind.
+
+    Raises:
+      TypeError: as for `site_key`.
+      ValueError: as for `site_key`.
+
+    Example:
+      >>> import jax
+      >>> from jdropout.keys import at_site, site_key, step_key
+      >>> root = jax.random.key(0)
+      >>> key = step_key(root, step=7)  # once a step
+      >>> at_site(key, "hidden") == site_key(root, step=7, site="hidden")
+      Array(True, dtype=bool)
+
+    References:
+      As for `site_key`.
+    """
+    root = _checks.check_key(root, "root")
+    high, low = _checks.check_count("step", step, bits=63)
+    index = _index_counter("microbatch", microbatch)
+    return _descend(root, ((high | np.uint32(_STEP_BIT), low), index))
+
+
+def at_site(key: Key, site: Site) -> jax.Array:
+    """The key of a site below another key: the second half of `site_key`.
+
+    ``at_site(key, ("decoder", 3))`` is ``at_site(at_site(key, "decoder"), 3)``.
+
+    Args:
+      key: a PRNG key: that of a step, or of a site that this one is a part of.
+      site: a name, an index, or a tuple of them, as for `site_key`.
+
+    Returns:
+      A key of the same kind.
+
+    Raises:
+      TypeError: as for `site_key`.
+      ValueError: as for `site_key`.
+
+    Example:
+      >>> import jax
+      >>> from jdropout.keys import at_site
+      >>> key = jax.random.key(0)
+      >>> a, b = (at_site(key, ("layer", index)) for index in range(2))
+      >>> a == b
+      Array(False, dtype=bool)
+
+    References:
+      As for `site_key`.
+    """
+    counters = tuple(
+        _name_counter(part) if isinstance(part, str) else _index_counter("site", part)
+        for part in _checks.check_site(site)
+    )
+    return _descend(_checks.check_key(key), counters)
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_counter(name: str) -> WordPair:
+    """The first 64 bits of the name's digest whose upper half is not reserved."""
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), ">u4").astype(np.uint32)
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return next(pair for pair in pairs if pair[0] not in _RESERVED)
+
+
+def _index_counter(name: str, index: Index) -> WordPair:
+    return cast("WordPair", (np.uint32(_INDEX_TAG), _checks.check_count(name, index, bits=32)[1]))
+
+
+@jax.jit
+def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
+    state = absorb(key_words(key))
+    for high, low in counters:
+        state = threefry2x32(state, (jnp.uint32(high), jnp.uint32(low)))
+    words = list(state)
+    for number in range(1, -(-key_words(key).size // 2)):
+        words += threefry2x32(state, (jnp.uint32(_WORDS_TAG), jnp.uint32(number)))
+    return like_key(lax.concatenate([word.reshape(1) for word in words], 0), key)
