@@ -1,6 +1,7 @@
 """Dropout for JAX: nothing stored, the same bits everywhere, close to the speed of a copy."""
 
 from jdropout._attention import dot_product_attention as dot_product_attention
+from jdropout._audit import audit as audit
 from jdropout._dropout import dropout as dropout
 from jdropout._dropout import effective_rate as effective_rate
 from jdropout._dropout import keep_mask as keep_mask
@@ -8,6 +9,7 @@ from jdropout._fused import bias_dropout_add as bias_dropout_add
 from jdropout._fused import dropout_add_norm as dropout_add_norm
 
 __all__ = [
+    "audit",
     "bias_dropout_add",
     "dot_product_attention",
     "dropout",

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jdropout import _checks, _mask
+from jdropout import _checks, _mask, _sites
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 _Carry = TypeVar("_Carry")
@@ -192,6 +192,9 @@ def dot_product_attention(
         dropout_precision,
         prefix="dropout_",
     )
+    site = _sites.site("attention", shape, dropout_rate, flag, described, operands)
+    if operands is not None:
+        operands = site.operands(operands)
     first, _ = _checks.check_block(start, global_shape, shape)
     first = first or (0,) * len(shape)
 
@@ -219,6 +222,7 @@ def dot_product_attention(
     output, residual = _attention(inputs, plan)
     if described is not None and operands is None:
         output = jnp.zeros_like(output)  # rate 1
+    output = site.result(output)
     return (output, residual) if return_residual else output
 
 

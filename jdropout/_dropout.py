@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _mask, _threshold
+from jdropout import _checks, _mask, _sites, _threshold
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -73,11 +73,12 @@ def dropout(
     mask, operands = _mask.describe(
         key, rate, deterministic, shape, broadcast_dims, start, global_shape, precision
     )
+    site = _sites.site("dropout", shape, rate, deterministic, mask, operands)
     if mask is None:
-        return cast("jax.Array", x)  # the very object, whatever array type it has
+        return site.result(cast("jax.Array", x))  # the very object, whatever array type it has
     if operands is None:
-        return jnp.zeros_like(x)
-    return _masked_scale(operands, x, mask)
+        return site.result(jnp.zeros_like(x))
+    return site.result(_masked_scale(site.operands(operands), x, mask))
 
 
 def keep_mask(
@@ -129,11 +130,12 @@ def keep_mask(
     mask, operands = _mask.describe(
         key, rate, False, shape, broadcast_dims, start, global_shape, precision
     )
+    site = _sites.site("mask", shape, rate, False, mask, operands)
     if mask is None:
-        return jnp.ones(shape, bool)
+        return site.result(jnp.ones(shape, bool))
     if operands is None:
-        return jnp.zeros(shape, bool)
-    return _jitted_keep(operands, mask)
+        return site.result(jnp.zeros(shape, bool))
+    return site.result(_jitted_keep(site.operands(operands), mask))
 
 
 @overload

@@ -1,0 +1,128 @@
+"""An audit of what dropout really does in a function.
+
+`audit` has the function traced (`program`): `jdropout._sites` records the calls that Python makes,
+`dataflow` finds them in the jaxpr and says where their keys come from. A `report` holds the sites
+and what `findings` has against them.
+"""
+
+import functools
+import itertools
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jdropout import _sites
+from jdropout._audit import program as program_module
+from jdropout._audit.findings import find
+from jdropout._audit.program import Program, trace
+from jdropout._audit.report import AuditedSite, Report
+from jdropout._audit.values import Place
+
+
+def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Traces a function and reports every dropout in it, and what is wrong with them.
+
+    Nothing is run: the function is traced as by `jax.jit`, with all that it calls, whether it was
+    compiled before or not. A site is a call of this library that drops, or a mask of
+    `jax.random.bernoulli` that zeroes something, as in the dropout of Flax, Equinox and Haiku. A
+    site in a loop counts once. Of other libraries only masks are seen, so a rate of 0 is not.
+
+    The findings are:
+
+    - ``key-reused``: two sites have one key, so that their masks are correlated or the same;
+    - ``same-mask``: two sites have the same mask, by keys that were made in different ways;
+    - ``key-independent-of-step``: the key depends on no argument, or there is an argument such as
+      ``step`` or ``state.step`` and the key does not depend on it; then every step has the same
+      mask. A key that the function also advances and returns counts as new in each step;
+    - ``key-independent-of-iteration``: all iterations of a loop have the same mask;
+    - ``rate-zero``, ``rate-one``: nothing, or everything, is dropped in training;
+    - ``on-in-evaluation``: dropout is on under a function with a name such as ``evaluate``,
+      ``predict`` or ``test_step`` (unless the name has ``mc``, ``bayesian`` or ``uncertainty``);
+    - ``shared-over-devices``: in a ``shard_map`` the input differs between devices along some axis
+      of the mesh, but neither the key nor ``start`` depends on it;
+    - ``shared-over-batch``, ``shared-over-heads``: all examples, or all heads of an attention, have
+      the same mask. The batch is the first axis, or that of a ``vmap``; in attention heads come
+      next.
+
+    Args:
+      fn: a function of arrays, pytrees and Flax modules, such as a training step.
+      *args: its arguments: arrays, `jax.ShapeDtypeStruct`, numbers and what else it takes. Small
+        arrays of known values, such as keys and the step, let the audit compare keys by value.
+      **kwargs: its keyword arguments.
+
+    Returns:
+      A report, which prints as a table.
+
+    Raises:
+      TypeError: if ``fn`` is not callable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> def loss(key, x):
+      ...     x = jdropout.dropout(key, x, 0.5)
+      ...     return jdropout.dropout(key, x, 0.1).sum()  # the same key again
+      >>> report = jdropout.audit(loss, jax.random.key(0), jnp.ones((8, 16)))
+      >>> [finding.code for finding in report.findings]
+      ['key-reused']
+      >>> report.sites[1].rate, report.sites[1].shape, report.sites[1].key_sources
+      (0.1, (8, 16), ('key',))
+
+    References:
+      The findings are the mistakes of the table "What goes wrong with dropout" in the
+      documentation.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function, got {type(fn).__name__}. Pass the step itself.")
+    program = trace(fn, args, kwargs)
+    named = fn.func if isinstance(fn, functools.partial) else fn
+    name = getattr(named, "__name__", type(named).__name__)
+    numbers = dict.fromkeys(place.key.number for place in program.places if place.key)
+    keys = {number: f"k{i + 1}" for i, number in enumerate(numbers)}
+    sites = tuple(_describe(place, program, keys) for place in program.places)
+    return Report(name, sites, tuple(find(name, program, sites)))
+
+
+def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSite:
+    call = _as_call(place) if place.call is None else program.calls[place.call]
+    own = [
+        frame._replace(function=frame.function.rpartition("<locals>.")[-1])
+        for frame in call.frames
+        if not _sites.is_library(frame.file)
+    ] or [_sites.Frame("", 0, "")]
+    return AuditedSite(
+        path=call.path or own[0].function,
+        location=f"{os.path.basename(own[0].file)}:{own[0].line}",
+        kind=call.kind,
+        shape=call.shape,
+        rate=call.rate,
+        effective_rate=call.effective_rate,
+        deterministic=call.deterministic,
+        shared_axes=call.shared_axes,
+        stored_bytes=call.stored_bytes,
+        key="" if place.key is None else keys[place.key.number],
+        key_sources=()
+        if place.key is None
+        else tuple(name for i, name in enumerate(program.names) if i in place.key.sources),
+        loops=tuple(loop.describe() for loop in place.loops),
+        functions=tuple(dict.fromkeys(frame.function for frame in own)),
+    )
+
+
+def _as_call(place: Place) -> _sites.Call:
+    """A Bernoulli mask of another library in the form of a call of this one."""
+    inside = itertools.takewhile(lambda frame: frame.file != program_module.__file__, place.frames)
+    # The names of linen's modules are in the scope, wrapped in those of transformations.
+    path = re.sub(r"\w+\(|\)", "", place.scope).strip("/")
+    return _sites.Call(
+        kind="bernoulli",
+        path=path,
+        frames=tuple(inside),
+        shape=place.shape,
+        rate=place.rate,
+        effective_rate=place.rate,
+        deterministic=False,
+        shared_axes=place.shared_axes,
+        located=False,
+        stored_bytes=place.stored_bytes,
+    )
