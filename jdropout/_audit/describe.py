@@ -1,0 +1,63 @@
+"""The sites of a traced function, as an audit reports them."""
+
+import itertools
+import os
+import re
+
+from jdropout import _sites
+from jdropout._audit import program as program_module
+from jdropout._audit.program import Program
+from jdropout._audit.report import AuditedSite
+from jdropout._audit.values import Place
+
+
+def describe(program: Program) -> tuple[AuditedSite, ...]:
+    """Describes the places of a program, in their order."""
+    numbers = dict.fromkeys(place.key.number for place in program.places if place.key)
+    keys = {number: f"k{i + 1}" for i, number in enumerate(numbers)}
+    return tuple(_describe(place, program, keys) for place in program.places)
+
+
+def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSite:
+    call = _as_call(place) if place.call is None else program.calls[place.call]
+    own = [
+        frame._replace(function=frame.function.rpartition("<locals>.")[-1])
+        for frame in call.frames
+        if not _sites.is_library(frame.file)
+    ] or [_sites.Frame("", 0, "")]
+    return AuditedSite(
+        path=call.path or own[0].function,
+        location=f"{os.path.basename(own[0].file)}:{own[0].line}",
+        kind=call.kind,
+        shape=call.shape,
+        rate=call.rate,
+        effective_rate=call.effective_rate,
+        deterministic=call.deterministic,
+        shared_axes=call.shared_axes,
+        stored_bytes=call.stored_bytes,
+        key="" if place.key is None else keys[place.key.number],
+        key_sources=()
+        if place.key is None
+        else tuple(name for i, name in enumerate(program.names) if i in place.key.sources),
+        loops=tuple(loop.describe() for loop in place.loops),
+        functions=tuple(dict.fromkeys(frame.function for frame in own)),
+    )
+
+
+def _as_call(place: Place) -> _sites.Call:
+    """A Bernoulli mask of another library in the form of a call of this one."""
+    inside = itertools.takewhile(lambda frame: frame.file != program_module.__file__, place.frames)
+    # The names of linen's modules are in the scope, wrapped in those of transformations.
+    path = re.sub(r"\w+\(|\)", "", place.scope).strip("/")
+    return _sites.Call(
+        kind="bernoulli",
+        path=path,
+        frames=tuple(inside),
+        shape=place.shape,
+        rate=place.rate,
+        effective_rate=place.rate,
+        deterministic=False,
+        shared_axes=place.shared_axes,
+        located=False,
+        stored_bytes=place.stored_bytes,
+    )
