@@ -1,4 +1,4 @@
-"""Data, results and figure of the handwritten-digits example."""
+"""Data, results and figures of the handwritten-digits examples."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
@@ -17,7 +18,7 @@ PIXELS = 64
 TEST_SIZE = 797
 POOL_SIZE = 1000
 
-COLOURS = ("#c2410c", "#1d4ed8")
+COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#a21caf", "#0f172a")
 
 
 class Samples(NamedTuple):
@@ -83,6 +84,15 @@ def draw(key: jax.Array, pool: Samples, test: Samples, size: int, label_noise: f
     )
 
 
+def print_results(histories: Mapping[str, Scores], steps: Sequence[int], caption: str) -> None:
+    """Prints the table, and what each setting gains over the first one."""
+    Console().print(results_table(histories, caption))
+    (_, plain), *others = histories.items()
+    for name, history in others:
+        print(gain(name, plain, history))
+    print(best_on_the_way(histories, steps))
+
+
 def results_table(histories: Mapping[str, Scores], caption: str) -> Table:
     """Makes a table of the last evaluation: mean and standard deviation over the runs."""
     table = Table("", "train accuracy", "test accuracy", "train loss", "test loss", caption=caption)
@@ -99,13 +109,14 @@ def results_table(histories: Mapping[str, Scores], caption: str) -> Table:
     return table
 
 
-def gain_by_dropout(plain: Scores, dropped: Scores) -> str:
+def gain(name: str, plain: Scores, dropped: Scores) -> str:
     """Describes the paired differences in test accuracy at the end."""
-    gain = 100 * (dropped.test_accuracy[:, -1] - plain.test_accuracy[:, -1])
-    error = gain.std(ddof=1) / np.sqrt(len(gain))
+    points = 100 * (dropped.test_accuracy[:, -1] - plain.test_accuracy[:, -1])
+    error = points.std(ddof=1) / np.sqrt(len(points))
     return (
-        f"test accuracy with dropout minus without, pair by pair: {gain.mean():+.1f} ± "
-        f"{error:.1f} points (mean and its standard error), {gain.min():+.1f} to {gain.max():+.1f}"
+        f"test accuracy with {name} minus without, pair by pair: {points.mean():+.1f} ± "
+        f"{error:.1f} points (mean and its standard error), {points.min():+.1f} to "
+        f"{points.max():+.1f}"
     )
 
 
@@ -119,12 +130,31 @@ def best_on_the_way(histories: Mapping[str, Scores], steps: Sequence[int]) -> st
 
 
 def save_curves(
-    path: pathlib.Path, histories: Mapping[str, Scores], steps: Sequence[int], title: str
+    path: pathlib.Path,
+    histories: Mapping[str, Scores],
+    steps: Sequence[int],
+    title: str,
+    rates: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Draws the histories: for each score the mean and a band of one standard deviation."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    """Draws the histories: for each score the mean and a band of one standard deviation.
+
+    Args:
+      path: file to write.
+      histories: by name.
+      steps: number of steps at each evaluation.
+      title: of the figure.
+      rates: the rates of the steps 0, 1, ... by name, to be drawn in a panel of their own.
+    """
+    figure = Figure(figsize=(10, 6 if rates is None else 9), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    if rates is None:
+        curves = figure
+    else:
+        above, curves = figure.subfigures(2, 1, height_ratios=(1, 2))
+        panel = above.subplots()
+        panel.set_title("rate of dropping", loc="left", fontsize=11)
+        draw_panel(panel, {name: rate[None] for name, rate in rates.items()})
+    axes = curves.subplots(2, 2, sharex=True, sharey="row")
     panels = {
         "train_accuracy": "accuracy on the training samples (wrong labels included)",
         "test_accuracy": "accuracy on the test samples (all labels right)",
@@ -143,24 +173,42 @@ def save_curves(
     figure.savefig(path, dpi=110)
 
 
-def draw_panel(axes: Axes, scores: Mapping[str, np.ndarray], steps: Sequence[int]) -> None:
-    for colour, score in zip(COLOURS, scores.values(), strict=True):
-        mean, spread = score.mean(axis=0), score.std(axis=0, ddof=1)
-        axes.plot(steps, mean, color=colour, linewidth=2)
-        axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-    ends = {name: score[:, -1].mean() for name, score in scores.items()}
+def draw_panel(
+    axes: Axes, scores: Mapping[str, np.ndarray], steps: Sequence[int] | None = None
+) -> None:
+    """Draws one kind of scores, arrays with axes (run, step), and names each at its end."""
+    for colour, score in zip(COLOURS, scores.values(), strict=False):
+        mean, spread = score.mean(axis=0), score.std(axis=0, ddof=min(1, len(score) - 1))
+        x = np.arange(len(mean)) if steps is None else steps
+        axes.plot(x, mean, color=colour, linewidth=2)
+        axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
     low, high = axes.get_ylim()
-    close = np.ptp(list(ends.values())) < 0.1 * (high - low)
-    for colour, (name, end) in zip(COLOURS, ends.items(), strict=True):
+    ends = np.array([score[:, -1].mean() for score in scores.values()])
+    gap = 0.085 * (high - low)  # of one line of text
+    heights = spread_out(ends, gap, low + gap / 2, high - gap / 2)
+    for colour, name, height in zip(COLOURS, scores, heights, strict=False):
         axes.annotate(
             name,
-            (steps[-1], end),
+            (x[-1], height),
             (5, 0),
             textcoords="offset points",
-            va=("bottom" if end == max(ends.values()) else "top") if close else "center",
+            va="center",
             color=colour,
             fontsize=11,
             fontweight="bold",
+            annotation_clip=False,
         )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
+
+
+def spread_out(positions: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Moves positions at least `gap` apart, in their order, and into bounds if they fit."""
+    order = np.argsort(positions, kind="stable")
+    least = gap * np.arange(len(positions))
+    offsets = positions[order] - least
+    # Moving up alone and moving down alone both keep the gaps, and so does their mean.
+    up, down = np.maximum.accumulate(offsets), np.minimum.accumulate(offsets[::-1])[::-1]
+    moved = np.empty_like(positions)
+    moved[order] = np.clip((up + down) / 2, low, high - least[-1]) + least
+    return moved

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import _digits
@@ -35,18 +35,11 @@ import jdropout.nnx
 
 def main() -> None:
     options = parse_options()
-    runs = start(options)
-    histories, params = {}, {}
-    bar_console = Console(stderr=True)
-    with Progress(console=bar_console, disable=not bar_console.is_terminal) as progress:
-        for name, rate in {"no dropout": 0.0, "dropout": options.rate}.items():
-            bar = progress.add_task(name, total=options.steps)
-            advance = functools.partial(progress.advance, bar)
-            histories[name], params[name] = train(options, rate, runs, advance)
+    rates = {"no dropout": 0.0, "dropout": options.rate}
+    trainings = {name: make_training(options, rate) for name, rate in rates.items()}
+    histories, params = train_each(options, trainings)
     steps = evaluation_steps(options.steps)
-    Console().print(_digits.results_table(histories, describe(options)))
-    print(_digits.gain_by_dropout(*histories.values()))
-    print(_digits.best_on_the_way(histories, steps))
+    _digits.print_results(histories, steps, describe(options))
     path = options.output / "train_mlp.png"
     _digits.save_curves(path, histories, steps, describe(options))
     print(f"learning curves: {path}")
@@ -96,11 +89,11 @@ class Network(NamedTuple):
     """From parameters, images and a key (None in evaluation) to logits."""
 
 
-def nnx_network(width: int, rate: float) -> Network:
+def nnx_network(width: int, rate: float, model: type[NnxMLP] = NnxMLP) -> Network:
     def init(key: jax.Array) -> optax.Params:
-        return nnx.state(NnxMLP(width, rate, nnx.Rngs(key)))
+        return nnx.state(model(width, rate, nnx.Rngs(key)))
 
-    structure = nnx.graphdef(nnx.eval_shape(lambda: NnxMLP(width, rate, nnx.Rngs(0))))
+    structure = nnx.graphdef(nnx.eval_shape(lambda: model(width, rate, nnx.Rngs(0))))
     return Network(init, lambda params, x, key: nnx.merge(structure, params)(x, key))
 
 
@@ -115,14 +108,15 @@ NETWORKS = {"nnx": nnx_network, "linen": linen_network}
 class Training(NamedTuple):
     """What all runs of a setting have in common."""
 
-    network: Network
+    network_at: Callable[[jax.Array], Network]
+    """From a step to the network, of which only the rate may depend on the step."""
     optimizer: optax.GradientTransformation
     batch_size: int
 
 
 def make_training(options: argparse.Namespace, rate: float) -> Training:
     network = NETWORKS[options.api](options.width, rate)
-    return Training(network, optax.adam(options.learning_rate), options.batch_size)
+    return Training(lambda _: network, optax.adam(options.learning_rate), options.batch_size)
 
 
 class Run(NamedTuple):
@@ -134,15 +128,29 @@ class Run(NamedTuple):
     optimizer_state: optax.OptState
 
 
-def start(options: argparse.Namespace) -> Run:
+def train_each(
+    options: argparse.Namespace, trainings: Mapping[str, Training]
+) -> tuple[dict[str, _digits.Scores], dict[str, optax.Params]]:
+    """Trains in each of several ways, from the same start; returns histories and parameters."""
+    runs = start(options, next(iter(trainings.values())))
+    histories, params = {}, {}
+    bar_console = Console(stderr=True)
+    with Progress(console=bar_console, disable=not bar_console.is_terminal) as progress:
+        for name, training in trainings.items():
+            bar = progress.add_task(name, total=options.steps)
+            advance = functools.partial(progress.advance, bar)
+            histories[name], params[name] = train(training, options.steps, runs, advance)
+    return histories, params
+
+
+def start(options: argparse.Namespace, training: Training) -> Run:
     """Returns all runs as they are before the first step: the same ones for every rate."""
-    training = make_training(options, rate=0.0)
     pool, test = _digits.load()
 
     def start_one(key: jax.Array) -> Run:
         data_key, init_key, train_key = jax.random.split(key, 3)
         data = _digits.draw(data_key, pool, test, options.train_size, options.label_noise)
-        params = training.network.init(init_key)
+        params = training.network_at(jnp.int32(0)).init(init_key)
         return Run(train_key, data, params, training.optimizer.init(params))
 
     keys = jax.random.split(jax.random.key(options.seed), options.seeds)
@@ -150,13 +158,12 @@ def start(options: argparse.Namespace) -> Run:
 
 
 def train(
-    options: argparse.Namespace, rate: float, runs: Run, advance: Callable[[int], None]
+    training: Training, steps: int, runs: Run, advance: Callable[[int], None]
 ) -> tuple[_digits.Scores, optax.Params]:
     """Trains all runs side by side; returns their history and their parameters."""
-    training = make_training(options, rate)
     train_all = jax.jit(jax.vmap(functools.partial(train_steps, training), (0, None, None)))
     history, first = [], 0
-    for last in evaluation_steps(options.steps):
+    for last in evaluation_steps(steps):
         runs, scores = train_all(runs, first, last)
         history.append(jax.device_get(scores))
         advance(last - first)
@@ -169,8 +176,9 @@ def train_steps(
 ) -> tuple[Run, _digits.Scores]:
     """Takes the steps first, ..., last - 1 and evaluates."""
     run = jax.lax.fori_loop(first, last, functools.partial(train_step, training), run)
-    train_accuracy, train_loss = evaluate(training.network, run.params, run.data.train)
-    test_accuracy, test_loss = evaluate(training.network, run.params, run.data.test)
+    network = training.network_at(last)
+    train_accuracy, train_loss = evaluate(network, run.params, run.data.train)
+    test_accuracy, test_loss = evaluate(network, run.params, run.data.test)
     return run, _digits.Scores(train_accuracy, test_accuracy, train_loss, test_loss)
 
 
@@ -179,9 +187,10 @@ def train_step(training: Training, step: jax.Array, run: Run) -> Run:
     batch_key, dropout_key = jax.random.split(jax.random.fold_in(run.key, step))
     images, labels = run.data.train
     rows = jax.random.randint(batch_key, (training.batch_size,), 0, len(labels))
+    network = training.network_at(step)
 
     def loss(params: optax.Params) -> jax.Array:
-        logits = training.network.apply(params, images[rows], dropout_key)
+        logits = network.apply(params, images[rows], dropout_key)
         return cross_entropy(logits, labels[rows])
 
     gradient = jax.grad(loss)(run.params)
@@ -214,11 +223,11 @@ def digest(params: optax.Params) -> str:
     return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()[:16]
 
 
-def describe(options: argparse.Namespace) -> str:
+def describe(options: argparse.Namespace, more: str = "") -> str:
     return (
         f"{options.train_size} training samples, {100 * options.label_noise:g}% of the labels "
         f"wrong; 2 hidden layers of {options.width}\n"
-        f"dropout at rate {options.rate:g}, {options.steps} steps; "
+        f"dropout at rate {options.rate:g}, {options.steps} steps{more}; "
         f"mean and standard deviation of {options.seeds} runs"
     )
 
@@ -228,25 +237,34 @@ def parse_options() -> argparse.Namespace:
         description="Trains a network on handwritten digits, without and with dropout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add = parser.add_argument
+    add("--api", choices=NETWORKS, default="nnx", help="Flax API of the model")
+    add_training_options(add)
+    add_comparison_options(add)
+    return parse_and_make_output(parser)
+
+
+def add_comparison_options(add: Callable[..., object]) -> None:
+    several = checked(int, lambda n: n >= 2, "a whole number of at least 2, to see the spread")
+    add("--seeds", type=several, default=8, help="number of runs of each setting")
+    add("--output", type=pathlib.Path, default="output", help="directory for the figure")
+
+
+def add_training_options(add: Callable[..., object]) -> None:
+    """Adds the options of a single run, by `add`, the method of a parser."""
     probability = checked(float, lambda p: 0 <= p < 1, "a number of at least 0 and below 1")
     positive = checked(int, lambda n: n >= 1, "a whole number of at least 1")
-    several = checked(int, lambda n: n >= 2, "a whole number of at least 2, to see the spread")
     size = checked(int, lambda n: 1 <= n <= _digits.POOL_SIZE, f"1 to {_digits.POOL_SIZE}")
     step_size = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-    add = parser.add_argument
-    add("--api", choices=NETWORKS, default="nnx", help="Flax API of the model")
     add("--rate", type=probability, default=0.5, help="probability of dropping a hidden unit")
     add("--width", type=positive, default=64, help="units in a hidden layer")
     add("--steps", type=positive, default=2000, help="training steps")
     add("--batch-size", type=positive, default=64, help="samples in a step")
     add("--learning-rate", type=step_size, default=1e-3, help="of Adam")
     add("--seed", type=seed, default=0, help="number that the key is made from")
-    add("--seeds", type=several, default=8, help="number of runs of each setting")
     add("--train-size", type=size, default=500, help="training samples of a run")
     add("--label-noise", type=probability, default=0.3, help="share of wrong training labels")
-    add("--output", type=pathlib.Path, default="output", help="directory for the figure")
-    return parse_and_make_output(parser)
 
 
 if __name__ == "__main__":

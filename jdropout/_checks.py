@@ -245,6 +245,16 @@ def _check_index(index: Any) -> Index:
 # --- keys ---------------------------------------------------------------------------------
 
 
+def check_parent_key(key: Any, name: str) -> Key:
+    """Checks a key that others are made from, which is no dropout's own."""
+    if key is None:
+        raise ValueError(
+            f"{name} is None, but keys are made from it. Pass {name}=jax.random.key(seed), the "
+            "same one in every step."
+        )
+    return check_key(key, name)
+
+
 def check_count(name: str, count: Any, bits: int) -> WordPair:
     """Returns an integer of at least 0 and below ``2**bits`` as two 32-bit words."""
     if isinstance(count, jax.core.Tracer) and jnp.issubdtype(count.dtype, np.integer):
@@ -544,6 +554,150 @@ def check_gamma(gamma: Any) -> float:
 def check_decay(decay: Any) -> None:
     if decay not in ("linear", "constant"):
         raise ValueError(f"decay must be 'linear' or 'constant', got {decay!r}.")
+
+
+# --- testing ------------------------------------------------------------------------------
+
+
+def check_comparable(name: str, leaf: Any) -> None:
+    kinds = jax.Array | np.ndarray | np.generic | bool | int | float | complex | str | bytes
+    if not isinstance(leaf, kinds) or np.asarray(leaf).dtype.hasobject:
+        raise TypeError(
+            f"{name} must be an array, a number or a string to be compared, got {_type(leaf)}. "
+            "Return parameters and losses, for example nnx.state(model)."
+        )
+
+
+def check_any_leaves(name: str, leaves: Any) -> None:
+    if not leaves:
+        raise ValueError(
+            f"{name} returned no arrays, so that there is nothing to compare. Return what it "
+            "computes, such as the final parameters and the loss."
+        )
+
+
+def check_runs(runs: Any) -> None:
+    if isinstance(runs, bool) or not isinstance(runs, int | np.integer):
+        raise TypeError(f"runs must be an integer, got {runs!r} of type {_type(runs)}.")
+    if runs < 2:
+        raise ValueError(f"runs must be at least 2, got {runs}: one run has nothing to equal.")
+
+
+def check_rtol(rtol: Any) -> None:
+    if rtol is not None and not _is_real(rtol):
+        raise TypeError(f"rtol must be None or a number, got {rtol!r} of type {_type(rtol)}.")
+    if rtol is not None and not 0 <= rtol < 1:
+        raise ValueError(
+            f"rtol must be in [0, 1), got {rtol}. Pass None to compare bits, or 1e-5 for sums in "
+            "float32."
+        )
+
+
+def check_mesh(mesh: Any, devices: Any) -> None:
+    """Checks the two ways to say what devices to use, None being all."""
+    if mesh is not None and devices is not None:
+        raise ValueError("mesh and devices were both given. A mesh has its devices: pass one.")
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {_type(mesh)}.")
+    if devices is None:
+        devices = jax.devices() if mesh is None else mesh.devices.reshape(-1)
+    if len(devices) < 2:
+        raise ValueError(
+            f"a sharding needs at least 2 devices, got {len(devices)}. For eight on any CPU set "
+            "the environment variable XLA_FLAGS=--xla_force_host_platform_device_count=8 before "
+            "JAX starts, for example at the top of conftest.py."
+        )
+
+
+def check_any_placements(placements: Any, sizes: Any) -> None:
+    if not placements:
+        raise ValueError(
+            f"args hold no array with an axis that the mesh {dict(sizes)} divides, so that nothing "
+            "can be sharded. Pass arrays with sizes that are multiples of 8, or fewer devices."
+        )
+
+
+def check_floating(x: Any) -> jax.Array:
+    x = _as_array("x", x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"x must be a floating-point array, got dtype {x.dtype}. Convert it with "
+            "x.astype(jnp.float32)."
+        )
+    return x
+
+
+def check_like_input(name: str, result: Any, x: jax.Array) -> np.dtype:
+    """Checks the abstract result of a function; returns its dtype."""
+    if not isinstance(result, jax.ShapeDtypeStruct):
+        raise ValueError(f"{name} must be one array, got {_type(result)}. Wrap the function.")
+    if result.shape != x.shape or not jnp.issubdtype(result.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be a floating-point array of x's shape {x.shape}, got shape "
+            f"{result.shape} and dtype {result.dtype}. Pass the dropout alone, without the layers "
+            "around it."
+        )
+    return result.dtype
+
+
+def check_linear(wrong: np.ndarray) -> None:
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            "fn must be linear and elementwise with a fixed mask, fn(x) = fn(1) * x, which does "
+            f"not hold in {np.count_nonzero(wrong)} of {wrong.size} elements, first at {index}. "
+            "Pass the dropout alone, without the layers around it, and with a fixed key."
+        )
+
+
+def check_some_dropped(factors: np.ndarray) -> None:
+    kept = np.count_nonzero(factors)
+    if kept in (0, factors.size):
+        raise ValueError(
+            f"fn keeps {kept} of {factors.size} elements, so that its mask cannot be told from "
+            "another. Pass a larger x and a rate such as 0.5, and switch dropout on "
+            "(deterministic=False)."
+        )
+
+
+def check_factors_defined(x: jax.Array) -> jax.Array:
+    if x.size == 0:
+        raise ValueError(f"x must have elements, got shape {x.shape}.")
+    if not bool(jnp.all(jnp.isfinite(x) & (x != 0))):
+        raise ValueError(
+            "x must be finite and without zeros, since results are divided by it. Pass "
+            "jnp.ones(shape), for example."
+        )
+    return x
+
+
+def check_static_rate(rate: Any) -> float:
+    """Returns a static rate that leaves something to keep."""
+    rate = check_rate(rate)
+    if isinstance(rate, jax.Array):
+        raise TypeError("rate must be a Python number, got an array. Convert it with float(rate).")
+    if rate > 1 - 2**-16:
+        raise ValueError(f"rate must be below 1, got {rate}: where all is dropped no mean is x.")
+    return rate
+
+
+def check_fraction(name: str, value: Any) -> None:
+    if not _is_real(value):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {_type(value)}.")
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}.")
+
+
+def check_number_of_keys(number: int, tolerance: float) -> None:
+    if number > 2**30:
+        raise ValueError(
+            f"a tolerance of {tolerance} takes {number} keys, too many to count. Raise it, or pass "
+            "an x with more elements."
+        )
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
 
 
 def _as_array(name: str, x: Any) -> jax.Array:

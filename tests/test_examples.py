@@ -1,15 +1,10 @@
 import importlib.util
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+from example_runs import EXAMPLES, last_digest, run, run_example
 
 # Installed torch or not, the import fails.
 WITHOUT_TORCH = """
@@ -21,28 +16,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(*command, **settings):
-    # The tests' own settings, such as eight devices, are not what a reader of the examples has.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"} | settings,
-        encoding="utf-8",
-        capture_output=True,
-        check=False,
-        timeout=120,
-    )
-
-
-def run_example(name, *options, **settings):
-    result = run(EXAMPLES / name, *options, **settings)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def train_shortly(output, *options):
+def train_shortly(output, *options, example="train_mlp.py"):
     settings = ["--steps=20", "--width=8", "--seeds=2", "--train-size=50", "--batch-size=16"]
-    return run_example("train_mlp.py", *settings, "--output", output, *options)
+    return run_example(example, *settings, "--output", output, *options)
 
 
 def train_transformer_shortly(output, *options):
@@ -64,12 +40,6 @@ def losses(text):
     rows = re.findall(r"(no dropout|dropout) +│ (\d\.\d{3}) +│ (\d\.\d{3}) +│ (\d\.\d{3})", text)
     assert [row[0] for row in rows] == ["no dropout", "dropout"], text
     return rows
-
-
-def last_digest(text):
-    match = re.fullmatch(r"digest: ([0-9a-f]{16})", text.splitlines()[-1])
-    assert match, text
-    return match[1]
 
 
 def assert_is_picture(path):
@@ -125,6 +95,24 @@ def test_train_mlp_does_the_same_with_linen(tmp_path):
     assert_is_picture(tmp_path / "train_mlp.png")
 
 
+def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(tmp_path):
+    first, second = (
+        train_shortly(tmp_path, "--cutoff-step", 10, example="rate_schedules.py") for _ in range(2)
+    )
+    assert last_digest(first) == last_digest(second)
+    assert "cutoff at 10" in first
+    assert_is_picture(tmp_path / "rate_schedules.png")
+
+    def rows(text):
+        return dict(re.findall(r"│ (\w[\w ]*\w) +│ (\d.*%) ", text))
+
+    scheduled, fixed = rows(first), rows(train_shortly(tmp_path, "--api", "linen"))
+    assert list(scheduled) == ["no dropout", "constant", "early", "late", "curriculum"]
+    # A schedule that does not change makes the same training as a plain number.
+    assert scheduled["no dropout"] == fixed["no dropout"]
+    assert scheduled["constant"] == fixed["dropout"]
+
+
 @pytest.fixture(scope="module")
 def transformer_output(tmp_path_factory):
     return train_transformer_shortly(tmp_path_factory.mktemp("transformer"))
@@ -160,6 +148,7 @@ def test_train_transformer_with_the_attention_of_flax(transformer_output, tmp_pa
         ("train_mlp.py", "--label-noise", "nan"),
         ("train_mlp.py", "--train-size", "1797"),
         ("train_mlp.py", "--output", __file__),
+        ("rate_schedules.py", "--cutoff-step", "0"),
         ("train_transformer.py", "--rate", "1"),
         ("train_transformer.py", "--train-chars", "12"),
         ("train_transformer.py", "--temperature", "inf"),
