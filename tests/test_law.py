@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
+from jax import export
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import jdropout
 from jdropout import _law, _threshold
@@ -347,3 +350,46 @@ def test_products_of_block_indices_are_exact_modulo_64_bits():
         high, low = (np.asarray(w, np.uint64) for w in _law._multiply64(jnp.array(index), factor))
         expected = index.astype(np.uint64) * np.uint64(factor)
         np.testing.assert_array_equal(high << np.uint64(32) | low, expected)
+
+
+def test_the_law_runs_inside_a_pallas_kernel(key):
+    """A kernel makes the tile of the mask that it needs: no random bits of the backend."""
+    shape, tile = (128, 256), (64, 128)
+
+    def kernel(words, x, y):
+        start = tuple(pl.program_id(axis) * size for axis, size in enumerate(tile))
+        mask = jdropout.keep_mask(words[:], 0.3, tile, start=start, global_shape=shape)
+        y[...] = jnp.where(mask, x[...], 0)
+
+    block = pl.BlockSpec(tile, lambda i, j: (i, j))
+    masked = pl.pallas_call(
+        kernel,
+        grid=(2, 2),
+        in_specs=[pl.BlockSpec((2,), lambda i, j: (0,)), block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        interpret=True,
+    )(jax.random.key_data(key), jnp.ones(shape))
+    np.testing.assert_array_equal(masked != 0, jdropout.keep_mask(key, 0.3, shape))
+
+
+def test_the_elementwise_evaluation_lowers_in_a_kernel_for_a_tpu():
+    shape, tile = (128, 256), (64, 128)
+
+    def kernel(words, x, y):
+        layout, origin = _law.locate(shape, tile, (0, 0), (pl.program_id(0), pl.program_id(1)))
+        keys = [(words[0], words[1])]  # of the mask, made once outside
+        threshold = _threshold.static_threshold(0.3, 16)
+        y[...] = jnp.where(_law._elementwise(keys, threshold, layout, origin), x[...], 0)
+
+    block = pl.BlockSpec(tile, lambda i, j: (i, j))
+    masked = pl.pallas_call(
+        kernel,
+        grid=(2, 2),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    arguments = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = export.export(jax.jit(masked), platforms=["tpu"])(*arguments)
+    assert "tpu_custom_call" in exported.mlir_module()

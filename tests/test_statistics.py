@@ -705,3 +705,26 @@ def test_many_columns_collide_as_often_as_random_numbers():
     assert not rejected(collision_p_value(masks))
     masks[3][:, :64] = masks[5][:, :64]
     assert rejected(collision_p_value(masks))
+
+
+def test_monte_carlo_samples_of_a_linear_model_have_its_mean_and_variance(key):
+    """n = 2^16 samples by vmap over keys; false alarm 1e-8.
+
+    With w * dropout(x) summed: mean w @ x, variance sum((w x)^2) r / (1 - r).
+    """
+    n, rate = 1 << 16, 0.3
+    w, x = np.linspace(-1, 1, 64, dtype=np.float32), np.linspace(0.5, 2, 64, dtype=np.float32)
+    keys = jax.random.split(key, n)
+    r = jdropout.effective_rate(rate)
+    mean, variance = float((w * x).sum()), float(((w * x) ** 2).sum()) * r / (1 - r)
+
+    def p_values(key_of):
+        samples = jax.vmap(lambda k: (w * jdropout.dropout(key_of(k), x, rate)).sum())(keys)
+        deviations = np.asarray(samples, np.float64) - mean
+        squares = deviations**2
+        z = [deviations.mean() / math.sqrt(variance / n)]
+        z.append((squares.mean() - variance) / math.sqrt(max(squares.var(), 1e-9) / n))
+        return normal_p_values(np.array(z))
+
+    assert not rejected(p_values(lambda k: k))
+    assert rejected(p_values(lambda _: key))  # one mask for all samples
