@@ -21,6 +21,7 @@ import pytest
 from scipy import special, stats
 
 import jdropout
+from jdropout.testing import assert_unbiased
 
 FALSE_ALARM = 1e-6
 TESTS = 100
@@ -264,6 +265,20 @@ def test_output_has_the_mean_of_the_input(rate):
     if rate == 0.1:  # an 8-bit threshold with the scale of the nominal rate is 0.17 % off
         eight_bits = flaw(2).integers(0, 256, x.shape) < math.floor(0.9 * 256)
         assert rejected(p_value(x * eight_bits / 0.9))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_every_element_has_the_mean_of_the_input_over_keys(rate):
+    """n = 2^24 or 2^27 elements, all of them, each of 1071, and each call; false alarm 1e-8."""
+    x = flaw().uniform(1, 2, (51, 21)).astype(np.float32)
+    options = dict(key=jax.random.key(6), rate=rate, false_alarm_rate=FALSE_ALARM / TESTS)
+    assert_unbiased(lambda key, x: jdropout.dropout(key, x, rate), x, **options)
+
+    def one_position_is_always_kept(key, x):
+        return jdropout.dropout(key, x, rate).at[50, 20].set(x[50, 20] / (1 - rate))
+
+    with pytest.raises(AssertionError, match=r"1 of 1071 elements .* at \(50, 20\)"):
+        assert_unbiased(one_position_is_always_kept, x, **options)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.75])

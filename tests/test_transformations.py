@@ -8,6 +8,7 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 import jdropout
+from jdropout.testing import assert_backward_uses_forward_mask
 
 SHAPE = (37, 10)
 RATE = 0.4
@@ -101,9 +102,14 @@ def test_forward_and_backward_masks_agree_for_every_key_implementation(impl, wra
 def test_forward_and_backward_masks_agree_with_options(options, key):
     mask = np.asarray(jdropout.keep_mask(key, 0.5, SHAPE, **options))
     x = jnp.ones(SHAPE)
-    y, pullback = jax.vjp(lambda x: jdropout.dropout(key, x, 0.5, **options), x)
+
+    def layer(x):
+        return jdropout.dropout(key, x, 0.5, **options)
+
+    y, pullback = jax.vjp(layer, x)
     np.testing.assert_array_equal(y, np.where(mask, 2, 0))
     np.testing.assert_array_equal(pullback(x)[0], np.where(mask, 2, 0))
+    assert_backward_uses_forward_mask(layer, x)
 
 
 def test_jacobians_of_both_modes_are_diagonal_and_equal_the_mask(key):

@@ -1,0 +1,21 @@
+"""Assertions for your own tests: of masks, of layers with dropout, of whole trainings.
+
+Each raises an AssertionError where its property does not hold, and a ValueError or TypeError where
+it could show nothing. None needs a test framework.
+"""
+
+from jdropout.testing._backward import (
+    assert_backward_uses_forward_mask as assert_backward_uses_forward_mask,
+)
+from jdropout.testing._bits import assert_reproducible as assert_reproducible
+from jdropout.testing._bits import mask_fingerprint as mask_fingerprint
+from jdropout.testing._expectation import assert_unbiased as assert_unbiased
+from jdropout.testing._shardings import assert_sharding_invariant as assert_sharding_invariant
+
+__all__ = [
+    "assert_backward_uses_forward_mask",
+    "assert_reproducible",
+    "assert_sharding_invariant",
+    "assert_unbiased",
+    "mask_fingerprint",
+]

@@ -1,0 +1,189 @@
+"""The mean of dropout over its keys, by a test with stated error rates."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jdropout import _checks
+from jdropout._typing import Key
+from jdropout.keys import site_key
+
+# Elements in one batch of keys: megabytes at most, and enough to keep the loop's cost small.
+_BATCH = 1 << 18
+
+
+def assert_unbiased(
+    fn: Callable[[jax.Array, jax.Array], jax.Array],
+    x: ArrayLike,
+    *,
+    key: Key,
+    rate: float,
+    broadcast_dims: Sequence[int] = (),
+    tolerance: float = 1e-3,
+    false_alarm_rate: float = 1e-6,
+) -> None:
+    """Asserts that the mean of ``fn(key, x)`` over the keys is x.
+
+    The factors ``z = fn(key, x) / x`` are averaged over many keys, and should have mean 1. Let
+    ``v = rate / (1 - rate)``, the variance of a factor in dropout (and in Gaussian dropout), and
+    ``b = max(1, v)``, how far dropout can take it from 1. By Bernstein's inequality the mean of `n`
+    independent factors is off by `t` or more with probability at most
+    ``2 exp(-n t**2 / (2 v + 2 b t / 3))``. A third of the false-alarm rate goes to each of
+
+    - the mean of all factors, which may be off by ``tolerance / 2``;
+    - the mean of every element over the keys, by Bonferroni's correction for ``x.size`` means;
+    - the mean of every call over its elements, by the same for the number of calls. It shows that
+      elements share their fates, which leaves all expectations right.
+
+    The number of keys is what makes the first bound true, ``n = (8 v + 4 b tolerance / 3) *
+    log(6 / false_alarm_rate) / tolerance**2`` factors, and at least what makes the second one true
+    for means that are off by 1/2. A common bias of ``tolerance`` is then found with a probability
+    of about ``1 - false_alarm_rate`` as well: by default a missing scale, a scale of another rate,
+    or an 8-bit threshold with the scale of the nominal rate (-0.17 % at 0.1). One element's own
+    bias is found if it is large: for 1024 elements at rate 0.1, which take 13 570 keys, from 4 %.
+
+    Rounding to x's dtype may bias each element by half a unit, and is allowed for: look for small
+    biases in float32. Keys are evaluated in batches, so memory does not grow with their number.
+    Time does, as ``v / tolerance**2``: at rate 0.5 there are 125 million factors, for a second.
+
+    Args:
+      fn: a function of a key and x that drops; it has to work under `jax.jit` and `jax.vmap`.
+      x: array of a floating-point dtype without zeros; its size hardly matters for the time, and a
+        few thousand elements are good.
+      key: a PRNG key, of which the others are made; typed or raw, and ``fn`` gets the same kind.
+      rate: the probability of dropping that ``fn`` has, or more; below 1.
+      broadcast_dims: axes along which elements share their fate, as for `dropout`.
+      tolerance: the relative bias that is to be found.
+      false_alarm_rate: probability, over keys, that an unbiased function fails.
+
+    Raises:
+      AssertionError: if fn is biased, or elements share their fates; gives every mean that is off.
+      TypeError: if x is not a floating-point array, or another argument has a wrong type.
+      ValueError: if x has zeros or no elements, the result has another shape, or an argument is out
+        of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> from jdropout.testing import assert_unbiased
+      >>> def layer(key, x):
+      ...     return jdropout.dropout(key, x, 0.1)
+      >>> assert_unbiased(layer, jnp.ones((32, 32)), key=jax.random.key(0), rate=0.1)
+
+    References:
+      Boucheron, Lugosi and Massart, "Concentration inequalities" (2013), corollary 2.11, for
+      Bernstein's inequality; Srivastava et al., JMLR 15 (2014), section 10, for Gaussian dropout.
+    """
+    x = _checks.check_factors_defined(_checks.check_floating(x))
+    key = _checks.check_key(key)
+    noise = _Noise.of_dropout(_checks.check_static_rate(rate))
+    shared = _checks.check_broadcast_dims(broadcast_dims, x.ndim)
+    _checks.check_fraction("tolerance", tolerance)
+    _checks.check_fraction("false_alarm_rate", false_alarm_rate)
+    _checks.check_like_input("fn(key, x)", jax.eval_shape(fn, key, x), x)
+
+    fates = math.prod(size for axis, size in enumerate(x.shape) if axis not in shared)
+    level = false_alarm_rate / 3
+    calls = max(
+        math.ceil(noise.sample_size(tolerance / 2, level) / fates),
+        math.ceil(noise.sample_size(0.5, level / x.size)),
+    )
+    _checks.check_number_of_keys(calls, tolerance)
+    batch = min(calls, max(1, _BATCH // x.size))
+    batches = -(-calls // batch)
+    calls = batch * batches
+    sums, extreme = _deviations(fn, key, x, batch, batches)
+
+    elements = np.asarray(sums, np.float64) / calls
+    rounding = float(jnp.finfo(x.dtype).eps) / 2 + float(jnp.finfo(jnp.float32).eps)
+    of_all = tolerance / 2 + rounding
+    of_element = noise.bound(calls, level / x.size) + rounding
+    of_call = noise.bound(fates, level / calls) + rounding
+    biased = ~(np.abs(elements) <= of_element)  # so that NaN counts
+    found = []
+    if not abs(elements.mean()) <= of_all:
+        found.append(
+            f"the mean over all elements and keys is {1 + elements.mean():.6g}, and may be off by "
+            f"{of_all:.2g}. Is what is kept divided by the probability of keeping?"
+        )
+    if biased.any():
+        farthest = np.unravel_index(np.argmax(np.abs(elements)), elements.shape)
+        index = tuple(int(i) for i in farthest)
+        found.append(
+            f"{np.count_nonzero(biased)} of {x.size} elements have a mean over the keys that is "
+            f"off by more than {of_element:.2g}, {1 + elements[index]:.6g} at {index}. Does the "
+            "mask change with the key, everywhere?"
+        )
+    if not abs(extreme) <= of_call:
+        found.append(
+            f"the mean over the elements of one call is {1 + extreme:.6g}, and may be off by "
+            f"{of_call:.2g}. Do elements share fates along other axes than broadcast_dims, or is "
+            f"more dropped than {rate}?"
+        )
+    if found:
+        raise AssertionError(
+            f"fn(key, x) / x should have mean 1 and independent elements. With {calls} keys, "
+            + " Also, ".join(found)
+        )
+
+
+class _Noise(NamedTuple):
+    """Independent factors of mean 1 that satisfy Bernstein's condition."""
+
+    variance: float
+    reach: float
+
+    @classmethod
+    def of_dropout(cls, rate: float) -> "_Noise":
+        dropped = rate + 2.0**-17  # a threshold of 16 bits may drop that much more
+        variance = dropped / (1 - dropped)
+        return cls(variance, max(1.0, variance))
+
+    def sample_size(self, deviation: float, level: float) -> float:
+        """How many factors have a mean that is off by that much with probability ``level``."""
+        spread = self.variance + self.reach * deviation / 3
+        return 2 * math.log(2 / level) * spread / deviation**2
+
+    def bound(self, count: int, level: float) -> float:
+        """The inverse: how far their mean is off with probability ``level`` at most."""
+        tail = math.log(2 / level)
+        linear = tail * self.reach / 3
+        return (linear + math.sqrt(linear**2 + 2 * tail * self.variance * count)) / count
+
+
+def _deviations(
+    fn: Callable[[jax.Array, jax.Array], jax.Array],
+    key: Key,
+    x: jax.Array,
+    batch: int,
+    batches: int,
+) -> tuple[jax.Array, float]:
+    """Sums of ``fn(key, x) / x - 1`` over the keys, and the farthest mean of one call.
+
+    Deviations from 1 sum up without the loss of digits that the factors would have.
+    """
+    wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+    @jax.jit
+    def total(key: Key, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one(step: jax.Array) -> jax.Array:
+            y = fn(site_key(key, step=step, site="jdropout.testing"), x)
+            return y.astype(wide) / x.astype(wide) - 1
+
+        def add(
+            number: jax.Array, totals: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            sums, extreme = totals
+            off = jax.vmap(one)(number * batch + jnp.arange(batch))
+            means = jnp.append(off.reshape(batch, -1).mean(axis=1), extreme)
+            return sums + off.sum(axis=0), means[jnp.argmax(jnp.abs(means))]
+
+        return lax.fori_loop(0, batches, add, (jnp.zeros(x.shape, wide), jnp.zeros((), wide)))
+
+    sums, extreme = total(key, x)
+    return sums, float(extreme)

@@ -1,0 +1,163 @@
+"""Results that do not depend on how arrays are placed on devices."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jdropout import _checks
+from jdropout.testing import _compare
+
+
+def assert_sharding_invariant(
+    fn: Callable[..., Any],
+    *args: Any,
+    devices: Sequence[jax.Device] | None = None,
+    mesh: Mesh | None = None,
+    rtol: float | None = None,
+) -> None:
+    """Asserts that a function returns the same bits however its arguments are sharded.
+
+    It is called with everything on one device, and then with one argument after the other, and all
+    at once, sharded in every way that puts one or two axes of a mesh on axes of the arrays. Arrays
+    that a sharding does not divide, and keys, are given to every device. All calls are made under
+    ``jax.set_mesh``, the first one under a mesh of one device with the same axis names: a
+    `jax.shard_map` that takes its mesh from there is compared with itself on one device.
+
+    Args:
+      fn: the function, called as it is: pass ``jax.jit(fn)`` to test what is compiled. One that
+        closes over a mesh computes the same whatever happens here; let it use the one that is set.
+      *args: its arguments, pytrees of arrays; what is not an array is passed on.
+      devices: the devices to use, at least two; all if None. They form a mesh with axes ``a`` and
+        ``b``, 2 x 4 for eight.
+      mesh: a mesh to use instead, with its axis names and types.
+      rtol: None compares bits. A number lets floating-point results differ by that much times the
+        largest magnitude in their array, as sums do that are split in another way: 1e-5 is
+        plenty in float32, and hides no other mask.
+
+    Raises:
+      AssertionError: if a result differs; names the sharding, the leaf and the element.
+      TypeError: if a leaf of the result is neither an array, nor a number, nor a string.
+      ValueError: if there is one device only, nothing that can be sharded, or no result.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> from jdropout.testing import assert_sharding_invariant
+      >>> layer = jax.jit(lambda key, x: jdropout.dropout(key, x, 0.1))
+      >>> if len(jax.devices()) > 1:
+      ...     assert_sharding_invariant(layer, jax.random.key(0), jnp.ones((16, 8)))
+
+    References:
+      JAX, "Distributed arrays and automatic parallelization", for meshes and shardings.
+    """
+    _checks.check_rtol(rtol)
+    _checks.check_mesh(mesh, devices)
+    mesh = _square_mesh(jax.devices() if devices is None else devices) if mesh is None else mesh
+    placements = list(_placements(mesh, args))
+    _checks.check_any_placements(placements, mesh.shape)
+
+    def run(mesh: Mesh, placement: _Placement) -> dict[str, _compare.Leaf]:
+        with jax.set_mesh(mesh):
+            result = fn(*_place(args, mesh, placement))
+        return _compare.on_host(result)
+
+    one_device = mesh.devices.reshape(-1)[:1].reshape((1,) * mesh.devices.ndim)
+    single = Mesh(one_device, mesh.axis_names, axis_types=mesh.axis_types)
+    expected = run(single, _Placement((), {}))
+    _checks.check_any_leaves("fn", expected)
+    for placement in placements:
+        where = placement.describe(mesh)
+        try:
+            actual = run(mesh, placement)
+        except Exception as error:
+            error.add_note(f"This is fn with {where}; on one device it runs.")
+            raise
+        if difference := _compare.difference(expected, actual, "on one device", rtol):
+            raise AssertionError(f"fn depends on the sharding: with {where}, {difference}.")
+
+
+class _Placement(NamedTuple):
+    """Which arguments are sharded, and which axes of theirs over which axes of the mesh."""
+
+    arguments: tuple[int, ...]
+    axes: dict[int, tuple[str, ...]]
+
+    def fits(self, leaf: Any, mesh: Mesh) -> bool:
+        return (
+            isinstance(leaf, jax.Array | np.ndarray)
+            and not _is_key(leaf)
+            and leaf.ndim > max(self.axes, default=-1)
+            and all(
+                leaf.shape[axis] % math.prod(mesh.shape[name] for name in names) == 0
+                for axis, names in self.axes.items()
+            )
+        )
+
+    def spec(self) -> P:
+        return P(*(self.axes.get(axis) for axis in range(max(self.axes, default=-1) + 1)))
+
+    def describe(self, mesh: Mesh) -> str:
+        names = " and ".join(f"args[{index}]" for index in self.arguments)
+        return f"{names} sharded {self.spec()} over the mesh {dict(mesh.shape)}"
+
+
+def _placements(mesh: Mesh, args: tuple[Any, ...]) -> Iterator[_Placement]:
+    """Every sharding by one or two axes, of every argument alone and of all that it fits."""
+    rank = max(
+        (np.ndim(leaf) for leaf in jax.tree.leaves(args) if hasattr(leaf, "ndim")), default=0
+    )
+    for axes in _shardings(rank, [name for name, size in mesh.shape.items() if size > 1]):
+        placement = _Placement((), axes)
+        fitting = tuple(
+            index
+            for index, argument in enumerate(args)
+            if any(placement.fits(leaf, mesh) for leaf in jax.tree.leaves(argument))
+        )
+        for index in fitting:
+            yield _Placement((index,), axes)
+        if len(fitting) > 1:
+            yield _Placement(fitting, axes)
+
+
+def _shardings(rank: int, names: Sequence[str]) -> Iterator[dict[int, tuple[str, ...]]]:
+    for axis, name in itertools.product(range(rank), names):
+        yield {axis: (name,)}
+    for first, second in itertools.combinations(names, 2):
+        for axis in range(rank):
+            yield {axis: (first, second)}
+        for one, other in itertools.permutations(range(rank), 2):
+            yield {one: (first,), other: (second,)}
+
+
+def _place(args: tuple[Any, ...], mesh: Mesh, placement: _Placement) -> list[Any]:
+    """Copies of the arrays on the devices of the mesh: a function may donate them."""
+
+    def place(leaf: Any, chosen: bool) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
+        spec = placement.spec() if chosen and placement.fits(leaf, mesh) else P()
+        return jax.device_put(leaf, NamedSharding(mesh, spec), may_alias=False)
+
+    return [
+        jax.tree.map(functools.partial(place, chosen=index in placement.arguments), argument)
+        for index, argument in enumerate(args)
+    ]
+
+
+def _square_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    count = len(devices)
+    rows = max(size for size in range(1, math.isqrt(count) + 1) if count % size == 0)
+    grid = np.array(devices, dtype=object).reshape(rows, count // rows)
+    return Mesh(grid, ("a", "b"))
+
+
+def _is_key(leaf: jax.Array | np.ndarray) -> bool:
+    typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return typed or (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
