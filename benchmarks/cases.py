@@ -28,6 +28,7 @@ from common import (
     temporary_bytes,
 )
 from harness import Plan, Row, interleave, ratio_row, timed_row
+from sharded import sharded
 from transformer import fused, transformer
 
 SHAPES = ((32, 128), (256, 512), (1024, 784), (4096, 4096), (16384, 128), (256, 10), (65536,))
@@ -158,4 +159,5 @@ SECTIONS = {
     "attention_blocks": attention_blocks,
     "transformer": transformer,
     "fused": fused,
+    "sharded": sharded,
 }
