@@ -1,0 +1,143 @@
+"""Orbax checkpoints with checksums, so that damage is noticed and the last good one is used."""
+
+import hashlib
+import json
+import logging
+import pathlib
+import sys
+import textwrap
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+KEPT = 3
+
+State = TypeVar("State")
+Settings = Mapping[str, float]
+
+
+def open_directory(directory: pathlib.Path) -> ocp.CheckpointManager:
+    """Opens a directory, and clears away what a killed process did not complete in it."""
+    hide_late_failures()
+    for path in sorted(directory.glob("*.orbax-checkpoint-tmp*")):
+        say(f"{path} is half-written: it is not used")
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(KEPT),
+        enable_async_checkpointing=False,  # a call of save() returns when all is on disk
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,  # or else one damaged checkpoint can keep all from opening
+    )
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: Any, settings: Settings) -> None:
+    """Saves a checkpoint: the state, what it belongs to, and a checksum of each."""
+    label = {"step": step, "settings": dict(settings)}
+    metadata = {
+        "label": label,
+        "sha256 of label": label_checksum(label),
+        "sha256 of state": state_checksum(state),
+    }
+    items = {"state": ocp.args.StandardSave(state), "metadata": ocp.args.JsonSave(metadata)}
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def load_newest(
+    manager: ocp.CheckpointManager, start: State, settings: Settings
+) -> tuple[int, State]:
+    """Returns the newest good checkpoint, or 0 and `start` if the directory has none at all.
+
+    Args:
+      manager: of the directory.
+      start: the state before the first step. Its leaves are NumPy arrays, and so are those that
+        are returned: they know nothing of the devices that made them.
+      settings: by their option, those that a checkpoint must have been made with.
+
+    Returns:
+      The step and the state. Damaged checkpoints that are newer have been removed.
+
+    Raises:
+      SystemExit: if there are checkpoints but no good one, or one has other settings.
+    """
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        path = pathlib.Path(manager.directory) / str(step)
+        try:
+            state = load(manager, step, start, settings)
+        except Exception as error:  # Orbax and the libraries below it raise errors of many types
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            say(f"{path} is damaged ({reason}): it is not used")
+            damaged.append(step)
+        else:
+            # Nothing is lost: the steps from here on will make them again, with the same bits.
+            for newer in damaged:
+                manager.delete(newer)
+            return step, state
+    if damaged:
+        raise SystemExit(
+            f"no checkpoint in {manager.directory} is good. Remove the directory to train from "
+            "the start, or pass another --output"
+        )
+    return 0, start
+
+
+def load(manager: ocp.CheckpointManager, step: int, like: State, settings: Settings) -> State:
+    """Reads one checkpoint; an exception of any type means that it is damaged."""
+    metadata = read(manager, step, metadata=ocp.args.JsonRestore())
+    label = metadata["label"]
+    if label_checksum(label) != metadata["sha256 of label"]:
+        raise ValueError("the settings are not those that were saved")
+    if label["step"] != step:
+        raise ValueError(f"it is the checkpoint of step {label['step']}")
+    check_settings(label["settings"], settings, manager.directory)
+    state = read(manager, step, state=ocp.args.StandardRestore(like))
+    if state_checksum(state) != metadata["sha256 of state"]:
+        raise ValueError("the arrays are not those that were saved")
+    return state
+
+
+def read(manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
+    (name,) = item
+    return manager.restore(step, args=ocp.args.Composite(**item))[name]
+
+
+def check_settings(found: Settings, wanted: Settings, directory: Any) -> None:
+    """Ends the process if a setting differs; no exception, since the checkpoint is good."""
+    for option, value in wanted.items():
+        if found.get(option) != value:
+            raise SystemExit(
+                f"argument {option}: got {value}, pass {found.get(option)}, with which the "
+                f"checkpoints in {directory} were made, or another --output"
+            )
+
+
+def label_checksum(label: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(label, sort_keys=True).encode()).hexdigest()
+
+
+def state_checksum(state: Any) -> str:
+    """The checksum of all arrays: Orbax reads altered ones without an error if they are large."""
+    leaves = jax.tree.leaves(jax.device_get(state))
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
+
+
+def hide_late_failures() -> None:
+    """Keeps a damaged checkpoint from printing tracebacks.
+
+    Orbax reads many arrays at a time and raises the first failure, which is what we report. The
+    others come too late: nobody asks for them, or they find the event loop closed, and would print
+    that with a traceback each.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
