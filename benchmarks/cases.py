@@ -31,6 +31,8 @@ from harness import Plan, Row, interleave, ratio_row, timed_row
 from sharded import sharded
 from transformer import fused, transformer
 
+from jdropout.keys import site_key
+
 SHAPES = ((32, 128), (256, 512), (1024, 784), (4096, 4096), (16384, 128), (256, 10), (65536,))
 SHAPES += ((128, 197, 768), (64, 56, 56, 64), (8, 8, 512, 512))
 OVER_COPY = ("ours / copy", "flax / copy", "equinox / copy", "haiku / copy", "flax / ours")
@@ -88,29 +90,54 @@ def temporaries(plan: Plan) -> Iterator[Row]:
 
 def compilation(plan: Plan) -> Iterator[Row]:
     """Gradient of layers dropout(tanh(x @ w)) in one jit: its compilation and its step."""
-
-    def gradient(drop: Function) -> Function:
-        def loss(w: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
-            for i in range(plan.layers):
-                x = drop(jax.random.fold_in(key, i), jnp.tanh(x @ w))
-            return x.sum()
-
-        return jax.grad(loss)
-
     drops = {"ours": libraries()["ours"], "flax": libraries()["flax"], "without": identity}
+    gradients = {name: layers(drop, jax.random.fold_in, plan) for name, drop in drops.items()}
+    columns = ("ours / flax", "without / flax", "ours / without", "flax / without")
+    yield from compiled_rows(gradients, columns, plan)
+
+
+def keys(plan: Plan) -> Iterator[Row]:
+    """The same layers, with keys from site_key(root, step=..., site=...) instead of fold_in."""
+    ours = libraries()["ours"]
+
+    def by_name(key: jax.Array, i: int) -> jax.Array:
+        return site_key(key, step=1000, site=f"layer{i}")
+
+    def by_index(key: jax.Array, i: int) -> jax.Array:
+        return site_key(key, step=1000, site=("layer", i))
+
+    makers = {"fold_in": jax.random.fold_in, "name": by_name, "name and index": by_index}
+    gradients = {name: layers(ours, make_key, plan) for name, make_key in makers.items()}
+    columns = ("name / fold_in", "name and index / fold_in")
+    yield from compiled_rows(gradients, columns, plan)
+
+
+def layers(drop: Function, make_key: Function, plan: Plan) -> Function:
+    """The gradient of a deep network of dropout(tanh(x @ w))."""
+
+    def loss(w: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+        for i in range(plan.layers):
+            x = drop(make_key(key, i), jnp.tanh(x @ w))
+        return x.sum()
+
+    return jax.grad(loss)
+
+
+def compiled_rows(
+    gradients: dict[str, Function], columns: tuple[str, ...], plan: Plan
+) -> Iterator[Row]:
     arguments = (0.05 * normal((512, 512)), normal((256, 512)), KEY)
     steps: dict[str, Any] = {}
 
     def compile_step(name: str) -> tuple[float, float]:
         jax.clear_caches()
         cpu, wall = time.process_time(), time.perf_counter()
-        steps[name] = jax.jit(gradient(drops[name])).lower(*arguments).compile()
+        steps[name] = jax.jit(gradients[name]).lower(*arguments).compile()
         return time.process_time() - cpu, time.perf_counter() - wall
 
-    samplers = {name: functools.partial(compile_step, name) for name in drops}
+    samplers = {name: functools.partial(compile_step, name) for name in gradients}
     interleave(samplers, 1)  # starts the compiler's threads
     times = interleave(samplers, plan.few_rounds)
-    columns = ("ours / flax", "without / flax", "ours / without", "flax / without")
     for index, clock in enumerate(("CPU time", "wall time")):
         of_clock = {name: samples[:, index] for name, samples in times.items()}
         quantity = f"{plan.layers} layers: trace, lower, compile: {clock}"
@@ -151,6 +178,7 @@ SECTIONS = {
     "vmap": vmap,
     "temporaries": temporaries,
     "compile": compilation,
+    "keys": keys,
     "eager": eager,
     "import": importing,
     "attention": attention,
