@@ -6,7 +6,8 @@ cipher under the words of the level above, at a counter that no other use of tho
 - a step: the counter's highest bit is set;
 - a microbatch, or the index of a site: the upper half is a tag;
 - the name of a site: 64 bits of its SHA-256, whose upper half is no tag, and not 0, which is
-  where `jax.random.fold_in` and `split` have theirs.
+  where `jax.random.fold_in` and `split` have theirs. (That it is a step's, of a step below the
+  same words, has a chance of 2^-64.)
 
 The text of this law is in `docs/keys.md`; changing it is a new version.
 """
@@ -37,11 +38,11 @@ def site_key(root: Key, *, step: Index, site: Site, microbatch: Index = 0) -> ja
     """The key of one dropout in one step: a pure function of its arguments.
 
     A training loop that takes its keys from here needs no random state. After a restart, step 1000
-    has the masks that it would have had. Sites at one step have the same key only if the 64-bit
-    hashes of their names are the same (for a million names that has a chance of 3e-8), and never
-    if they differ in an index alone. Keys of different steps or roots meet by chance alone, as
-    random 64-bit numbers do, and so do these keys and what ``fold_in`` or ``split`` make of the
-    root. What they make of a key from here is no key of a site below it.
+    has the masks that it would have had. Sites at one step have the same key by chance alone, as
+    random 64-bit numbers do (any two of a million sites: 3e-8), and for keys of two words never
+    if they differ in nothing but an index at their end. Keys of different steps or roots meet by
+    chance alone as well, and so do these keys and what ``fold_in`` or ``split`` make of the root.
+    What they make of a key from here is no key of a site below it.
 
     Args:
       root: a PRNG key, typed (of any implementation) or raw; the same one for the whole training.
@@ -100,7 +101,7 @@ def step_key(root: Key, *, step: Index, microbatch: Index = 0) -> jax.Array:
     References:
       As for `site_key`.
     """
-    root = _checks.check_key(root, "root")
+    root = _checks.check_parent_key(root, "root")
     high, low = _checks.check_count("step", step, bits=63)
     index = _index_counter("microbatch", microbatch)
     return _descend(root, ((high | np.uint32(_STEP_BIT), low), index))
@@ -137,7 +138,7 @@ def at_site(key: Key, site: Site) -> jax.Array:
         _name_counter(part) if isinstance(part, str) else _index_counter("site", part)
         for part in _checks.check_site(site)
     )
-    return _descend(_checks.check_key(key), counters)
+    return _descend(_checks.check_parent_key(key, "key"), counters)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -154,10 +155,15 @@ def _index_counter(name: str, index: Index) -> WordPair:
 
 @jax.jit
 def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
-    state = absorb(key_words(key))
+    words = key_words(key)
     for high, low in counters:
-        state = threefry2x32(state, (jnp.uint32(high), jnp.uint32(low)))
-    words = list(state)
-    for number in range(1, -(-key_words(key).size // 2)):
-        words += threefry2x32(state, (jnp.uint32(_WORDS_TAG), jnp.uint32(number)))
-    return like_key(lax.concatenate([word.reshape(1) for word in words], 0), key)
+        state = threefry2x32(absorb(words), (jnp.uint32(high), jnp.uint32(low)))
+        child = list(state)
+        for number in range(1, -(-words.size // 2)):
+            child += threefry2x32(state, (jnp.uint32(_WORDS_TAG), jnp.uint32(number)))
+        # Without the barrier XLA:CPU fuses the levels: two names' keys for a vector of indices and
+        # a traced step, stacked, compiled for minutes.
+        words = lax.optimization_barrier(
+            lax.concatenate([word.reshape(1) for word in child[: words.size]], 0)
+        )
+    return like_key(words, key)

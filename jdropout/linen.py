@@ -214,8 +214,9 @@ def with_site_keys(
     tuple of names such as ``("Block_0", "Dropout_0")``. The path is hashed to 64 bits a name,
     where Flax hashes all of it to 32. Lifted transforms such as ``linen.scan`` split the stream as
     told by ``split_rngs``, and the path is below that; ``linen.jit`` folds the path of its module
-    into the stream, and the path begins there. Other modules that draw from the stream find the
-    key of the step in it.
+    into the stream, and the path begins there. The count is Flax's own: ``linen.scan`` traces its
+    body twice, so that what is called once in it has n = 1, and ``linen.jit`` takes one number of
+    its module. Other modules that draw from the stream find the key of the step in it.
 
     Args:
       apply: a function with the argument ``rngs``, such as the ``apply`` of a model.
@@ -262,7 +263,6 @@ class _KeysByPath:
 
     def __init__(self, rng_collection: str) -> None:
         self.rng_collection = rng_collection
-        self.calls: dict[int, tuple[Any, int]] = {}
 
     def __call__(
         self,
@@ -272,8 +272,8 @@ class _KeysByPath:
         context: linen.module.InterceptorContext,
     ) -> Any:
         argument = self.argument(context.module) if context.method_name == "__call__" else None
-        given = kwargs.get(argument) is not None or (argument == "rng" and len(args) > 2)
-        if argument and not given:
+        positional = argument == "rng" and len(args) > 2
+        if argument and not positional and kwargs.get(argument) is None:
             kwargs = kwargs | {argument: self.key(context.module)}
         return method(*args, **kwargs)
 
@@ -285,12 +285,14 @@ class _KeysByPath:
         return "dropout_rng" if attention and self.rng_collection == "dropout" else None
 
     def key(self, module: linen.Module) -> jax.Array | None:
-        assert module.scope is not None  # a module that is called has one
-        stream = module.scope.rngs.get(self.rng_collection)
+        scope = module.scope
+        assert scope is not None  # a module that is called has one
+        stream = scope.rngs.get(self.rng_collection)
         if stream is None:
             return None  # a lifted transform left the stream out: Flax says so if it is needed
-        # The module is held, so that no other one can have its id.
-        _, calls = self.calls.get(id(module), (module, 0))
-        self.calls[id(module)] = (module, calls + 1)
+        # Flax's own count, which all modules at a path share: those that a shared parent makes
+        # anew in each of its calls too, and those inside of linen.remat.
+        calls = scope.rng_counters[self.rng_collection]
+        scope.rng_counters[self.rng_collection] = calls + 1
         # The suffix is the path; below linen.jit, whose trace serves several paths, the rest of it.
         return at_site(stream.rng, (*stream.suffix, calls))

@@ -298,6 +298,8 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
       The key law, in the documentation.
     """
     key = step_key(root, step=step, microbatch=microbatch)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # as a stream does with a raw key
     streams = [
         (cast("tuple[str | int, ...]", path), node)
         for path, node in nnx.iter_graph(model)
@@ -309,8 +311,9 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
             "Dropout(rate, rngs=rngs), or call them with rngs=jdropout.keys.site_key(...)."
         )
     for path, stream in streams:
-        stream.key[...] = _keys_of_stack(at_site(key, path), stream.key.shape)
-        stream.count[...] = jnp.zeros_like(stream.count[...])
+        # Not `stream.key[...] = `, which keeps the implementation that the stream had.
+        stream.key.set_value(_keys_of_stack(at_site(key, path), stream.key.shape))
+        stream.count.set_value(jnp.zeros_like(stream.count[...]))
 
 
 def _keys_of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

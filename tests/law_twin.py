@@ -1,14 +1,17 @@
-"""The mask law once more, in NumPy, from its text alone (docs/law.md).
+"""The laws of masks and of keys once more, in NumPy, from their text alone (docs/law.md, keys.md).
 
 It shares no code with the library and favours plainness over speed: one cipher call per
 element, 64-bit integers, no packing.
 """
 
+import hashlib
 from fractions import Fraction
 
 import numpy as np
 
 TAG = 0x6A64726F
+INDEX_TAG = 0x6A646978
+WORDS_TAG = 0x6A647764
 WORD = np.uint64(0xFFFFFFFF)
 
 
@@ -31,18 +34,22 @@ def threefry2x32(key, counter, rounds=20):
     return x0, x1
 
 
-def mask_key(key_words, digit):
-    """Step 6: absorb the key's words, then take one block at the tagged counter."""
+def absorbed(key_words):
+    """Two words that stand for all words of a key."""
     words = [int(word) for word in key_words]
     if len(words) == 2:
-        state = words
-    else:
-        state = [TAG, len(words)]
-        if len(words) % 2:
-            words.append(0)
-        for i in range(0, len(words), 2):
-            state = threefry2x32(state, words[i : i + 2])
-    return threefry2x32(state, (TAG, (1 << 16) | digit))
+        return words
+    state = [TAG, len(words)]
+    if len(words) % 2:
+        words.append(0)
+    for i in range(0, len(words), 2):
+        state = threefry2x32(state, words[i : i + 2])
+    return state
+
+
+def mask_key(key_words, digit):
+    """Step 6: absorb the key's words, then take one block at the tagged counter."""
+    return threefry2x32(absorbed(key_words), (TAG, (1 << 16) | digit))
 
 
 def threshold(rate, precision=None):
@@ -92,3 +99,37 @@ def keep_mask(key_words, rate, shape, broadcast_dims=(), start=None, whole=None,
         field = (y >> (lane % np.uint64(2) * np.uint64(16))) & np.uint64(0xFFFF)
         u = (u << np.uint64(16)) | field
     return np.broadcast_to(u < np.uint64(t), shape)
+
+
+def name_counter(name):
+    """The first pair of words of the name's SHA-256 whose first word nothing else uses."""
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    for i in range(0, 32, 8):
+        high = int.from_bytes(digest[i : i + 4], "big")
+        if high not in (0, TAG, INDEX_TAG, WORDS_TAG):
+            return high, int.from_bytes(digest[i + 4 : i + 8], "big")
+    raise AssertionError("a digest of reserved words alone")
+
+
+def child_key(key_words, counter):
+    """The words of a key one level below."""
+    state = threefry2x32(absorbed(key_words), counter)
+    words = [*state]
+    for number in range(1, (len(key_words) + 1) // 2):
+        words += threefry2x32(state, (WORDS_TAG, number))
+    return [int(word) for word in words[: len(key_words)]]
+
+
+def at_site(key_words, site):
+    """The words of the key at a path of names and indices below a key."""
+    for part in site if isinstance(site, tuple | list) else [site]:
+        counter = name_counter(part) if isinstance(part, str) else (INDEX_TAG, int(part))
+        key_words = child_key(key_words, counter)
+    return key_words
+
+
+def site_key(key_words, step, site, microbatch=0):
+    """The words of the key of a site in a microbatch of a step."""
+    step = int(step)
+    key_words = child_key(key_words, (0x80000000 | step >> 32, step & 0xFFFFFFFF))
+    return at_site(child_key(key_words, (INDEX_TAG, int(microbatch))), site)

@@ -1,4 +1,4 @@
-"""Writes tests/data/golden_masks.json, from the NumPy twin: `python tests/make_golden.py`.
+"""Writes the known answers in tests/data from the NumPy twin: `python tests/make_golden.py`.
 
 Run it to add a law version, never to change one: the vectors are a promise.
 """
@@ -27,33 +27,82 @@ CASES = [
     ([7, 9], 0.2, None, [64], [], [2**34 + 5], [2**35]),
 ]
 
+ROOTS = [
+    [0, 0],
+    [0, 42],
+    [0xFFFFFFFF, 0xFFFFFFFF],
+    [0x13198A2E, 0x03707344],
+    [0, 0, 0, 0],
+    [1, 2, 3, 4],
+]
+POINTS = [
+    # step, microbatch, site
+    (0, 0, ["hidden"]),
+    (0, 0, [0]),
+    (1, 0, ["hidden"]),
+    (0, 1, ["hidden"]),
+    (1000, 3, ["decoder", 3, "mlp"]),
+    (2**31 - 1, 0, ["decoder", 3]),
+    (2**31, 2**31, ["decoder", 2**31]),
+    (2**32 - 1, 2**32 - 1, ["decoder", 2**32 - 1]),
+    (2**32, 0, ["params", "blocks", 0, "attention", "dropout", 11]),
+    (2**62 + 12345, 7, [0, 1, 2]),
+    (2**63 - 1, 0, [""]),
+    (12345, 0, ["", "", 0, ""]),
+    (7, 0, ["Größe", "層", "слой", "\N{PARTY POPPER}"]),
+    (7, 0, ["a" * 1000]),
+    (7, 0, ["3"]),
+    (7, 0, [3]),
+]
+
 
 def main() -> None:
-    vectors = []
-    for words, rate, precision, shape, broadcast_dims, start, whole in CASES:
-        mask = law_twin.keep_mask(words, rate, shape, broadcast_dims, start, whole, precision)
-        t, digits = law_twin.threshold(rate, precision)
-        vectors.append(
-            {
-                "key_words": [f"{word:08x}" for word in words],
-                "rate": rate,
-                "precision": precision,
-                "threshold": t,
-                "digits": digits,
-                "shape": shape,
-                "broadcast_dims": broadcast_dims,
-                "start": start,
-                "global_shape": whole,
-                "mask": np.packbits(mask.reshape(-1)).tobytes().hex(),
-            }
-        )
+    masks = (
+        "mask: hex of the bits in row-major order, 1 = kept, the first element in the highest "
+        "bit of the first byte, zeros at the end"
+    )
+    write("golden_masks.json", masks, [mask_vector(*case) for case in CASES])
+    keys = "step: 16 hex digits; site: names are strings, indices are numbers; key: its words"
+    write(
+        "golden_keys.json", keys, [key_vector(root, *point) for root in ROOTS for point in POINTS]
+    )
+
+
+def mask_vector(words, rate, precision, shape, broadcast_dims, start, whole) -> dict:
+    mask = law_twin.keep_mask(words, rate, shape, broadcast_dims, start, whole, precision)
+    t, digits = law_twin.threshold(rate, precision)
+    return {
+        "key_words": in_hex(words),
+        "rate": rate,
+        "precision": precision,
+        "threshold": t,
+        "digits": digits,
+        "shape": shape,
+        "broadcast_dims": broadcast_dims,
+        "start": start,
+        "global_shape": whole,
+        "mask": np.packbits(mask.reshape(-1)).tobytes().hex(),
+    }
+
+
+def key_vector(root, step, microbatch, site) -> dict:
+    return {
+        "root_words": in_hex(root),
+        "step": f"{step:016x}",  # not a number: JSON's may be doubles
+        "microbatch": microbatch,
+        "site": site,
+        "key_words": in_hex(law_twin.site_key(root, step, site, microbatch)),
+    }
+
+
+def in_hex(words) -> list[str]:
+    return [f"{word:08x}" for word in words]
+
+
+def write(name: str, text: str, vectors: list[dict]) -> None:
     lines = ",\n    ".join(json.dumps(vector) for vector in vectors)
-    path = pathlib.Path(__file__).parent / "data" / "golden_masks.json"
-    path.write_text(
-        '{\n  "law_version": 1,\n'
-        '  "format": "mask: hex of the bits in row-major order, 1 = kept, the first element in the '
-        'highest bit of the first byte, zeros at the end",\n'
-        f'  "vectors": [\n    {lines}\n  ]\n}}\n'
+    (pathlib.Path(__file__).parent / "data" / name).write_text(
+        f'{{\n  "law_version": 1,\n  "format": "{text}",\n  "vectors": [\n    {lines}\n  ]\n}}\n'
     )
 
 
