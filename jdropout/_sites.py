@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
@@ -52,7 +53,8 @@ class Mark(NamedTuple):
     """What the name of a marked value says."""
 
     call: int
-    is_key: bool
+    kind: str
+    """A ``key``, the ``start`` in a larger mask, or a ``result``, of a call ``without`` key too."""
     ndim: int
     """Number of axes when it was marked: further ones in a jaxpr come from vmap."""
 
@@ -88,13 +90,21 @@ class Site:
 class _AuditedSite(Site):
     def __init__(self, call: int) -> None:
         self.call = call
+        self.has_key = False
 
     def operands(self, operands: Operands) -> Operands:
-        words = _law.key_words(operands.key)
-        return operands._replace(key=checkpoint_name(words, f"{_PREFIX}/{self.call}/key/1"))
+        self.has_key = True
+        words = self.mark(_law.key_words(operands.key), "key")
+        starts = [self.mark(leaf, "start") for leaf in jax.tree.leaves(operands.origin)]
+        # The words need the starts, so that no transformation drops the marks of these.
+        words, *_ = lax.optimization_barrier((words, *starts))
+        return operands._replace(key=words)
 
     def result(self, y: jax.Array) -> jax.Array:
-        return checkpoint_name(y, f"{_PREFIX}/{self.call}/result/{np.ndim(y)}")
+        return self.mark(y, "result" if self.has_key else "without")
+
+    def mark(self, value: jax.Array, kind: str) -> jax.Array:
+        return checkpoint_name(value, f"{_PREFIX}/{self.call}/{kind}/{np.ndim(value)}")
 
 
 _NOT_AUDITED = Site()
@@ -122,7 +132,7 @@ def site(
         effective = 0.0 if static else None
     call = Call(
         kind=kind,
-        path=_module_path([_first_argument(frame) for frame in frames]),
+        path=_module_path([_owner(frame) for frame in frames]),
         frames=tuple(
             Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
             for frame in frames
@@ -135,7 +145,7 @@ def site(
         if mask is None
         else tuple(a for a, size in enumerate(shape) if size > 1 and mask.shape[a] == 1),
         located=operands is not None and operands.origin is not None,
-        stored_bytes=0 if operands is None else _bytes(operands),
+        stored_bytes=0 if operands is None or mask is None else _bytes(operands, mask),
     )
     calls.append(call)
     return _AuditedSite(len(calls) - 1)
@@ -145,12 +155,13 @@ def parse_mark(name: str) -> Mark | None:
     prefix, *fields = name.split("/")
     if prefix != _PREFIX or len(fields) != 3:
         return None
-    return Mark(int(fields[0]), fields[1] == "key", int(fields[2]))
+    return Mark(int(fields[0]), fields[1], int(fields[2]))
 
 
 def is_library(file: str) -> bool:
-    """Whether a file belongs to JAX, Flax or this library."""
-    modules = [sys.modules.get(name) for name in ("jax", "flax", "jdropout")]
+    """Whether a file belongs to this library, to JAX, or to one with layers on top of it."""
+    names = ("jdropout", "jax", "flax", "equinox", "haiku")
+    modules = [sys.modules.get(name) for name in names]
     files = [module.__file__ for module in modules if module is not None and module.__file__]
     return any(file.startswith(os.path.dirname(name) + os.sep) for name in files)
 
@@ -162,15 +173,18 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _bytes(operands: Operands) -> int:
-    words = operands._replace(key=_law.key_words(operands.key))
-    return sum(np.size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(words))
+def _bytes(operands: Operands, mask: Mask) -> int:
+    stored = jax.tree.leaves(operands._replace(key=_law.key_words(operands.key)))
+    total = sum(np.size(leaf) * leaf.dtype.itemsize for leaf in stored)
+    unused = operands.origin is not None and not mask.layout.wide  # the high word
+    return total - 4 if unused else total
 
 
-def _first_argument(frame: FrameType) -> Any:
+def _owner(frame: FrameType) -> Any:
     """What a method calls self."""
     code = frame.f_code
-    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if hasattr(type(first), code.co_name) else None
 
 
 def _module_path(owners: list[Any]) -> str:
@@ -183,7 +197,8 @@ def _module_path(owners: list[Any]) -> str:
         return ""
     inner = modules[0]
     if linen is not None and isinstance(inner, linen.Module):
-        return "/".join([type(modules[-1]).__name__, *inner.path])
+        path = () if inner.scope is None else inner.path  # a module that is not bound has none
+        return "/".join([type(modules[-1]).__name__, *path])
     assert nnx is not None
     # The outermost one that it is a part of; further out may be other copies of the model.
     return next(

@@ -75,3 +75,16 @@ def test_every_public_name_is_in_the_documentation():
     for module in PUBLIC:
         for name in module.__all__:
             assert f":: {module.__name__}.{name}\n" in text, name
+
+
+def test_every_pitfall_names_a_test_that_exists():
+    text = (ROOT / "docs" / "pitfalls.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|.*\| `(tests/\w+\.py)::(\w+)` \|$", text, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 26))
+    for _, file, name in rows:
+        names = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / file).read_text()))
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert name in names, (file, name)

@@ -5,33 +5,37 @@ if it is small and follows from known numbers, what it is. The walk yields the p
 is made: ours, by their marks, and `jax.random.bernoulli` where it zeroes something.
 """
 
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend import core
 
+from jdropout._audit import masks
+from jdropout._audit.numbering import Numbering
 from jdropout._audit.values import (
     Bernoulli,
+    Carry,
     Loop,
     Place,
     Value,
     bodies_of,
-    compute,
-    follow_mask,
-    hashable,
+    frames_of,
     identity_of,
-    invars_of,
+    is_integer,
     is_key,
     known_array,
     may_be_key,
     mesh_axes,
+    open_jaxpr,
     rows_equal,
-    split_over_devices,
 )
-from jdropout._sites import Frame, Mark, parse_mark
+from jdropout._sites import Frame, parse_mark
+
+_UNCHANGED = {"copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier"}
+_UNCHANGED |= {"pcast", "pvary", "reshard", "sharding_constraint"}
+"""Operations whose results are their operands."""
 
 
 class Flow(NamedTuple):
@@ -52,64 +56,63 @@ def walk(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> Flow:
       The places where masks are made, in the order of the program, and the outputs.
     """
     walker = _Walker()
-    inputs = [
-        walker.value(("input", i), frozenset([i]), known_array(argument))
-        for i, argument in enumerate(arguments)
-    ]
-    outputs = walker.closed(closed, inputs, _Context((), {}, recording=True))
-    return Flow(
-        [place for place in walker.places if place.call is not None or place.applied], outputs
-    )
+    # Now, even if the audit itself is in a function that is traced.
+    with jax.ensure_compile_time_eval():
+        inputs = [
+            walker.value(("input", i), frozenset([i]), known_array(argument))
+            for i, argument in enumerate(arguments)
+        ]
+        outputs = walker.body(closed, inputs, _Context((), {}, "", (), recording=True))
+    return Flow([place for place in walker.places if place.applied], outputs)
 
 
-def advanced_keys(closed: core.ClosedJaxpr, flow: Flow) -> frozenset[int]:
-    """The inputs that are keys, of which another key among the outputs is made."""
-    successors = [
-        value
-        for value, variable in zip(flow.outputs, closed.jaxpr.outvars, strict=True)
-        if may_be_key(variable.aval)
-    ]
+def advanced(closed: core.ClosedJaxpr, flow: Flow) -> frozenset[int]:
+    """The inputs that have a successor among the outputs: a key, or a number such as a count."""
+
+    def succeeds(i: int, before: Any, value: Value, after: Any) -> bool:
+        if i not in value.sources or value.number == i:
+            return False
+        counts = is_integer(before) and is_integer(after) and value.sources == {i}
+        return counts or (may_be_key(before) and may_be_key(after))
+
+    outputs = list(zip(flow.outputs, closed.jaxpr.outvars, strict=True))
     return frozenset(
         i
         for i, variable in enumerate(closed.jaxpr.invars)
-        if may_be_key(variable.aval)
-        and any(i in value.sources and value.number != i for value in successors)
+        if any(succeeds(i, variable.aval, value, after.aval) for value, after in outputs)
     )
 
 
 class _Context(NamedTuple):
     loops: tuple[Loop, ...]
     branches: dict[int, int]
+    scope: str
+    frames: tuple[Frame, ...]
     recording: bool
-    computing: bool = True
+
+    def inside(self, equation: Any) -> "_Context":
+        """Of the bodies of an operation."""
+        scope = _join(self.scope, equation)
+        again = equation.params.get("differentiated") or "transpose(" in scope
+        # What a backward pass makes again counts once.
+        # A body may have been traced elsewhere: in a jitted function before, or by a custom_vjp.
+        frames = frames_of(equation) + self.frames
+        recording = self.recording and not again
+        return self._replace(scope=scope, frames=frames, recording=recording)
 
 
-class _Walker:
+class _Walker(Numbering):
     def __init__(self) -> None:
-        self.numbers: dict[Hashable, int] = {}
+        super().__init__()
         self.places: list[Place] = []
-        self.wrapped: dict[int, Value] = {}
-        """Words of typed keys, by the number of the key."""
         self.with_places: dict[int, tuple[Any, bool]] = {}
-        self.loops = 0
+        self.entered = 0
+        """Loops and conditionals so far."""
 
-    def value(self, identity: Hashable, sources: frozenset[Any], known: Any = None) -> Value:
-        number = self.numbers.setdefault(identity, len(self.numbers))
-        fill = None
-        if known is not None and np.size(known) == 1 and not is_key(known):
-            fill = complex(np.asarray(known).reshape(())).real
-        return Value(number, sources, known, fill)
-
-    def constant(self, array: Any) -> Value:
-        known = known_array(array)
-        if known is None:
-            return self.value(("constant", id(array)), frozenset())
-        return self.value(identity_of(known), frozenset(), known)
-
-    def closed(self, closed: Any, inputs: list[Value], context: _Context) -> list[Value]:
+    def body(self, body: Any, inputs: list[Value], context: _Context) -> list[Value]:
         """Walks through the body of an operation: a jaxpr, with or without constants."""
-        jaxpr = getattr(closed, "jaxpr", closed)
-        constants = [self.constant(array) for array in getattr(closed, "consts", ())]
+        jaxpr = open_jaxpr(body)
+        constants = [self.constant(array) for array in getattr(body, "consts", ())]
         values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants, strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
 
@@ -123,81 +126,55 @@ class _Walker:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
-        name, parameters = equation.primitive.name, equation.params
-        if parameters.get("name") == "_bernoulli" and "jaxpr" in parameters:
-            return [self.bernoulli(equation, operands, context)]
+        name = equation.primitive.name
         if name == "name":
-            mark = parse_mark(parameters["name"])
-            if mark is not None and context.recording:
-                self.mark(mark, operands[0], equation.outvars[0].aval.ndim, context)
+            self.mark(equation, operands[0], context)
+        if name in _UNCHANGED and len(operands) == len(equation.outvars):
             return operands
-        if name == "scan":
-            return self.scan(equation, operands, context)
-        if name == "while":
-            return self.while_loop(equation, operands, context)
-        if name == "cond":
-            return self.cond(equation, operands, context)
+        if _draws_bernoulli(equation):
+            return [self.bernoulli(equation, operands, context)]
         bodies = list(bodies_of(equation))
-        inlined = len(bodies) == 1 and len(invars_of(bodies[0])) == len(operands)
-        if inlined and self.matters(bodies[0], operands):
-            if parameters.get("differentiated"):  # what a backward pass makes again
-                context = context._replace(recording=False)
+        if any(self.matters(name, body, operands) for body in bodies):
+            inside = context.inside(equation)
+            if name == "scan":
+                return self.scan(equation, operands, inside)
+            if name == "while":
+                return self.while_loop(equation, operands, inside)
+            if name == "cond":
+                return self.cond(equation, operands, inside)
             if name == "shard_map":
-                context = context._replace(computing=False)
-                operands = list(map(split_over_devices, operands, parameters["in_specs"]))
-            return self.closed(bodies[0], operands, context)
-        results = self.plain(equation, operands, context)
-        return [follow_mask(equation, operands, result) for result in results]
+                return self.shard_map(equation, operands, inside)
+            if len(bodies) == 1 and len(open_jaxpr(bodies[0]).invars) == len(operands):
+                return self.body(bodies[0], operands, inside)
+        results = self.plain(equation, operands)
+        if len(results) == 1:
+            results = [masks.follow(equation, operands, results[0])]
+            if context.recording:
+                masks.drop(equation, operands, results[0], context.loops, context.branches)
+        return results
 
-    def matters(self, body: Any, operands: list[Value]) -> bool:
-        """Whether a place, or what a key may be made of, can come out of a body."""
+    def matters(self, name: str, body: Any, operands: list[Value]) -> bool:
+        """Whether a place, what a key may be made of, or a constant can come out of a body."""
         if any(operand.bernoulli is not None for operand in operands):
             return True
-        outputs = getattr(body, "jaxpr", body).outvars
-        if any(is_key(atom.aval) or atom.aval.dtype.kind in "iu" for atom in outputs):
+        if all(operand.fill is not None for operand in operands):
             return True
-        return self.has_places(body)
+        # The counters of loops are many, and keys seldom made of what a loop has counted.
+        of_key = may_be_key if name in ("scan", "while") else _may_make_key
+        outputs = open_jaxpr(body).outvars
+        return any(of_key(atom.aval) for atom in outputs) or self.has_places(body)
 
     def has_places(self, body: Any) -> bool:
-        jaxpr = getattr(body, "jaxpr", body)
+        jaxpr = open_jaxpr(body)
         if id(jaxpr) not in self.with_places:  # it is kept, so that no other one has its id
             found = any(
-                equation.params.get("name") == "_bernoulli"
+                _draws_bernoulli(equation)
                 or (equation.primitive.name == "name" and parse_mark(equation.params["name"]))
                 or any(self.has_places(inner) for inner in bodies_of(equation))
                 for equation in jaxpr.eqns
             )
             self.with_places[id(jaxpr)] = (jaxpr, found)
         return self.with_places[id(jaxpr)][1]
-
-    def plain(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
-        """An operation without a body."""
-        if equation.primitive.name == "random_unwrap":
-            return [self.words(operands[0], equation.invars[0].aval)]
-        sources = frozenset().union(*(operand.sources for operand in operands))
-        if equation.primitive.name == "axis_index":
-            sources |= mesh_axes(equation.params["axis_name"])
-        identity = (
-            equation.primitive.name,
-            hashable(equation.params),
-            tuple(operand.number for operand in operands),
-        )
-        known = compute(equation, operands) if context.computing else None
-        results = [
-            self.value((*identity, i), sources, None if known is None else known[i])
-            for i in range(len(equation.outvars))
-        ]
-        if equation.primitive.name == "random_wrap":
-            self.wrapped[results[0].number] = operands[0]
-        return results
-
-    def words(self, key: Value, aval: Any) -> Value:
-        """The words of a typed key: those that it was made of, if it was."""
-        if not is_key(aval):
-            return key
-        known = None if key.known is None else jax.random.key_data(key.known)
-        words = self.value(("words", key.number), key.sources, known)
-        return self.wrapped.get(key.number, words)
 
     # --- operations with bodies -------------------------------------------------------------
 
@@ -206,32 +183,35 @@ class _Walker:
         constants, carry = parameters["num_consts"], parameters["num_carry"]
         loop = self.loop("scan", parameters["length"])
         slices = [self.slice_of(value, loop) for value in operands[constants + carry :]]
-        body = parameters["jaxpr"]
-        self.iterate(
-            body, operands[:constants], operands[constants:][:carry], slices, loop, context
+        start = operands[constants:][:carry]
+        results = self.iterate(
+            parameters["jaxpr"], operands[:constants], start, slices, loop, context
         )
-        return self.plain(equation, operands, context)
+        return self.after_loop(equation, operands, start, results, loop)
 
     def while_loop(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
         condition, constants = (equation.params[f"{part}_nconsts"] for part in ("cond", "body"))
-        body = equation.params["body_jaxpr"]
         start = operands[condition + constants :]
         loop = self.loop("while loop", None)
-        self.iterate(body, operands[condition:][:constants], start, [], loop, context)
-        return self.plain(equation, operands, context)
+        results = self.iterate(
+            equation.params["body_jaxpr"],
+            operands[condition:][:constants],
+            start,
+            [],
+            loop,
+            context,
+        )
+        return self.after_loop(equation, operands, start, results, loop)
 
     def loop(self, kind: str, length: int | None) -> Loop:
-        self.loops += 1
-        return Loop(self.loops, kind, length)
-
-    def varying(self, value: Value, loop: Loop, role: Hashable) -> Value:
-        return self.value((loop, role, value.number), value.sources | {loop})
+        self.entered += 1
+        return Loop(self.entered, kind, length)
 
     def slice_of(self, value: Value, loop: Loop) -> Value:
         """A row of what is scanned over; it does not vary if all rows are known to be equal."""
         if value.known is not None and rows_equal(value.known):
             return self.value(identity_of(value.known[0]), value.sources, value.known[0])
-        return self.varying(value, loop, "slice")
+        return self.value(("slice", value.number), value.sources | {loop})
 
     def iterate(
         self,
@@ -241,69 +221,163 @@ class _Walker:
         slices: list[Value],
         loop: Loop,
         context: _Context,
-    ) -> None:
+    ) -> list[Value]:
         """Walks through a loop's body, with what varies between iterations set apart."""
-        if not self.has_places(body):
-            return
         silent = context._replace(recording=False)
-        carry = list(start)
-        changed = [True]
-        while any(changed):
-            results = self.closed(body, [*constants, *carry, *slices], silent)[: len(carry)]
-            changed = [
-                loop not in value.sources and value.number != result.number
-                for value, result in zip(carry, results, strict=True)
+        carry, grows = start, True
+        while grows:
+            results = self.body(body, [*constants, *carry, *slices], silent)
+            grown = [
+                self.carried(Carry(loop, i), *values)
+                for i, values in enumerate(zip(start, carry, results, strict=False))
             ]
-            carry = [
-                self.varying(value, loop, i) if new else value
-                for i, (value, new) in enumerate(zip(carry, changed, strict=True))
-            ]
-        if context.recording:
-            inside = context._replace(loops=(*context.loops, loop))
-            self.closed(body, [*constants, *carry, *slices], inside)
+            grows = [value[:2] for value in grown] != [value[:2] for value in carry]
+            carry = grown
+        if not context.recording:
+            return results
+        # Equal starts and equal updates, in whichever loop, make equal sequences.
+        after = results[: len(start)]
+        updates = list(zip(range(len(start)), _numbers(start), _numbers(after), strict=True))
+        for i, value in enumerate(carry):
+            if Carry(loop, i) in value.sources:
+                made_of = tuple(x for x in updates if Carry(loop, x[0]) in value.sources)
+                carry[i] = self.value(("carry", i, made_of), value.sources)
+        inside = context._replace(loops=(*context.loops, loop))
+        return self.body(body, [*constants, *carry, *slices], inside)
+
+    def carried(self, source: Carry, start: Value, before: Value, after: Value) -> Value:
+        """What a loop carries, from what it was taken for and what an iteration gave."""
+        if before.number == after.number:
+            return before
+        sources = before.sources | after.sources | {source.loop, source}
+        return self.value(("carried", source.slot, start.number), sources)
+
+    def after_loop(
+        self,
+        equation: Any,
+        operands: list[Value],
+        start: list[Value],
+        results: list[Value],
+        loop: Loop,
+    ) -> list[Value]:
+        own = {loop, *(Carry(loop, i) for i in range(len(start)))}
+        outputs = [
+            output._replace(sources=result.sources - own)
+            for output, result in zip(self.plain(equation, operands), results, strict=True)
+        ]
+        for i, before in enumerate(start):
+            if results[i].number == before.number:
+                outputs[i] = before
+            else:
+                outputs[i] = outputs[i]._replace(sources=outputs[i].sources | before.sources)
+        return outputs
 
     def cond(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
-        self.loops += 1
+        self.entered += 1
+        branches = []
         for branch, body in enumerate(equation.params["branches"]):
-            inside = context._replace(branches={**context.branches, self.loops: branch})
-            self.closed(body, operands[1:], inside)
-        return self.plain(equation, operands, context)
+            inside = context._replace(branches={**context.branches, self.entered: branch})
+            branches.append(self.body(body, operands[1:], inside))
+        outputs = []
+        for output, *results in zip(self.plain(equation, operands), *branches, strict=True):
+            sources = operands[0].sources.union(*(result.sources for result in results))
+            same = len(set(_numbers(results))) == 1
+            outputs.append(results[0] if same else output._replace(sources=sources))
+        return outputs
+
+    def shard_map(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
+        parts = [
+            self.part_of(value, spec)
+            for value, spec in zip(operands, equation.params["in_specs"], strict=True)
+        ]
+        # The first name is that of newer versions of JAX.
+        names = [equation.params.get(f"{name}manual_axes", ()) for name in ("newly_", "")]
+        axes = mesh_axes(names[0] or names[1])
+        [body] = bodies_of(equation)
+        return [
+            value._replace(sources=value.sources - axes)
+            for value in self.body(body, parts, context)
+        ]
+
+    def part_of(self, value: Value, spec: Any) -> Value:
+        """What a device sees of an operand of a `shard_map`."""
+        axes = frozenset(axis for names in spec for axis in mesh_axes(names))
+        if not axes:
+            return value
+        part = self.value(("part", value.number, str(spec)), value.sources | axes)
+        return part._replace(fill=value.fill)
 
     # --- masks --------------------------------------------------------------------------------
 
-    def mark(self, mark: Mark, value: Value, ndim: int, context: _Context) -> None:
-        if mark.is_key:
-            place = Place(value, context.loops, context.branches, mark.call)
-            place.key_batch_axes = place.result_batch_axes = ndim - mark.ndim
-            self.places.append(place)
+    def mark(self, equation: Any, value: Value, context: _Context) -> None:
+        mark = parse_mark(equation.params["name"])
+        scope = _join(context.scope, equation)
+        if mark is None or not context.recording or "transpose(" in scope:
             return
-        keyed = (place for place in reversed(self.places) if place.call == mark.call)
-        found = next(keyed, None)
-        if found is None or found.applied:  # no mask was drawn, so that there is no key
-            found = Place(None, context.loops, context.branches, mark.call)
-            self.places.append(found)
-        found.result_batch_axes = ndim - mark.ndim
-        found.result_sources = value.sources
-        found.applied = True
+        batch_axes = equation.outvars[0].aval.ndim - mark.ndim
+        if mark.kind in ("result", "start"):
+            open_places = (
+                place
+                for place in reversed(self.places)
+                if place.call == mark.call and not place.applied
+            )
+            place = next(open_places, None)
+            if place is None:
+                return
+            if mark.kind == "start":
+                place.start += (value.number,)
+                return
+        else:
+            key = value if mark.kind == "key" else None
+            frames = frames_of(equation) + context.frames
+            place = Place(key, context.loops, context.branches, scope, frames, mark.call)
+            place.key_batch_axes = batch_axes
+            self.places.append(place)
+        place.result_batch_axes, place.result_sources = batch_axes, value.sources
+        # A key that all iterations share is made before the loop by a backward pass.
+        place.loops, place.branches = context.loops, context.branches
+        place.applied = mark.kind != "key"
 
     def bernoulli(self, equation: Any, operands: list[Value], context: _Context) -> Value:
-        [result] = self.plain(equation, operands, context)
-        shape = equation.outvars[0].aval.shape
-        kept = operands[1].fill
+        [result] = self.plain(equation, operands)
+        [(key, aval)] = [
+            (value, atom.aval)
+            for value, atom in zip(operands, equation.invars, strict=True)
+            if is_key(atom.aval)
+        ]
+        # The last operand is the probability; a backward pass leaves others between them.
         place = Place(
-            key=self.words(operands[0], equation.invars[0].aval),
+            key=self.words(key, aval),
             loops=context.loops,
             branches=context.branches,
-            key_batch_axes=equation.invars[0].aval.ndim,
-            result_batch_axes=equation.invars[0].aval.ndim,
-            rate=None if kept is None else round(1 - kept, 6),
-            stored_bytes=math.prod(shape),
-            frames=tuple(
-                Frame(frame.file_name, frame.line_num, frame.function_name)
-                for frame in equation.source_info.traceback.frames
-            ),
-            scope=str(equation.source_info.name_stack),
+            scope=_join(context.scope, equation),
+            key_batch_axes=aval.ndim,
+            frames=frames_of(equation) + context.frames,
+            true_rate=operands[-1].fill,
         )
-        if context.recording:
+        if context.recording and "transpose(" not in place.scope:
             self.places.append(place)
+        shape = equation.outvars[0].aval.shape
         return result._replace(known=None, bernoulli=Bernoulli(place, (False,) * len(shape)))
+
+
+def _draws_bernoulli(equation: Any) -> bool:
+    """Whether it is `jax.random.bernoulli`, or the half of it that a backward pass left whole."""
+    return (
+        equation.params.get("name") == "_bernoulli"
+        and "jaxpr" in equation.params
+        and [variable.aval.dtype for variable in equation.outvars] == [np.bool_]
+        and sum(is_key(atom.aval) for atom in equation.invars) == 1
+    )
+
+
+def _may_make_key(aval: Any) -> bool:
+    return is_key(aval) or is_integer(aval)
+
+
+def _join(scope: str, equation: Any) -> str:
+    return f"{scope}/{equation.source_info.name_stack}"
+
+
+def _numbers(values: Sequence[Value]) -> list[int]:
+    return [value.number for value in values]

@@ -1,11 +1,9 @@
 """The sites of a traced function, as an audit reports them."""
 
-import itertools
 import os
 import re
 
 from jdropout import _sites
-from jdropout._audit import program as program_module
 from jdropout._audit.program import Program
 from jdropout._audit.report import AuditedSite
 from jdropout._audit.values import Place
@@ -20,9 +18,10 @@ def describe(program: Program) -> tuple[AuditedSite, ...]:
 
 def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSite:
     call = _as_call(place) if place.call is None else program.calls[place.call]
+    # A jitted function that is called again has the frames of its first call, and of where it is.
     own = [
         frame._replace(function=frame.function.rpartition("<locals>.")[-1])
-        for frame in call.frames
+        for frame in call.frames + place.frames
         if not _sites.is_library(frame.file)
     ] or [_sites.Frame("", 0, "")]
     return AuditedSite(
@@ -46,13 +45,12 @@ def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSi
 
 def _as_call(place: Place) -> _sites.Call:
     """A Bernoulli mask of another library in the form of a call of this one."""
-    inside = itertools.takewhile(lambda frame: frame.file != program_module.__file__, place.frames)
     # The names of linen's modules are in the scope, wrapped in those of transformations.
     path = re.sub(r"\w+\(|\)", "", place.scope).strip("/")
     return _sites.Call(
         kind="bernoulli",
         path=path,
-        frames=tuple(inside),
+        frames=place.frames,
         shape=place.shape,
         rate=place.rate,
         effective_rate=place.rate,

@@ -12,14 +12,17 @@ from jdropout._audit.values import MeshAxis, Place, rows_equal
 
 _EVALUATION = {"eval", "evaluate", "evaluation", "infer", "inference", "predict", "prediction"}
 _EVALUATION |= {"test", "valid", "validate", "validation"}
-_ON_PURPOSE = {"bayesian", "mc", "monte", "uncertainty"}
+_ON_PURPOSE = {"bayesian", "mc", "monte", "uncertainty", "train"}
 
 
 def find(name: str, program: Program, sites: Sequence[AuditedSite]) -> Iterator[Finding]:
     yield from _find_reuse(program)
+    complaints: dict[tuple[str, str], list[int]] = {}
     for i, (site, place) in enumerate(zip(sites, program.places, strict=True)):
-        for code, message in _complaints(name, site, place, program):
-            yield Finding(code, (i,), message, FIXES[code])
+        for complaint in _complaints(name, site, place, program):
+            complaints.setdefault(complaint, []).append(i)
+    for (code, message), members in complaints.items():
+        yield Finding(code, tuple(dict.fromkeys(members)), message, FIXES[code])
 
 
 def _find_reuse(program: Program) -> Iterator[Finding]:
@@ -30,7 +33,7 @@ def _find_reuse(program: Program) -> Iterator[Finding]:
             groups.setdefault(place.key.number, []).append(i)
     same: dict[Any, list[int]] = {}
     for number, members in groups.items():
-        together = _not_exclusive(members, program.places)
+        together = _alike(members, program.places)
         if together:
             yield Finding("key-reused", together, "their keys are the same.", FIXES["key-reused"])
         first = program.places[members[0]].key
@@ -40,23 +43,31 @@ def _find_reuse(program: Program) -> Iterator[Finding]:
     for numbers in same.values():
         if len(numbers) > 1:
             members = sorted(i for number in numbers for i in groups[number])
+            together = _alike(members, program.places)
+            if not together:
+                continue
             yield Finding(
                 "same-mask",
-                tuple(members),
+                together,
                 "their keys were made in different ways, but have the same value.",
                 FIXES["same-mask"],
             )
 
 
-def _not_exclusive(members: list[int], places: Sequence[Place]) -> tuple[int, ...]:
-    """Those of the places that can run in one execution with another one of them."""
+def _alike(members: list[int], places: Sequence[Place]) -> tuple[int, ...]:
+    """Those of the places that one execution gives the same bits as another one of them."""
 
     def exclusive(a: Place, b: Place) -> bool:
         return any(b.branches.get(cond, branch) != branch for cond, branch in a.branches.items())
 
-    return tuple(
-        i for i in members if any(j != i and not exclusive(places[i], places[j]) for j in members)
-    )
+    def apart(a: Place, b: Place) -> bool:
+        """Whether they are parts of one larger mask."""
+        return bool(a.start and b.start) and a.start != b.start
+
+    def alike(a: Place, b: Place) -> bool:
+        return not exclusive(a, b) and not apart(a, b)
+
+    return tuple(i for i in members if any(j != i and alike(places[i], places[j]) for j in members))
 
 
 def _complaints(
@@ -70,29 +81,38 @@ def _complaints(
         yield "rate-one", "its rate is 1: everything is dropped."
     functions = (name, *site.functions)
     suspects = [function for function in functions if _is_evaluation(function)]
-    if on and suspects and site.effective_rate != 0:
+    # What is differentiated is training, whatever it is called: the model may be named `predict`.
+    if on and suspects and site.effective_rate != 0 and "jvp(" not in place.scope:
         yield "on-in-evaluation", f"it is on under a function named {suspects[0]!r}."
     yield from _complaints_about_sharing(site, place, program)
     if place.key is None:
         return
-    inputs = {source for source in place.key.sources if isinstance(source, int)}
-    if not place.key.sources:
-        yield (
-            "key-independent-of-step",
-            "its key depends on no argument: every call has the same mask.",
-        )
-    elif inputs and program.steps and not inputs & (program.steps | program.advanced):
-        steps = ", ".join(sorted(program.names[i] for i in program.steps))
-        yield (
-            "key-independent-of-step",
-            f"its key depends on {', '.join(site.key_sources)}, but not on {steps}.",
-        )
+    stale = _why_stale(site, place, program)
+    if stale:
+        yield "key-independent-of-step", stale
     for loop in place.loops:
         if loop not in place.key.sources:
             yield (
                 "key-independent-of-iteration",
                 f"all iterations of the {loop.describe()} around it have the same mask.",
             )
+
+
+def _why_stale(site: AuditedSite, place: Place, program: Program) -> str:
+    """Why the key of a site is the same in every step, if it is."""
+    assert place.key is not None
+    if not place.key.sources:
+        return "its key depends on no argument: every call has the same mask."
+    inputs = {source for source in place.key.sources if isinstance(source, int)}
+    if inputs & (program.steps | program.advanced):
+        return ""
+    origin = ", ".join(site.key_sources) or "the loop alone"
+    if program.steps:
+        steps = ", ".join(program.names[i] for i in sorted(program.steps))
+        return f"its key depends on {origin}, but not on {steps}."
+    if inputs and inputs <= program.streams:
+        return f"its key depends on {origin}, whose count the function does not pass on."
+    return ""
 
 
 def _complaints_about_sharing(
@@ -107,11 +127,13 @@ def _complaints_about_sharing(
     if place.result_batch_axes > place.key_batch_axes or _equal_keys(place):
         yield "shared-over-batch", "all examples of a vmap have the same mask."
     rank = len(site.shape)
-    heads = {4: 1, 3: 0}.get(rank) if site.kind == "attention" else None
-    if site.kind == "bernoulli" and rank == 4 and {0, 1} <= set(site.shared_axes):
-        heads = 1
-    batch = None if heads == 0 or rank < 2 else 0
-    if batch in site.shared_axes:
+    attends = site.kind == "attention" or any(
+        frame.function.rpartition(".")[2] == "dot_product_attention_weights"
+        for frame in place.frames
+    )
+    heads = rank - 3 if attends else None  # then come queries and keys
+    # Under vmap the axes are those of one example.
+    if rank > 1 and not place.result_batch_axes and heads != 0 and 0 in site.shared_axes:
         yield "shared-over-batch", "all examples have the same mask."
     if heads in site.shared_axes:
         yield "shared-over-heads", "all heads have the same mask."
@@ -125,5 +147,6 @@ def _equal_keys(place: Place) -> bool:
 
 
 def _is_evaluation(function: str) -> bool:
-    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function).lower()))
+    own = function.rpartition(".")[2]
+    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", own).lower()))
     return bool(words & _EVALUATION) and not words & _ON_PURPOSE

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jdropout import _sites
 from jdropout._audit import dataflow
 from jdropout._audit.values import Place
 
-_STEP = {"count", "epoch", "global_step", "iteration", "step", "steps"}
+_STEP = {"epoch", "global_step", "iteration", "step"}
 
 
 class Program(NamedTuple):
@@ -24,53 +24,77 @@ class Program(NamedTuple):
     """Of the inputs: the traced leaves of the arguments."""
     steps: frozenset[int]
     """The inputs that count steps."""
+    streams: frozenset[int]
+    """The inputs that are keys and counts of Flax's random streams."""
     advanced: frozenset[int]
-    """The inputs that are keys which the function returns a successor of."""
+    """The inputs that the function returns a successor of, or leaves one in a module."""
 
 
 def trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    names, leaves, rebuild = _flatten(fn, args, kwargs)
+    arguments = _flatten(*_unbound(fn, args), kwargs)
+    leaves = arguments.leaves
     arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    numbers = [i for i, leaf in enumerate(leaves) if type(leaf) in (int, float)]
-
-    def trace_inputs(inputs: list[int]) -> Program:
-        def flat(*traced: Any) -> list[Any]:
-            values = dict(enumerate(leaves)) | dict(zip(inputs, traced, strict=True))
-            positional, keywords = rebuild(list(values.values()))
-            results = jax.tree.leaves(fn(*positional, **keywords))
-            return [result for result in results if isinstance(result, jax.Array)]
-
-        arguments = [leaves[i] for i in inputs]
-        with _sites.recorded() as calls:
-            closed = jax.make_jaxpr(flat)(*arguments)
-        flow = dataflow.walk(closed, arguments)
-        of_inputs = [names[i] for i in inputs]
-        return Program(
-            calls,
-            flow.places,
-            of_inputs,
-            frozenset(i for i, name in enumerate(of_inputs) if _counts_steps(name)),
-            dataflow.advanced_keys(closed, flow),
-        )
-
-    if not numbers:
-        return trace_inputs(arrays)
-    try:
-        return trace_inputs(sorted(arrays + numbers))
-    except Exception:  # a number may be a size or an option, whose tracing can fail in any way
-        return trace_inputs(arrays)
+    integers = [i for i, leaf in enumerate(leaves) if type(leaf) is int]
+    steps = [i for i in integers if i in arguments.steps]
+    # An integer may be a step or a seed, which keys depend on, or a size, which cannot be traced.
+    for traced in filter(None, (integers, steps)):
+        try:
+            return _trace(arguments, sorted(arrays + traced))
+        except Exception:  # whatever comes of a size that is traced
+            continue
+    return _trace(arguments, arrays)
 
 
-def _flatten(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[str], list[Any], Callable[[list[Any]], Any]]:
-    """Names and leaves of the arguments, and what makes (args, kwargs) of leaves again."""
+class _Arguments(NamedTuple):
+    names: list[str]
+    leaves: list[Any]
+    steps: frozenset[int]
+    """The leaves that count steps."""
+    call: Callable[[list[Any]], Any]
+    """Calls the function with other leaves; returns its result, and the state of its modules."""
+
+
+def _trace(arguments: _Arguments, traced: list[int]) -> Program:
+    def flat(*values: Any) -> list[Any]:
+        leaves = dict(enumerate(arguments.leaves)) | dict(zip(traced, values, strict=True))
+        outputs = jax.tree.leaves(arguments.call(list(leaves.values())))
+        return [output for output in outputs if isinstance(output, jax.Array)]
+
+    values = [arguments.leaves[i] for i in traced]
+    names = [arguments.names[i] for i in traced]
+    with _sites.recorded() as calls, jax.debug_key_reuse(False):
+        closed = jax.make_jaxpr(flat)(*values)
+    flow = dataflow.walk(closed, values)
+    return Program(
+        calls=calls,
+        places=flow.places,
+        names=names,
+        steps=frozenset(i for i, leaf in enumerate(traced) if leaf in arguments.steps),
+        streams=frozenset(i for i, name in enumerate(names) if _is_of_stream(name, names)),
+        advanced=dataflow.advanced(closed, flow),
+    )
+
+
+def _unbound(
+    fn: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A module that is called, or whose method is, becomes an argument like others."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(fn, nnx.Module):
+        return type(fn).__call__, (fn, *args)
+    if nnx is not None and inspect.ismethod(fn) and isinstance(fn.__self__, nnx.Module):
+        return fn.__func__, (fn.__self__, *args)
+    return fn, args
+
+
+def _flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     try:
         bound = inspect.signature(fn).bind(*args, **kwargs)
     except (TypeError, ValueError):  # no signature, or a call that does not fit: fn will say so
         bound = inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
     nnx = sys.modules.get("flax.nnx")
-    objects = () if nnx is None else (nnx.Module, nnx.Optimizer, nnx.Rngs, nnx.RngStream)
+    optimizers = () if nnx is None else (nnx.Optimizer,)
+    objects = () if nnx is None else (nnx.Module, *optimizers, nnx.Rngs, nnx.RngStream)
     paths_and_leaves, treedef = jax.tree.flatten_with_path(
         dict(bound.arguments), is_leaf=lambda leaf: isinstance(leaf, objects)
     )
@@ -85,18 +109,28 @@ def _flatten(
         structure, split = nnx.split(tuple(leaves[i] for i in modules))
         state, state_def = jax.tree.flatten_with_path(split)
 
-    def rebuild(values: list[Any]) -> Any:
+    def call(values: list[Any]) -> Any:
         again = dict(zip(others, values[: len(others)], strict=True))
+        merged: tuple[Any, ...] = ()
         if nnx is not None and modules:
             split = jax.tree.unflatten(state_def, values[len(others) :])
-            again |= zip(modules, nnx.merge(structure, split), strict=True)
+            merged = nnx.merge(structure, split)
+            again |= zip(modules, merged, strict=True)
         tree = jax.tree.unflatten(treedef, [again[i] for i in range(len(leaves))])
-        call = inspect.BoundArguments(bound.signature, tree)
-        return call.args, call.kwargs
+        bound_again = inspect.BoundArguments(bound.signature, tree)
+        result = fn(*bound_again.args, **bound_again.kwargs)
+        return result, nnx.state(merged) if nnx is not None and modules else None
 
-    state_names = [f"{names[modules[path[0].key]]}.{_name(path[1:])}" for path, _ in state]
+    all_names = [names[i] for i in others]
+    steps = {i for i, name in enumerate(all_names) if _counts_steps(name)}
+    for path, _ in state:
+        owner = modules[path[0].key]
+        all_names.append(f"{names[owner]}.{_name(path[1:])}")
+        # An optimizer has a step whether keys are made of it or not.
+        if _counts_steps(all_names[-1]) and not isinstance(leaves[owner], optimizers):
+            steps.add(len(all_names) - 1)
     all_leaves = [leaves[i] for i in others] + [leaf for _, leaf in state]
-    return [names[i] for i in others] + state_names, all_leaves, rebuild
+    return _Arguments(all_names, all_leaves, frozenset(steps), call)
 
 
 def _name(path: Sequence[Any]) -> str:
@@ -104,7 +138,12 @@ def _name(path: Sequence[Any]) -> str:
 
 
 def _counts_steps(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in _STEP
+    return name.rpartition(".")[2] in _STEP
+
+
+def _is_of_stream(name: str, names: Iterable[str]) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in ("key", "count") and {f"{owner}.key", f"{owner}.count"} <= set(names)
 
 
 def _is_array(leaf: Any) -> bool:

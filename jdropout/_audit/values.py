@@ -1,7 +1,9 @@
 """What the walk through a jaxpr knows of its values, and the places that it finds."""
 
 import dataclasses
+import itertools
 import math
+import os
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from jax.extend import core
 
 from jdropout._sites import Frame
 
+_PROGRAM = os.path.join(os.path.dirname(__file__), "program.py")
 _SMALL = 4096
 """Larger values are not computed."""
 
@@ -27,6 +30,13 @@ class Loop(NamedTuple):
         return self.kind if self.length is None else f"{self.kind} of {self.length}"
 
 
+class Carry(NamedTuple):
+    """What a loop carries: a source of what is made of it in the loop's body."""
+
+    loop: Loop
+    slot: int
+
+
 class MeshAxis(NamedTuple):
     """An axis of the devices of a `shard_map`, along which values may differ."""
 
@@ -38,7 +48,7 @@ class Value(NamedTuple):
 
     number: int
     sources: frozenset[Any]
-    """Inputs, by their index, loops and mesh axes."""
+    """Inputs, by their index, loops, what these carry, and mesh axes."""
     known: Any = None
     """A small array, if its value is known."""
     fill: float | None = None
@@ -51,6 +61,8 @@ class Bernoulli(NamedTuple):
     place: "Place"
     shared: tuple[bool, ...]
     """For every axis of the value, whether the mask is repeated along it."""
+    inverted: bool = False
+    """Whether it is zero where the mask that was drawn is not."""
 
 
 @dataclasses.dataclass
@@ -61,77 +73,39 @@ class Place:
     loops: tuple[Loop, ...]
     branches: dict[int, int]
     """Which branch of which conditional it is in."""
+    scope: str
+    """Names of the modules and transformations around it."""
+    frames: tuple[Frame, ...]
+    """Innermost first: of the operation that makes the mask, and of those that it is inside of."""
     call: int | None = None
+    start: tuple[int, ...] = ()
+    """Numbers of the values that say which part of a larger mask it is."""
     """Number of the call of this library; None for others."""
     key_batch_axes: int = 0
     result_batch_axes: int = 0
     result_sources: frozenset[Any] = frozenset()
+    applied: bool = False
+    """Whether what it is made for was seen: the result of the call, or that it zeroes something."""
     # Of others:
+    true_rate: float | None = None
+    """The probability of True."""
     rate: float | None = None
     shape: tuple[int, ...] = ()
     shared_axes: tuple[int, ...] = ()
     stored_bytes: int = 0
-    frames: tuple[Frame, ...] = ()
-    scope: str = ""
-    applied: bool = False
-    """Whether what it is made for was seen: the result of the call, or that it zeroes something."""
-
-
-def split_over_devices(value: Value, spec: Any) -> Value:
-    """What a device sees of an operand of a `shard_map`."""
-    axes = frozenset(axis for names in spec for axis in mesh_axes(names))
-    return value._replace(sources=value.sources | axes)
 
 
 def mesh_axes(names: Any) -> frozenset[MeshAxis]:
-    names = names if isinstance(names, tuple) else (names,)
+    names = names if isinstance(names, tuple | list | set | frozenset) else (names,)
     return frozenset(MeshAxis(name) for name in names if isinstance(name, str))
 
 
-def follow_mask(equation: Any, operands: list[Value], result: Value) -> Value:
-    """Follows constants and Bernoulli masks through an operation, to where they are applied."""
-    name = equation.primitive.name
-    shape = equation.outvars[0].aval.shape
-    if name in ("broadcast_in_dim", "convert_element_type", "copy") and operands:
-        result = result._replace(fill=operands[0].fill)
-    masks = [operand.bernoulli for operand in operands if operand.bernoulli is not None]
-    if len(masks) != 1:
-        return result
-    [mask] = masks
-    others = [operand for operand in operands if operand.bernoulli is None]
-    if name == "broadcast_in_dim":
-        kept = equation.params["broadcast_dimensions"]
-        before = equation.invars[0].aval.shape
-        shared = [True] * len(shape)
-        for axis, size, repeated in zip(kept, before, mask.shared, strict=True):
-            shared[axis] = repeated or (size == 1 and shape[axis] > 1)
-        return result._replace(bernoulli=mask._replace(shared=tuple(shared)))
-    if name == "reshape" and math.prod(shape) == math.prod(equation.invars[0].aval.shape):
-        old = [
-            s
-            for s, size in zip(mask.shared, equation.invars[0].aval.shape, strict=True)
-            if size > 1
-        ]
-        if len(old) == sum(size > 1 for size in shape):  # only axes of size 1 come or go
-            kept_axes = iter(old)
-            shared = [next(kept_axes) if size > 1 else False for size in shape]
-            return result._replace(bernoulli=mask._replace(shared=tuple(shared)))
-    if name in ("convert_element_type", "copy", "name", "not"):
-        return result._replace(bernoulli=mask)
-    if name in ("mul", "div") and all(other.fill is not None for other in others):
-        return result._replace(bernoulli=mask)
-    zeroes = name == "mul" or (name == "select_n" and any(other.fill == 0 for other in others))
-    if zeroes and len(shape) == len(mask.shared):
-        place = mask.place
-        place.applied, place.shape, place.result_sources = True, shape, result.sources
-        place.shared_axes = tuple(
-            axis for axis, repeated in enumerate(mask.shared) if repeated and shape[axis] > 1
-        )
-    return result
-
-
 def is_key(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def is_integer(array: Any) -> bool:
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.integer)
 
 
 def known_array(array: Any) -> Any:
@@ -140,19 +114,25 @@ def known_array(array: Any) -> Any:
         return None
     if not isinstance(array, jax.Array):
         array = np.asarray(array)
+    elif not array.is_fully_addressable:
+        return None
     return array if math.prod(array.shape) <= _SMALL else None
 
 
 def identity_of(known: Any) -> Hashable:
-    data = np.asarray(jax.random.key_data(known) if is_key(known) else known)
+    data = _data(known)
     return ("constant", str(known.dtype), data.shape, data.tobytes())
 
 
 def rows_equal(known: Any) -> bool:
     if known.shape[:1] in ((), (0,), (1,)):
         return False
-    data = np.asarray(jax.random.key_data(known) if is_key(known) else known)
+    data = _data(known)
     return bool((data == data[:1]).all())
+
+
+def _data(known: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(known) if is_key(known) else known)
 
 
 def compute(equation: Any, operands: list[Value]) -> list[Any] | None:
@@ -161,7 +141,13 @@ def compute(equation: Any, operands: list[Value]) -> list[Any] | None:
     unknown = any(operand.known is None for operand in operands)
     if unknown or not small or equation.effects or next(bodies_of(equation), None) is not None:
         return None
-    results = equation.primitive.bind(*(operand.known for operand in operands), **equation.params)
+    if "callback" in equation.params:  # nothing of the user's is run
+        return None
+    known = [operand.known for operand in operands]
+    try:
+        results = equation.primitive.bind(*known, **equation.params)
+    except Exception:  # outside of the program it has no mesh, or no axis of that name
+        return None
     return list(results) if equation.primitive.multiple_results else [results]
 
 
@@ -172,8 +158,18 @@ def bodies_of(equation: Any) -> Iterator[Any]:
                 yield part
 
 
-def invars_of(body: Any) -> list[Any]:
-    return getattr(body, "jaxpr", body).invars
+def frames_of(equation: Any) -> tuple[Frame, ...]:
+    """The calls in which an operation was traced, up to the audit."""
+    frames = (
+        Frame(frame.file_name, frame.line_num, frame.function_name)
+        for frame in equation.source_info.traceback.frames
+    )
+    return tuple(itertools.takewhile(lambda frame: frame.file != _PROGRAM, frames))
+
+
+def open_jaxpr(body: Any) -> Any:
+    """The jaxpr of a body, which comes with or without constants."""
+    return getattr(body, "jaxpr", body)
 
 
 def hashable(parameters: dict[str, Any]) -> Hashable:
@@ -186,4 +182,6 @@ def hashable(parameters: dict[str, Any]) -> Hashable:
 
 
 def may_be_key(aval: Any) -> bool:
-    return is_key(aval) or (aval.dtype == np.uint32 and aval.shape in ((2,), (4,)))
+    return is_key(aval) or (
+        getattr(aval, "dtype", None) == np.uint32 and aval.shape in ((2,), (4,))
+    )
