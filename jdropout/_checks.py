@@ -97,25 +97,25 @@ def check_deterministic(deterministic: Any) -> bool | jax.Array:
     return deterministic
 
 
-def check_input(x: Any) -> None:
+def check_input(x: Any, name: str = "x") -> None:
     if isinstance(x, bool | int | float | complex):
         dtype = np.result_type(x)
     elif isinstance(x, jax.Array | np.ndarray | np.generic):
         dtype = x.dtype
     else:
         raise TypeError(
-            f"x must be an array, got {_type(x)}. Convert it with jnp.asarray(x), or use "
+            f"{name} must be an array, got {_type(x)}. Convert it with jnp.asarray({name}), or use "
             "jax.tree.map with one key per leaf."
         )
     if dtype == jnp.float8_e8m0fnu:
         raise TypeError(
-            "x must have a dtype with a zero, got float8_e8m0fnu, which has none to drop to: "
-            "convert with x.astype(jnp.bfloat16)."
+            f"{name} must have a dtype with a zero, got float8_e8m0fnu, which has none to drop to: "
+            f"convert with {name}.astype(jnp.bfloat16)."
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"x must be a floating-point or complex array, got dtype {dtype}. Dropout scales what "
-            "it keeps, which an integer cannot hold: convert with x.astype(jnp.float32)."
+            f"{name} must be a floating-point or complex array, got dtype {dtype}. Dropout scales "
+            f"what it keeps, which an integer cannot hold: convert with {name}.astype(jnp.float32)."
         )
 
 
@@ -307,6 +307,253 @@ def _integer(value: Any) -> int | None:
         return None
 
 
+# --- structured ---------------------------------------------------------------------------
+
+
+def check_axis(name: str, axis: Any, rank: int) -> int:
+    """Returns an axis, counted from the front."""
+    number = _integer(axis)
+    if number is None:
+        raise TypeError(f"{name} must be an integer, got {axis!r} of type {_type(axis)}.")
+    if not -rank <= number < rank:
+        raise ValueError(
+            f"{name} is {number}, but the array has {rank} axes. Use {-rank} to {rank - 1}."
+        )
+    return number % rank
+
+
+def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
+    """Returns different axes, counted from the front, in the order given."""
+    if not isinstance(axes, Sequence | range) or isinstance(axes, str):
+        raise TypeError(f"{name} must be a sequence of axes, got {axes!r}. Write (axis,) for one.")
+    counted = tuple(check_axis(name, axis, rank) for axis in axes)
+    if len(set(counted)) != len(counted):
+        raise ValueError(f"{name} names an axis twice, got {tuple(axes)} of {rank} axes.")
+    return counted
+
+
+def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, options))}, got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> int:
+    number = _integer(value)
+    if number is None:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {_type(value)}.")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}.")
+    return number
+
+
+def check_ndim(name: str, x: Any, ndim: int, axes: str) -> None:
+    if np.ndim(x) != ndim:
+        raise ValueError(f"{name} must have the axes {axes}, got shape {np.shape(x)}.")
+
+
+def check_apart(name: str, axis: int, others_name: str, others: tuple[int, ...]) -> None:
+    if axis in others:
+        raise ValueError(
+            f"{name} is axis {axis}, which {others_name} {others} has too. Give each axis one role."
+        )
+
+
+def check_sizes(name: str, sizes: Any, count: int) -> tuple[int, ...]:
+    """Returns one size of at least 1 for each of several axes; one number stands for all."""
+    if _integer(sizes) is not None:
+        return (check_positive(name, sizes),) * count
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {sizes!r}.")
+    if len(sizes) != count:
+        raise ValueError(
+            f"{name} must be one number, or one for each of {count} axes, got {tuple(sizes)}."
+        )
+    return tuple(check_positive(name, size) for size in sizes)
+
+
+def check_channels(channel_axis: Any, batch_axes: Any, rank: int) -> list[int]:
+    """Returns the axes that are neither the channels' nor the batch's."""
+    channel = check_axis("channel_axis", channel_axis, rank)
+    batch = check_axes("batch_axes", batch_axes, rank)
+    check_apart("channel_axis", channel, "batch_axes", batch)
+    return [axis for axis in range(rank) if axis != channel and axis not in batch]
+
+
+def check_tokens(tokens: Any, replacement: Any, protected: Any) -> jax.Array:
+    array = _as_array("tokens", tokens)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"tokens must be an array of integers, got dtype {array.dtype}. Drop words before the "
+            "embedding, or use jdropout.dropout after it."
+        )
+    if not isinstance(protected, Sequence | frozenset | set | range):
+        raise TypeError(
+            f"protected must be a sequence of tokens, got {protected!r}. Write (token,) for one."
+        )
+    limits = jnp.iinfo(array.dtype)
+    for name, token in [("replacement", replacement), *(("protected", t) for t in protected)]:
+        number = _integer(token)
+        if number is None:
+            raise TypeError(f"{name} must be an integer, got {token!r} of type {_type(token)}.")
+        if not limits.min <= number <= limits.max:
+            raise ValueError(f"{name} {number} does not fit the tokens' dtype {array.dtype}.")
+    return array
+
+
+def check_static_flag(deterministic: Any) -> bool:
+    flag = check_deterministic(deterministic)
+    if isinstance(flag, jax.core.Tracer):
+        raise TypeError(
+            "deterministic must be True or False here, since the shape of the result depends on "
+            f"it, got {flag!r}. Mark it as static, such as jax.jit(f, static_argnames=...)."
+        )
+    return bool(flag)
+
+
+def check_fixed_rate(rate: Any) -> float:
+    checked = check_rate(rate)
+    if isinstance(checked, jax.core.Tracer):
+        raise TypeError(
+            "rate must be a number here, since the shape of the result depends on it, got "
+            f"{checked!r}. Mark it as static, such as jax.jit(f, static_argnames=...)."
+        )
+    return float(checked)
+
+
+def check_prefix(count: Any, length: int) -> int:
+    number = _integer(count)
+    if number is None:
+        raise TypeError(f"num_prefix_tokens must be an integer, got {count!r}.")
+    if not 0 <= number < length:
+        raise ValueError(
+            f"num_prefix_tokens must be at least 0 and below the {length} tokens, got {number}."
+        )
+    return number
+
+
+def check_any_array(name: str, x: Any) -> jax.Array:
+    return _as_array(name, x)
+
+
+# --- noise --------------------------------------------------------------------------------
+
+
+def check_real(name: str, x: Any) -> None:
+    check_input(x)
+    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        raise TypeError(
+            f"{name} must be a real floating-point array, got dtype {jnp.result_type(x)}. Apply it "
+            "to the real and imaginary parts, each with its own key."
+        )
+
+
+def check_rate_below_one(rate: float | jax.Array) -> float | jax.Array:
+    if not isinstance(rate, jax.core.Tracer) and float(rate) == 1:
+        raise ValueError(
+            "rate must be below 1, got 1: the noise would have no finite variance. To drop "
+            "everything use jdropout.dropout."
+        )
+    return rate
+
+
+def check_amount(name: str, amount: Any) -> float | jax.Array:
+    """Returns a number of at least 0 as a float, and an array as a floating-point scalar."""
+    number = check_scalar(name, amount)
+    if not isinstance(number, jax.core.Tracer) and not 0 <= float(number) < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {amount}.")
+    return number
+
+
+def check_scalar(name: str, number: Any) -> float | jax.Array:
+    """Returns a real number as a float, and an array as a floating-point scalar."""
+    if isinstance(number, jax.Array):
+        if number.shape != () or not jnp.issubdtype(number.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must be a floating-point scalar, got shape {number.shape} and dtype "
+                f"{number.dtype}."
+            )
+        return number
+    if isinstance(number, np.ndarray) and number.ndim == 0:
+        return check_scalar(name, number[()])
+    real = _is_real(number) or (
+        isinstance(number, np.generic) and jnp.issubdtype(number.dtype, jnp.floating)
+    )  # jnp.issubdtype also knows a bfloat16 scalar
+    if not real:
+        raise TypeError(f"{name} must be a number, got {number!r} of type {_type(number)}.")
+    return float(number)
+
+
+# --- learned ------------------------------------------------------------------------------
+
+
+def check_parameter(name: str, parameter: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a floating-point array that broadcasts to a shape, axis by axis, or a scalar."""
+    array = check_floating_array(name, parameter)
+    fits = array.ndim == len(shape) and all(
+        size in (1, bound) for size, bound in zip(array.shape, shape, strict=True)
+    )
+    if array.ndim and not fits:
+        raise ValueError(
+            f"{name} must be a scalar or have axes of size 1 or of the sizes {shape}, got shape "
+            f"{array.shape}. Insert axes of size 1, such as {name}[None, :]."
+        )
+    return array
+
+
+def check_floating_array(name: str, x: Any) -> jax.Array:
+    array = _as_array(name, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be a floating-point array, got dtype {array.dtype}. Convert it with "
+            f"{name}.astype(jnp.float32)."
+        )
+    return array
+
+
+def check_temperature(temperature: Any) -> float | jax.Array:
+    number = check_amount("temperature", temperature)
+    if not isinstance(number, jax.core.Tracer) and float(number) == 0:
+        raise ValueError(
+            "temperature must be above 0, got 0, which has no gradient. For masks of zeros and "
+            "ones use jdropout.dropout."
+        )
+    return number
+
+
+def check_threshold(threshold: Any) -> float | None:
+    if threshold is None:
+        return None
+    if not _is_real(threshold) or math.isnan(threshold):
+        raise TypeError(
+            f"threshold must be None or a number, got {threshold!r}. It is a log_alpha, such as 3."
+        )
+    return float(threshold)
+
+
+def check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Checks what a dense layer is made of; returns the bias with as many axes as the output."""
+    check_real("x", x)
+    x, weight = jnp.asarray(x), check_floating_array("weight", weight)
+    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            "x and weight must have the shapes (..., inputs) and (inputs, outputs), got "
+            f"{x.shape} and {weight.shape}."
+        )
+    if bias is not None:
+        bias = check_floating_array("bias", bias)
+        if bias.shape != weight.shape[1:]:
+            raise ValueError(f"bias must have the shape {weight.shape[1:]}, got {bias.shape}.")
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is not None and array.dtype != x.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of x, {x.dtype}, got {array.dtype}. Convert it with "
+                f"{name}.astype(x.dtype)."
+            )
+    if bias is not None:
+        bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return x, weight, bias
+
+
 # --- fused ------------------------------------------------------------------------------------
 
 
@@ -339,6 +586,158 @@ def check_features(name: str, vector: Any, x: jax.Array) -> jax.Array | None:
 def check_norm(norm: Any) -> None:
     if norm not in ("layer", "rms"):
         raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}.")
+
+
+# --- weights ------------------------------------------------------------------------------
+
+
+def check_select(select: Any) -> Any:
+    """Returns a predicate on paths, or a tuple of names."""
+    if callable(select):
+        return select
+    if not isinstance(select, Sequence | set | frozenset) or isinstance(select, str):
+        raise TypeError(
+            f"select must be a function of a path or a sequence of names, got {select!r}. Write "
+            "('recurrent_kernel',) for one name."
+        )
+    for name in select:
+        if not isinstance(name, str) or not name:
+            raise TypeError(
+                f"select must hold names such as 'lstm/recurrent_kernel', got {name!r}."
+            )
+    return tuple(select)
+
+
+def check_paths(paths: Sequence[str]) -> None:
+    if "" in paths:
+        raise ValueError(
+            "params must be a tree of named parameters, such as a dictionary, got one array. Use "
+            "jdropout.drop_connect for it."
+        )
+
+
+def check_selected(select: Any, unmatched: Sequence[str] | None, paths: Sequence[str]) -> None:
+    """``unmatched`` are the names that select nothing; None if a predicate selects nothing."""
+    if unmatched is None or unmatched or select == ():
+        what = f"{select!r}" if not unmatched else ", ".join(map(repr, unmatched))
+        raise ValueError(
+            f"select must select parameters, but {what} selects none of {_listed(paths)}. "
+            "Use the names that these paths end with."
+        )
+
+
+def check_target_fraction(fraction: Any) -> float:
+    if isinstance(fraction, jax.Array):
+        raise TypeError(
+            "target_fraction must be a Python number, got an array: how many weights are "
+            "candidates is static. Convert it with float(target_fraction)."
+        )
+    if not _is_real(fraction):
+        raise TypeError(
+            f"target_fraction must be a number, got {fraction!r} of type {_type(fraction)}."
+        )
+    if not 0 <= fraction <= 1:
+        raise ValueError(
+            f"target_fraction must be in [0, 1], got {fraction}. It is the part of the weights "
+            "that may be dropped."
+        )
+    return float(fraction)
+
+
+def check_has_inputs(w: Any) -> None:
+    if np.ndim(w) < 2:
+        raise ValueError(
+            f"w must have two axes or more to choose among each unit's weights, got shape "
+            f"{np.shape(w)}. To choose among the elements of a vector pass unit_axis=0."
+        )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, paths[:12]))
+    return f"{shown} and {len(paths) - 12} more" if len(paths) > 12 else shown or "no parameters"
+
+
+# --- layers -------------------------------------------------------------------------------
+
+
+def check_states(old: Any, new: Any) -> None:
+    """Checks two states of a recurrent network, which are trees of arrays of one kind."""
+    structures: list[Any] = [jax.tree.structure(state) for state in (old, new)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"old and new must have the same structure, got {structures[0]} and {structures[1]}."
+        )
+    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        check_input(a, "old")
+        check_input(b, "new")
+        kinds = [(np.shape(leaf), jnp.result_type(leaf)) for leaf in (a, b)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"old and new must have the same shape and dtype, got {_kind(*kinds[0])} and "
+                f"{_kind(*kinds[1])}. Convert one with .astype, or broadcast it."
+            )
+
+
+def check_rate_for_each(rate: Any, structure: Any) -> list[Any]:
+    """Returns a rate for each leaf of a structure: one for all, or a tree of them."""
+    leaves, given = jax.tree.flatten(rate)
+    if given == structure:
+        return leaves
+    if not jax.tree_util.treedef_is_leaf(given):
+        raise ValueError(
+            f"rate must be one rate, or a tree of them with the structure {structure} of the "
+            f"state, got {given}."
+        )
+    return leaves * structure.num_leaves
+
+
+def check_function(name: str, fn: Any) -> None:
+    if not callable(fn):
+        raise TypeError(f"{name} must be a function, got {_type(fn)}.")
+
+
+def check_layer_result(x: Any, y: Any) -> None:
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (x, y)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"layer must return what has the structure of its input, {structures[0]}, got "
+            f"{structures[1]}. Where it is skipped its input is the result."
+        )
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        kinds = [(np.shape(leaf), jnp.result_type(leaf)) for leaf in (a, b)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"layer must return the shape and dtype of its input, {_kind(*kinds[0])}, got "
+                f"{_kind(*kinds[1])}. Where it is skipped its input is the result: include the "
+                "residual connection, and convert with .astype."
+            )
+
+
+def _kind(shape: tuple[int, ...], dtype: Any) -> str:
+    return f"{dtype}{list(shape)}"
+
+
+# --- many ---------------------------------------------------------------------------------
+
+
+def check_averaged(dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"fn must return floating-point or complex arrays to be averaged, got dtype {dtype}. "
+            "Return logits or a loss."
+        )
+
+
+def check_logits(logits_a: Any, logits_b: Any) -> tuple[jax.Array, jax.Array]:
+    a, b = _as_array("logits_a", logits_a), _as_array("logits_b", logits_b)
+    for name, array in (("logits_a", a), ("logits_b", b)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}.")
+    if a.shape != b.shape:
+        raise ValueError(
+            f"logits_a and logits_b must have the same shape, got {a.shape} and {b.shape}."
+        )
+    return a, b
 
 
 # --- attention ----------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import cast, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jdropout import _checks, _mask, _sites, _threshold
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
@@ -67,18 +66,46 @@ def dropout(
       Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout: a simple way to
       prevent neural networks from overfitting", JMLR 15 (2014), sections 4 and 10.
     """
+    return masked(
+        "dropout",
+        key,
+        x,
+        rate,
+        deterministic=deterministic,
+        broadcast_dims=broadcast_dims,
+        start=start,
+        global_shape=global_shape,
+        precision=precision,
+    )
+
+
+def masked(
+    kind: str,
+    key: Key | None,
+    x: ArrayLike,
+    rate: Rate,
+    *,
+    deterministic: Flag = False,
+    broadcast_dims: Sequence[int] = (),
+    start: Sequence[Index] | None = None,
+    global_shape: Sequence[int] | None = None,
+    precision: int | None = None,
+    scaled: bool = True,
+    batch_axis: int | None = 0,
+) -> jax.Array:
+    """What `dropout` and its like have in common; ``kind`` is their name in an audit."""
     _checks.check_input(x)
     deterministic = _checks.check_deterministic(deterministic)
     shape = jnp.shape(x)
     mask, operands = _mask.describe(
         key, rate, deterministic, shape, broadcast_dims, start, global_shape, precision
     )
-    site = _sites.site("dropout", shape, rate, deterministic, mask, operands)
+    site = _sites.site(kind, shape, rate, deterministic, mask, operands, batch_axis)
     if mask is None:
         return site.result(cast("jax.Array", x))  # the very object, whatever array type it has
     if operands is None:
         return site.result(jnp.zeros_like(x))
-    return site.result(_masked_scale(site.operands(operands), x, mask))
+    return site.result(_masked_scale(site.operands(operands), x, mask, scaled))
 
 
 def keep_mask(
@@ -178,9 +205,11 @@ def _traced_effective_rate(rate: jax.Array, precision: int | None) -> jax.Array:
     return _threshold.traced_drop_probability(_threshold.traced_threshold(rate, precision))
 
 
-@functools.partial(jax.jit, static_argnames="mask")
-def _masked_scale(operands: _mask.Operands, x: jax.Array, mask: _mask.Mask) -> jax.Array:
-    """The linear map x -> m * x / keep. Its only residuals are the operands.
+@functools.partial(jax.jit, static_argnames=("mask", "scaled"))
+def _masked_scale(
+    operands: _mask.Operands, x: jax.Array, mask: _mask.Mask, scaled: bool
+) -> jax.Array:
+    """The linear map x -> m * x / keep, or x -> m * x. Its only residuals are the operands.
 
     `jax.checkpoint` makes the backward pass recompute the mask; unlike a custom_vjp it keeps
     forward mode, batching and higher orders. prevent_cse=False lets XLA share the packed mask
@@ -191,13 +220,9 @@ def _masked_scale(operands: _mask.Operands, x: jax.Array, mask: _mask.Mask) -> j
     def masked_scale(operands: _mask.Operands, x: jax.Array) -> jax.Array:
         wide = jnp.dtype(jnp.float64 if jnp.finfo(x.dtype).bits == 64 else jnp.float32)
         scale = _mask.scale(operands, mask, wide)
-        if jnp.iscomplexobj(x):  # a complex product would turn an infinite part into NaN
-            scaled = lax.complex(lax.real(x) * scale, lax.imag(x) * scale)
-        else:
-            scaled = x.astype(wide) * scale
-        # Select before rounding: XLA:CPU has no bfloat16 select, and would round twice.
-        kept = lax.select(_mask.keep_like(x, operands, mask), scaled, jnp.zeros_like(scaled))
-        return kept.astype(x.dtype)
+        if not scaled:
+            scale = jnp.where(jnp.isnan(scale), scale, 1)  # of a traced rate outside [0, 1]
+        return _mask.select_scaled(_mask.keep_like(x, operands, mask), x, scale)
 
     # The words, not the key: before JAX 0.10 a residual key of one branch breaks lax.cond.
     return masked_scale(_mask.with_words(operands), x)

@@ -6,6 +6,7 @@ a change of one bit is a new `LAW_VERSION`.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -236,10 +237,29 @@ def keep(
     return evaluate(mask_keys(key_words, threshold.digits), threshold, layout, origin)
 
 
+def uniform(key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.Array:
+    """The uniform numbers of a block, of two digits each: ``uniform < t`` is the mask.
+
+    Args:
+      key_words: of a single PRNG key.
+      layout: of the block.
+      origin: of the block.
+
+    Returns:
+      uint32 of ``layout.shape``, in units of 2^-32.
+    """
+    high, low = _digits(mask_keys(key_words, 2), layout, origin)
+    return (high << np.uint32(DIGIT_BITS)) | low
+
+
 def _elementwise(
     keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
 ) -> jax.Array:
     """Every element hashes its own block: the reference."""
+    return below(threshold, _digits(keys, layout, origin))
+
+
+def _digits(keys: list[WordPair], layout: Layout, origin: Origin | None) -> list[jax.Array]:
     one_column = (*layout.shape[:-1], 1)
     row = _iota(one_column, len(one_column) - 2) + _phase(layout, origin)
     lane = jnp.broadcast_to(row % np.uint32(_LANES), layout.shape)
@@ -250,7 +270,7 @@ def _elementwise(
         word = jnp.where(lane < 2, y0, y1)
         return (word >> (lane % 2 * np.uint32(DIGIT_BITS))) & _DIGIT_MASK
 
-    return below(threshold, [digit(key) for key in keys])
+    return [digit(key) for key in keys]
 
 
 def _packed(
@@ -262,6 +282,8 @@ def _packed(
     It has to be a reduction: XLA materialises its result, whereas elementwise packing is fused
     into the consumer and the cipher evaluated there once per element. Two groups in a byte
     take half the time of eight in a 32-bit word, which XLA:CPU vectorises over the groups.
+    Two digits are three reductions, joined as bytes: in a single one XLA:CPU evaluates both
+    ciphers for every lane, which takes ten times as long.
     """
     *lead, rows, columns = layout.shape
     last_lane = _LANES - 1 if layout.phase is None else layout.phase
@@ -275,17 +297,22 @@ def _packed(
     blocks = [threefry2x32(key, index) for key in keys]
     first_bit = jnp.broadcast_to((slot * np.uint32(_LANES)).astype(jnp.uint8), index[1].shape)
 
-    def bit(lane: int) -> jax.Array:
-        field = [block[lane // 2] for block in blocks]
-        if lane % 2:
-            field = [word >> np.uint32(DIGIT_BITS) for word in field]
-        else:
-            field = [word & _DIGIT_MASK for word in field]
-        weight = np.uint8(1 << lane) << first_bit
-        return lax.select(below(threshold, field), weight, jnp.zeros_like(weight))
+    def pack(block: WordPair, test: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def bit(lane: int) -> jax.Array:
+            word = block[lane // 2]
+            digit = word >> np.uint32(DIGIT_BITS) if lane % 2 else word & _DIGIT_MASK
+            weight = np.uint8(1 << lane) << first_bit
+            return lax.select(test(digit), weight, jnp.zeros_like(weight))
 
-    bits = bit(0) | bit(1) | bit(2) | bit(3)
-    packed = lax.reduce(bits, np.uint8(0), lax.bitwise_or, (slot_axis,))
+        bits = bit(0) | bit(1) | bit(2) | bit(3)
+        return lax.reduce(bits, np.uint8(0), lax.bitwise_or, (slot_axis,))
+
+    high = jnp.uint32(threshold.high)
+    packed = pack(blocks[0], lambda digit: digit < high)
+    if threshold.low is not None:
+        low = jnp.uint32(threshold.low)
+        tied = pack(blocks[0], lambda digit: digit == high)
+        packed |= tied & pack(blocks[1], lambda digit: digit < low)
 
     shape = (*packed.shape[:-1], _GROUPS_PER_BYTE * _LANES, columns)
     dimensions = [axis for axis in range(len(shape)) if axis != slot_axis]

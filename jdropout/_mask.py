@@ -1,13 +1,14 @@
 """A mask and its scale: what is static about them, what may be traced, and how to make them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jdropout import _checks, _law, _threshold
 from jdropout._typing import Index, Key, Rate
@@ -54,12 +55,7 @@ def describe(
     """
     rate = _checks.check_rate(rate, f"{prefix}rate")
     precision = _checks.check_precision(precision)
-    shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
-    first, whole = _checks.check_block(start, global_shape, shape)
-
-    def unshared(sizes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
-
+    part = _part(shape, broadcast_dims, start, global_shape)
     traced_rate = rate if isinstance(rate, jax.Array) else None
     threshold = (
         None if isinstance(rate, jax.Array) else _threshold.static_threshold(rate, precision)
@@ -68,13 +64,50 @@ def describe(
     if kept == 1 or deterministic is True:
         return None, None
     _checks.check_static_shape(shape)
-    whole = unshared(whole)
-    layout, origin = _law.locate(whole, unshared(shape), first)
-    mask = Mask(unshared(shape), shape, whole, layout, threshold, precision)
+    layout, origin = _law.locate(*part)
+    mask = Mask(part.shape, shape, part.whole, layout, threshold, precision)
     if kept == 0 and deterministic is False:
         return mask, None
     flag = deterministic if isinstance(deterministic, jax.Array) else None
     return mask, Operands(_checks.check_key(key, f"{prefix}key"), traced_rate, flag, origin)
+
+
+def describe_uniform(
+    key: Key | None,
+    shape: tuple[int, ...],
+    broadcast_dims: Sequence[int],
+    start: Sequence[Index] | None,
+    global_shape: Sequence[int] | None,
+) -> tuple[Mask, Operands]:
+    """The same for the uniform numbers that masks are made of, without a rate."""
+    part = _part(shape, broadcast_dims, start, global_shape)
+    _checks.check_static_shape(shape)
+    layout, origin = _law.locate(*part)
+    mask = Mask(part.shape, shape, part.whole, layout, None, None)
+    return mask, Operands(_checks.check_key(key), None, None, origin)
+
+
+class _Part(NamedTuple):
+    """Where a block lies in a whole mask; broadcast axes have size 1."""
+
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: tuple[Index, ...] | None
+
+
+def _part(
+    shape: tuple[int, ...],
+    broadcast_dims: Sequence[int],
+    start: Sequence[Index] | None,
+    global_shape: Sequence[int] | None,
+) -> _Part:
+    shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
+    first, whole = _checks.check_block(start, global_shape, shape)
+
+    def unshared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
+
+    return _Part(unshared(whole), unshared(shape), first)
 
 
 def tile(
@@ -96,13 +129,23 @@ def with_words(operands: Operands) -> Operands:
 
 
 def keep_like(x: jax.Array, operands: Operands, mask: Mask) -> jax.Array:
-    """The mask with the explicit sharding of x: the compiler places it, no device gathers it."""
+    """The mask with the explicit sharding of x."""
+    return placed_like(x, functools.partial(keep, mask=mask), operands)
+
+
+def placed_like(
+    x: jax.Array,
+    make: Callable[[Operands], jax.Array],
+    operands: Operands,
+    spec: PartitionSpec | None = None,
+) -> jax.Array:
+    """What is made is placed by the compiler, by default as x is, and no device gathers it."""
     sharding = jax.typeof(x).sharding
     explicit = sharding.mesh.explicit_axes
     if not explicit:
-        return keep(operands, mask)
-    placed = functools.partial(keep, mask=mask)
-    return jax.sharding.auto_axes(placed, axes=explicit, out_sharding=sharding)(operands)
+        return make(operands)
+    out = sharding if spec is None else spec
+    return jax.sharding.auto_axes(make, axes=explicit, out_sharding=out)(operands)
 
 
 @functools.partial(jax.jit, static_argnames="mask")
@@ -121,6 +164,16 @@ def keep(operands: Operands, mask: Mask) -> jax.Array:
     return jnp.broadcast_to(lax.reshape(kept, mask.shape), mask.full_shape)
 
 
+@functools.partial(jax.jit, static_argnames="mask")
+def uniform(operands: Operands, mask: Mask) -> jax.Array:
+    """uint32 numbers of the mask's shape, uniform in units of 2^-32."""
+    if 0 in mask.full_shape:
+        return jnp.zeros(mask.full_shape, jnp.uint32)
+    assert isinstance(operands.key, jax.Array)
+    bits = _law.uniform(operands.key, mask.layout, operands.origin)
+    return jnp.broadcast_to(lax.reshape(bits, mask.shape), mask.full_shape)
+
+
 def scale(operands: Operands, mask: Mask, dtype: np.dtype) -> jax.Array:
     """1 / keep, rounded once to float32 or float64; NaN for a traced rate outside [0, 1]."""
     if operands.rate is None:
@@ -136,3 +189,24 @@ def scale(operands: Operands, mask: Mask, dtype: np.dtype) -> jax.Array:
     if operands.deterministic is not None:
         factor = jnp.where(operands.deterministic, jnp.ones_like(factor), factor)
     return factor
+
+
+def drop_probability(operands: Operands, mask: Mask, dtype: np.dtype) -> jax.Array:
+    """The effective rate; NaN for a traced one outside [0, 1]."""
+    if operands.rate is None:
+        assert mask.threshold is not None
+        return jnp.asarray(float(1 - _threshold.keep_probability(mask.threshold)), dtype)
+    rate = operands.rate
+    threshold = _threshold.traced_threshold(rate, mask.precision)
+    dropped = _threshold.traced_drop_probability(threshold).astype(dtype)
+    return jnp.where((rate >= 0) & (rate <= 1), dropped, jnp.nan)
+
+
+def select_scaled(kept: jax.Array, x: jax.Array, factor: jax.Array) -> jax.Array:
+    """``x * factor`` where kept, else 0, in the factor's dtype and then rounded to that of x."""
+    if jnp.iscomplexobj(x):  # a complex product would turn an infinite part into NaN
+        product = lax.complex(lax.real(x) * factor, lax.imag(x) * factor)
+    else:
+        product = x.astype(factor.dtype) * factor
+    # Select before rounding: XLA:CPU has no bfloat16 select, and would round twice.
+    return lax.select(kept, product, jnp.zeros_like(product)).astype(x.dtype)

@@ -44,6 +44,8 @@ class Call(NamedTuple):
     effective_rate: float | None
     deterministic: bool | None
     shared_axes: tuple[int, ...]
+    batch_axis: int | None
+    """That of the examples, as far as the call tells."""
     located: bool
     """Whether the caller says which part of a larger mask it is."""
     stored_bytes: int
@@ -117,6 +119,7 @@ def site(
     deterministic: bool | jax.Array,
     mask: Mask | None,
     operands: Operands | None,
+    batch_axis: int | None = 0,
 ) -> Site:
     """Records a call if an audit is going on, and returns what marks its key and its result."""
     calls = _calls.get()
@@ -128,8 +131,10 @@ def site(
     effective: float | None
     if threshold is not None:
         effective = float(1 - _threshold.keep_probability(threshold))
+    elif not static or rate is None:
+        effective = None
     else:
-        effective = 0.0 if static else None
+        effective = 0.0 if mask is None else float(rate)
     call = Call(
         kind=kind,
         path=_module_path([_owner(frame) for frame in frames]),
@@ -138,12 +143,13 @@ def site(
             for frame in frames
         ),
         shape=shape,
-        rate=float(rate) if static else None,
+        rate=None if rate is None or not static else float(rate),
         effective_rate=effective,
         deterministic=None if isinstance(deterministic, jax.Array) else deterministic,
         shared_axes=()
         if mask is None
         else tuple(a for a, size in enumerate(shape) if size > 1 and mask.shape[a] == 1),
+        batch_axis=batch_axis,
         located=operands is not None and operands.origin is not None,
         stored_bytes=0 if operands is None or mask is None else _bytes(operands, mask),
     )

@@ -66,6 +66,17 @@ def threshold(rate, precision=None):
 
 def keep_mask(key_words, rate, shape, broadcast_dims=(), start=None, whole=None, precision=None):
     """The mask of a block of ``shape`` at ``start`` in a mask of shape ``whole``."""
+    t, digits = threshold(rate, precision)
+    return numbers(key_words, digits, shape, broadcast_dims, start, whole) < np.uint64(t)
+
+
+def uniform(key_words, shape, broadcast_dims=(), start=None, whole=None):
+    """The uniform numbers that noise is made of: both digits, in units of 2^-32."""
+    return numbers(key_words, 2, shape, broadcast_dims, start, whole)
+
+
+def numbers(key_words, digits, shape, broadcast_dims, start, whole):
+    """Steps 1 to 4: uint64 numbers of so many base-2^16 digits."""
     whole = list(shape if whole is None else whole)
     start = [0] * len(whole) if start is None else list(start)
     for axis in broadcast_dims:
@@ -91,14 +102,13 @@ def keep_mask(key_words, rate, shape, broadcast_dims=(), start=None, whole=None,
     group_count = np.uint64(-(-rows // 4))
     block = (lead_index * group_count + group) * np.uint64(columns) + column
 
-    t, digits = threshold(rate, precision)
     u = np.uint64(0)
     for digit in range(digits):
         y0, y1 = threefry2x32(mask_key(key_words, digit), (block >> np.uint64(32), block & WORD))
         y = np.where(lane < 2, y0, y1)
         field = (y >> (lane % np.uint64(2) * np.uint64(16))) & np.uint64(0xFFFF)
         u = (u << np.uint64(16)) | field
-    return np.broadcast_to(u < np.uint64(t), shape)
+    return np.broadcast_to(u, shape)
 
 
 def name_counter(name):

@@ -39,8 +39,8 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     - ``shared-over-devices``: in a ``shard_map`` the input differs between devices along some axis
       of the mesh, but the key does not, and there is no ``start``;
     - ``shared-over-batch``, ``shared-over-heads``: all examples, or all heads of an attention, have
-      the same mask. The batch is the first axis, or that of a ``vmap``; in attention heads come
-      next.
+      the same mask. The batch is the first axis, unless arguments such as ``batch_axis`` say
+      otherwise, or that of a ``vmap``; in attention heads come next.
 
     Args:
       fn: a function of arrays, pytrees and Flax modules, such as a training step.

@@ -56,6 +56,7 @@ def _as_call(place: Place) -> _sites.Call:
         effective_rate=place.rate,
         deterministic=False,
         shared_axes=place.shared_axes,
+        batch_axis=0,
         located=False,
         stored_bytes=place.stored_bytes,
     )

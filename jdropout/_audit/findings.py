@@ -133,7 +133,8 @@ def _complaints_about_sharing(
     )
     heads = rank - 3 if attends else None  # then come queries and keys
     # Under vmap the axes are those of one example.
-    if rank > 1 and not place.result_batch_axes and heads != 0 and 0 in site.shared_axes:
+    batch = 0 if place.call is None else program.calls[place.call].batch_axis
+    if rank > 1 and not place.result_batch_axes and heads != 0 and batch in site.shared_axes:
         yield "shared-over-batch", "all examples have the same mask."
     if heads in site.shared_axes:
         yield "shared-over-heads", "all heads have the same mask."

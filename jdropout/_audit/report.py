@@ -20,7 +20,7 @@ FIXES = {
     "shared-over-devices": "say which part of the whole array a device has, with start and "
     "global_shape, or fold jax.lax.axis_index(axis) into the key.",
     "shared-over-batch": "leave the batch out of broadcast_dims, or split the key over vmap; in "
-    "attention broadcast_dropout=False.",
+    "attention broadcast_dropout=False, in drop_path mode='row'.",
     "shared-over-heads": "leave the heads out of dropout_broadcast_dims; in Flax's layers pass "
     "broadcast_dropout=False.",
 }
@@ -36,7 +36,7 @@ class AuditedSite:
     location: str
     """File and line that call it."""
     kind: str
-    """``dropout``, ``mask`` or ``attention``, or ``bernoulli`` for that of other libraries."""
+    """The function's name, ``mask`` for `keep_mask`, or ``bernoulli`` for other libraries."""
     shape: tuple[int, ...]
     """Of the array, or of the attention's probabilities; under ``vmap`` that of one example."""
     rate: float | None

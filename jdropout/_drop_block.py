@@ -1,0 +1,305 @@
+"""DropBlock: dropout of contiguous blocks of a feature map."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jdropout import _checks, _mask, _sites, _threshold
+from jdropout._typing import ArrayLike, Flag, Key, Rate
+
+
+def drop_block(
+    key: Key | None,
+    x: ArrayLike,
+    rate: Rate,
+    *,
+    block_size: int | Sequence[int],
+    spatial_axes: Sequence[int] = (1, 2),
+    channel_axis: int = -1,
+    shared_channels: bool = True,
+    scale: Literal["expected", "realised"] = "expected",
+    deterministic: Flag = False,
+    precision: int | None = 32,
+) -> jax.Array:
+    """Drops contiguous blocks of a feature map, in one, two or three dimensions.
+
+    Every place where a whole block fits is its corner with probability gamma; what lies in any
+    block is dropped. The paper's gamma, ``rate / block area * map area / number of corners``,
+    ignores that blocks overlap. Here gamma is the one for which the expected dropped fraction *is*
+    the rate: with ``c[i]`` the number of blocks that can cover element i, it solves
+    ``mean over i of (1 - gamma) ** c[i] = 1 - rate``; see `drop_block_gamma`. Elements at the
+    border can be covered by fewer blocks, and are dropped less often than those in the middle.
+
+    Args:
+      key: a PRNG key, as for `dropout`.
+      x: array such as (batch, height, width, channels), of a floating-point or complex dtype.
+      rate: expected fraction of elements to drop, as for `dropout`. The gamma of a traced one is
+        computed by the device, and the same on all backends up to rounding.
+      block_size: of a block, in elements: one number for all spatial axes, or one for each. What is
+        larger than the map is cut down to it.
+      spatial_axes: the axes of the map; ``(1,)`` for a sequence, ``(1, 2, 3)`` for a volume. The
+        other axes, but that of the channels, count examples.
+      channel_axis: the axis of the channels.
+      shared_channels: whether all channels of an example have the same blocks.
+      scale: ``'expected'`` multiplies what is kept by the inverse of the expected kept fraction,
+        ``1 / (1 - rate)``, which keeps the mean over a constant map in expectation; ``'realised'``
+        by the ratio of all elements of `x` to those that this very mask keeps, as in the paper,
+        which keeps the mean of a constant `x` exactly, unless nothing is kept. Under a sharding
+        it takes the sum over all devices.
+      deterministic: whether to return `x` as it is; may be traced.
+      precision: bits of gamma, as for `dropout`; gamma is small, so 32 by default.
+
+    Returns:
+      An array of x's shape and dtype.
+
+    Raises:
+      TypeError: as for `dropout`.
+      ValueError: if an axis or option does not exist, an axis has two roles, a block size is below
+        1, or as for `dropout`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> y = jdropout.drop_block(
+      ...     jax.random.key(2), jnp.ones((1, 4, 8, 1)), 0.25, block_size=2, scale="realised"
+      ... )
+      >>> (y[0, :, :, 0] > 0).astype(int)
+      Array([[1, 1, 1, 0, 0, 1, 1, 1],
+             [1, 1, 1, 0, 0, 1, 1, 1],
+             [1, 1, 0, 0, 0, 0, 1, 1],
+             [1, 1, 0, 0, 0, 0, 1, 1]], dtype=int32)
+
+    References:
+      Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks" (NeurIPS
+      2018), section 3 and equation 1.
+    """
+    _checks.check_input(x)
+    _checks.check_option("scale", scale, ("expected", "realised"))
+    checked = _checks.check_rate(rate)
+    flag = _checks.check_deterministic(deterministic)
+    shape = jnp.shape(x)
+    spatial = _checks.check_axes("spatial_axes", spatial_axes, len(shape))
+    channel = _checks.check_axis("channel_axis", channel_axis, len(shape))
+    _checks.check_apart("channel_axis", channel, "spatial_axes", spatial)
+    sizes = _checks.check_sizes("block_size", block_size, len(spatial))
+    block = [1] * len(shape)
+    for axis, size in zip(spatial, sizes, strict=True):
+        block[axis] = max(1, min(size, shape[axis]))
+    corners = tuple(max(n - size + 1, 0) for n, size in zip(shape, block, strict=True))
+
+    gamma = _gamma(checked, tuple(shape[a] for a in spatial), tuple(block[a] for a in spatial))
+    shared = [channel] if shared_channels else []
+    mask, operands = _mask.describe(key, gamma, flag, corners, shared, None, None, precision)
+    reported = None if mask is None else mask._replace(threshold=None)  # it is that of gamma
+    examples = [a for a in range(len(shape)) if a != channel and a not in spatial]
+    batch = examples[0] if examples else None
+    site = _sites.site("drop_block", shape, checked, flag, reported, operands, batch)
+    if mask is None:
+        return site.result(cast("jax.Array", x))
+    if operands is None:
+        return site.result(jnp.zeros_like(x))
+    blocks = _Blocks(mask, tuple(block), channel, scale == "realised")
+    return site.result(_without_blocks(site.operands(operands), x, blocks))
+
+
+def drop_block_gamma(
+    rate: Rate, map_shape: Sequence[int], block_size: int | Sequence[int]
+) -> float | jax.Array:
+    """The probability with which `drop_block` puts a block at a place where one fits.
+
+    Args:
+      rate: expected fraction of elements to drop, in [0, 1].
+      map_shape: sizes of the spatial axes.
+      block_size: one number, or one for each of them.
+
+    Returns:
+      A float for a static rate, a float32 scalar for an array. With it the expected dropped
+      fraction misses the rate by rounding alone: 1e-15 for a float, 1e-6 for an array; `drop_block`
+      then rounds gamma to 32 bits.
+
+    Raises:
+      TypeError: if an argument has a wrong type.
+      ValueError: if the rate is outside [0, 1], or a size below 1.
+
+    Example:
+      >>> import jdropout
+      >>> gamma = jdropout.drop_block_gamma(0.1, (14, 14), 7)
+      >>> print(f"{gamma:.6f}, the paper's {0.1 / 7**2 * 14**2 / 8**2:.6f}")
+      0.006764, the paper's 0.006250
+
+    References:
+      As for `drop_block`; equation 1 is the first order of this one in gamma.
+    """
+    sizes = _checks.check_shape("map_shape", map_shape)
+    block = _checks.check_sizes("block_size", block_size, len(sizes))
+    fitting = tuple(min(a, b) for a, b in zip(block, sizes, strict=True))
+    return _gamma(_checks.check_rate(rate), sizes, fitting)
+
+
+def _gamma(
+    rate: float | jax.Array, sizes: tuple[int, ...], block: tuple[int, ...]
+) -> float | jax.Array:
+    if isinstance(rate, jax.Array):
+        return _traced_gamma(rate, sizes, block)
+    return rate if rate in (0, 1) else _static_gamma(rate, sizes, block)
+
+
+@functools.lru_cache(maxsize=256)  # takes more time than an eager call should
+def _static_gamma(rate: float, sizes: tuple[int, ...], block: tuple[int, ...]) -> float:
+    counts, weights = _coverage(sizes, block)
+    low, high = 0.0, 1.0
+    while True:  # bisection, until no float lies between
+        gamma = (low + high) / 2
+        if not low < gamma < high:
+            return gamma
+        dropped = -float(weights @ np.expm1(counts * math.log1p(-gamma)))
+        low, high = (gamma, high) if dropped < rate else (low, gamma)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _traced_gamma(rate: jax.Array, sizes: tuple[int, ...], block: tuple[int, ...]) -> jax.Array:
+    """By bisection of log(1 - gamma), in which a small gamma is as exact as a large one."""
+    counts, weights = (array.astype(np.float32) for array in _coverage(sizes, block))
+    rate = lax.stop_gradient(rate.astype(jnp.float32))
+
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # of -log(1 - gamma)
+        middle = (low + high) / 2
+        dropped = -(weights * jnp.expm1(-counts * middle)).sum()
+        less = dropped < rate
+        return jnp.where(less, middle, low), jnp.where(less, high, middle)
+
+    start = (jnp.zeros_like(rate), jnp.full_like(rate, 64.0))
+    low, high = lax.fori_loop(0, 48, halve, start)
+    gamma = -jnp.expm1(-(low + high) / 2)
+    inside = (rate > 0) & (rate < 1)
+    return jnp.where(inside, gamma, rate)  # 0, 1, and what is no rate, as they are
+
+
+def _coverage(sizes: tuple[int, ...], block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """How many blocks can cover an element, and of which fraction of the elements that is true."""
+    along = [
+        Counter(min(i, n - 1 - i, size - 1, n - size) + 1 for i in range(n))
+        for n, size in zip(sizes, block, strict=True)
+    ]
+    together = Counter({1: 1})
+    for axis in along:
+        product: Counter[int] = Counter()
+        for a, m in together.items():
+            for b, n in axis.items():
+                product[a * b] += m * n
+        together = product
+    counts = np.array(list(together), np.float64)
+    return counts, np.array(list(together.values()), np.float64) / max(1, math.prod(sizes))
+
+
+class _Blocks(NamedTuple):
+    """All that is static about a call."""
+
+    corners: _mask.Mask
+    """True where no block begins."""
+    size: tuple[int, ...]
+    """Of a block, along every axis of x."""
+    channel_axis: int
+    realised: bool
+
+
+@functools.partial(jax.jit, static_argnames="blocks")
+def _without_blocks(operands: _mask.Operands, x: jax.Array, blocks: _Blocks) -> jax.Array:
+    """The mask is made again in the backward pass, as in `jdropout.dropout`."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def without_blocks(operands: _mask.Operands, x: jax.Array) -> jax.Array:
+        wide = jnp.dtype(jnp.float64 if jnp.finfo(x.dtype).bits == 64 else jnp.float32)
+        kept = _mask.placed_like(x, lambda ops: _outside(ops, x.shape, blocks), operands)
+        factor = _expected_scale(operands, x.shape, blocks, wide)
+        if blocks.realised:
+            fraction = functools.partial(_kept_fraction, shape=x.shape, blocks=blocks, dtype=wide)
+            kept_fraction = _mask.placed_like(x, fraction, operands, PartitionSpec())
+            realised = 1 / jnp.where(kept_fraction > 0, kept_fraction, 1)
+            factor = jnp.where(jnp.isnan(factor), factor, realised)  # of a rate outside [0, 1]
+        return _mask.select_scaled(kept, x, factor)
+
+    return without_blocks(_mask.with_words(operands), x)
+
+
+def _expected_scale(
+    operands: _mask.Operands, shape: tuple[int, ...], blocks: _Blocks, dtype: np.dtype
+) -> jax.Array:
+    """The inverse of the kept fraction that is expected with gamma as it is rounded."""
+    windowed = [axis for axis, size in enumerate(blocks.size) if size > 1]
+    counts, weights = _coverage(
+        tuple(shape[axis] for axis in windowed), tuple(blocks.size[axis] for axis in windowed)
+    )
+    if operands.rate is None:
+        assert blocks.corners.threshold is not None
+        free = float(_threshold.keep_probability(blocks.corners.threshold))
+        kept = float(weights @ free**counts)
+        factor = jnp.asarray(1 / kept if kept else 1.0, dtype)
+    else:
+        gamma = _mask.drop_probability(operands, blocks.corners, dtype)
+        powers = jnp.exp(counts.astype(dtype) * jnp.log1p(-gamma))
+        traced_kept = (weights.astype(dtype) * powers).sum()
+        factor = 1 / jnp.where(traced_kept == 0, 1, traced_kept)
+    if operands.deterministic is not None:
+        factor = jnp.where(operands.deterministic, jnp.ones_like(factor), factor)
+    return factor
+
+
+def _kept_fraction(
+    operands: _mask.Operands, shape: tuple[int, ...], blocks: _Blocks, dtype: np.dtype
+) -> jax.Array:
+    """Counted without repeated channels; XLA finds that the mask is the one of `_outside`."""
+    channel = blocks.channel_axis
+    own = (*shape[:channel], blocks.corners.shape[channel], *shape[channel + 1 :])
+    kept = _outside(operands, own, blocks)
+    # Integers first: a sum of ones in float32 ends at 2^24.
+    counts = kept.sum(axis=tuple(range(1, kept.ndim)), dtype=jnp.uint32)
+    return counts.astype(dtype).sum() / max(1, kept.size)
+
+
+def _outside(operands: _mask.Operands, shape: tuple[int, ...], blocks: _Blocks) -> jax.Array:
+    """True where an element lies in no block."""
+    # Not broadcast: where channels share their blocks the window slides over one channel.
+    corners = blocks.corners._replace(full_shape=blocks.corners.shape)
+    free = _mask.keep(operands, corners)
+    channel, channels = blocks.channel_axis, corners.shape[blocks.channel_axis]
+    if channels > 1:  # a window over eight channels at once: less time, and a bit per element
+        free = _pack(free, channel)
+    whole = True if free.dtype == jnp.bool_ else np.uint8(0xFF)
+    for axis, size in enumerate(blocks.size):  # one axis at a time: the window is a box
+        if size > 1:
+            window = [size if a == axis else 1 for a in range(free.ndim)]
+            padding = [(size - 1, size - 1) if a == axis else (0, 0) for a in range(free.ndim)]
+            strides = (1,) * free.ndim
+            free = lax.reduce_window(free, whole, lax.bitwise_and, window, strides, padding)
+    if channels > 1:
+        free = lax.slice_in_dim(_unpack(free, channel), 0, channels, axis=channel)
+    return jnp.broadcast_to(free, shape)
+
+
+def _pack(mask: jax.Array, axis: int) -> jax.Array:
+    """Eight neighbours along an axis as the bits of a byte."""
+    bytes_ = -(-mask.shape[axis] // 8)
+    missing = [(0, 8 * bytes_ - mask.shape[axis] if a == axis else 0, 0) for a in range(mask.ndim)]
+    shape = (*mask.shape[:axis], bytes_, 8, *mask.shape[axis + 1 :])
+    bits = lax.reshape(lax.pad(mask, False, missing), shape).astype(jnp.uint8)
+    weighted = bits << lax.broadcasted_iota(jnp.uint8, shape, axis + 1)
+    return lax.reduce(weighted, np.uint8(0), lax.bitwise_or, (axis + 1,))
+
+
+def _unpack(packed: jax.Array, axis: int) -> jax.Array:
+    shape = (*packed.shape[: axis + 1], 8, *packed.shape[axis + 1 :])
+    dimensions = [a for a in range(len(shape)) if a != axis + 1]
+    byte = lax.broadcast_in_dim(packed, shape, dimensions)
+    mask = ((byte >> lax.broadcasted_iota(jnp.uint8, shape, axis + 1)) & np.uint8(1)).astype(bool)
+    return lax.reshape(
+        mask, (*packed.shape[:axis], 8 * packed.shape[axis], *packed.shape[axis + 1 :])
+    )

@@ -1,0 +1,198 @@
+"""Dropout of tokens: words that are replaced, and patches that are left out."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jdropout import _checks, _mask, _sites
+from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
+
+
+def word_dropout(
+    key: Key | None,
+    tokens: ArrayLike,
+    rate: Rate,
+    *,
+    replacement: int,
+    protected: Sequence[int] = (),
+    deterministic: Flag = False,
+    start: Sequence[Index] | None = None,
+    global_shape: Sequence[int] | None = None,
+    precision: int | None = None,
+) -> jax.Array:
+    """Replaces tokens at random, for example by that of an unknown word.
+
+    Each token that is not protected is replaced with probability ``effective_rate(rate)``,
+    independently of the others. Nothing is scaled: tokens are no numbers.
+
+    Args:
+      key: a PRNG key, as for `dropout`.
+      tokens: array of integers of any shape.
+      rate: probability of replacing a token, as for `dropout`; but a traced one outside [0, 1]
+        replaces all that is not protected, since integers have no NaN.
+      replacement: the token to put there.
+      protected: tokens that are never replaced, such as padding or the beginning of a sentence.
+      deterministic: whether to return the tokens as they are; may be traced.
+      start: as for `dropout`.
+      global_shape: as for `dropout`.
+      precision: bits of the rate, as for `dropout`.
+
+    Returns:
+      An array of the shape and dtype of ``tokens``.
+
+    Raises:
+      TypeError: if the tokens are not integers, or as for `dropout`.
+      ValueError: if the replacement does not fit the dtype, or as for `dropout`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> tokens = jnp.array([1, 7, 9, 8, 7, 5, 0, 0])
+      >>> jdropout.word_dropout(
+      ...     jax.random.key(0), tokens, 0.5, replacement=3, protected=(0, 1)
+      ... )
+      Array([1, 7, 9, 8, 7, 5, 0, 0], dtype=int32)
+
+    References:
+      Iyyer, Manjunatha, Boyd-Graber and Daumé, "Deep unordered composition rivals syntactic
+      methods for text classification" (ACL 2015), section 4.1; Bowman et al., "Generating
+      sentences from a continuous space" (CoNLL 2016), section 3.1.
+    """
+    array = _checks.check_tokens(tokens, replacement, protected)
+    flag = _checks.check_deterministic(deterministic)
+    mask, operands = _mask.describe(
+        key, rate, flag, array.shape, (), start, global_shape, precision
+    )
+    site = _sites.site("word_dropout", array.shape, rate, flag, mask, operands)
+    if mask is None:
+        return site.result(cast("jax.Array", tokens))
+    if operands is not None:
+        operands = site.operands(operands)
+    spared = np.array(list(protected), array.dtype)
+    value = np.asarray(replacement, array.dtype)
+    return site.result(_replaced(operands, array, value, spared, mask))
+
+
+@functools.partial(jax.jit, static_argnames="mask")
+def _replaced(
+    operands: _mask.Operands | None,
+    tokens: jax.Array,
+    replacement: jax.Array,
+    protected: jax.Array,
+    mask: _mask.Mask,
+) -> jax.Array:
+    if operands is None:
+        kept = jnp.zeros_like(tokens, bool)
+    else:
+        kept = _mask.keep_like(tokens, _mask.with_words(operands), mask)
+        if operands.rate is not None:  # integers have no NaN
+            valid = (operands.rate >= 0) & (operands.rate <= 1)
+            kept &= valid if operands.deterministic is None else valid | operands.deterministic
+    if protected.size:
+        alternatives = protected.reshape((1,) * tokens.ndim + (-1,))
+        kept |= (tokens[..., None] == alternatives).any(axis=-1)
+    return jnp.where(kept, tokens, replacement)
+
+
+def patch_dropout(
+    key: Key | None,
+    x: ArrayLike,
+    rate: float,
+    *,
+    axis: int = 1,
+    num_prefix_tokens: int = 1,
+    ordered: bool = False,
+    deterministic: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Leaves a fixed number of tokens out, so that a vision transformer has less to compute.
+
+    Of the L tokens after the prefix, ``L * (1 - rate)`` stay, rounded down, but at least one: those
+    with the smallest uniform numbers of the mask law, for each example anew. All subsets are
+    equally probable. Nothing is scaled. Shapes are static: neither rate nor flag may be traced.
+
+    Args:
+      key: a PRNG key, as for `dropout`.
+      x: array such as (batch, tokens, features), of any dtype.
+      rate: fraction of tokens to leave out, in [0, 1].
+      axis: the axis of the tokens. The axes before it count examples.
+      num_prefix_tokens: number of tokens at the beginning that always stay, such as that of the
+        class.
+      ordered: whether the tokens that stay are in the order that they had; else it is random.
+      deterministic: whether to return `x` as it is.
+
+    Returns:
+      An array of x's dtype with fewer tokens, and their indices in `x`: int32 of shape
+      ``x.shape[:axis] + (kept,)``, the prefix included.
+
+    Raises:
+      TypeError: if the rate or flag is traced, or as for `dropout`.
+      ValueError: if the prefix leaves no tokens, or as for `dropout`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> x = jnp.arange(8.0).reshape(1, 8, 1)
+      >>> y, indices = jdropout.patch_dropout(jax.random.key(0), x, 0.5, ordered=True)
+      >>> indices
+      Array([[0, 2, 4, 6]], dtype=int32)
+      >>> y.shape
+      (1, 4, 1)
+
+    References:
+      Liu, Matsoukas, Strand, Azizpour and Smith, "PatchDropout: economizing vision transformers
+      using patch dropout" (WACV 2023), section 3.
+    """
+    array = _checks.check_any_array("x", x)
+    rate = _checks.check_fixed_rate(rate)
+    flag = _checks.check_static_flag(deterministic)
+    token_axis = _checks.check_axis("axis", axis, array.ndim)
+    length = array.shape[token_axis]
+    prefix = _checks.check_prefix(num_prefix_tokens, length)
+    lead = array.shape[:token_axis]
+    # In floating point 100 * (1 - 0.9) is below 10.
+    count = max(1, math.floor(round((length - prefix) * (1 - rate), 6)))
+    shape = (*lead, length - prefix)
+    if flag or count == length - prefix:
+        site = _sites.site("patch_dropout", shape, rate, flag, None, None)
+        everything = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (*lead, length))
+        return site.result(cast("jax.Array", x)), everything
+    mask, operands = _mask.describe_uniform(key, shape, (), None, None)
+    site = _sites.site("patch_dropout", shape, rate, flag, mask, operands)
+    kept, indices = _gathered(
+        site.operands(operands), array, mask, token_axis, prefix, count, ordered
+    )
+    return site.result(kept), indices
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _gathered(
+    operands: _mask.Operands,
+    x: jax.Array,
+    mask: _mask.Mask,
+    axis: int,
+    prefix: int,
+    count: int,
+    ordered: bool,
+) -> tuple[jax.Array, jax.Array]:
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # the indices are made again
+    def gathered(operands: _mask.Operands, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        order = jnp.argsort(_mask.uniform(operands, mask), axis=-1, stable=True)
+        chosen = order[..., :count].astype(jnp.int32)
+        if ordered:
+            chosen = jnp.sort(chosen, axis=-1)
+        first = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (*chosen.shape[:-1], prefix))
+        indices = jnp.concatenate([first, chosen + np.int32(prefix)], axis=-1)
+        wanted = indices.reshape(indices.shape + (1,) * (x.ndim - axis - 1))
+        return jnp.take_along_axis(x, wanted, axis=axis, mode="promise_in_bounds"), indices
+
+    sharding = jax.typeof(x).sharding
+    explicit = sharding.mesh.explicit_axes
+    if explicit:
+        lead, trail = sharding.spec[:axis], sharding.spec[axis + 1 :]
+        specs = (PartitionSpec(*lead, None, *trail), PartitionSpec(*lead, None))
+        gathered = jax.sharding.auto_axes(gathered, axes=explicit, out_sharding=specs)
+    return gathered(_mask.with_words(operands), x)
