@@ -1,0 +1,298 @@
+"""Masks on parameters: DropConnect, on arrays and in trees, and targeted dropout."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jdropout import _checks, _mask, _sites, _trees
+from jdropout._dropout import masked
+from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
+
+_Tree = TypeVar("_Tree")
+
+
+def drop_connect(
+    key: Key | None,
+    w: ArrayLike,
+    rate: Rate,
+    *,
+    deterministic: Flag = False,
+    scaled: bool = True,
+    broadcast_dims: Sequence[int] = (),
+    start: Sequence[Index] | None = None,
+    global_shape: Sequence[int] | None = None,
+    precision: int | None = None,
+) -> jax.Array:
+    """Zeroes weights at random: connections, where dropout takes units.
+
+    ``w * m / (1 - r)`` with ``m ~ Bernoulli(1 - r)`` and ``r = effective_rate(rate)``, so that
+    the mean of a linear layer's output is that of `w`, which evaluation uses as it is. One mask
+    serves all examples of a batch; for one per example use ``jax.vmap`` over keys, at the price of
+    one weight array per example.
+
+    Published variants differ here, and some treat training and evaluation as if they were alike.
+    The paper does not scale in training; its evaluation draws each unit's input from a normal
+    distribution with the mean ``(1 - r) * w @ x`` and the variance that the masks cause.
+    AWD-LSTM scales as above. With ``scaled=False`` it is ``w * m``, and then it is for you to
+    evaluate with ``(1 - r) * w``.
+
+    Args:
+      key: a PRNG key, as for `dropout`.
+      w: array of any shape, of a floating-point or complex dtype.
+      rate: probability of dropping a weight, as for `dropout`.
+      deterministic: whether to return `w` as it is; may be traced.
+      scaled: whether to scale the weights that are kept.
+      broadcast_dims: as for `dropout`.
+      start: as for `dropout`.
+      global_shape: as for `dropout`.
+      precision: bits of the rate, as for `dropout`.
+
+    Returns:
+      An array of w's shape and dtype.
+
+    Raises:
+      TypeError: as for `dropout`.
+      ValueError: as for `dropout`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> jdropout.drop_connect(jax.random.key(0), jnp.ones((2, 8)), 0.5)
+      Array([[0., 2., 2., 0., 2., 2., 2., 0.],
+             [2., 2., 2., 2., 2., 2., 0., 0.]], dtype=float32)
+
+    References:
+      Wan, Zeiler, Zhang, LeCun and Fergus, "Regularization of neural networks using DropConnect"
+      (ICML 2013), section 3.
+    """
+    _checks.check_input(w, "w")
+    return masked(
+        "drop_connect",
+        key,
+        w,
+        rate,
+        deterministic=deterministic,
+        broadcast_dims=broadcast_dims,
+        start=start,
+        global_shape=global_shape,
+        precision=precision,
+        scaled=scaled,
+        batch_axis=None,
+    )
+
+
+def drop_connect_tree(
+    key: Key | None,
+    params: _Tree,
+    rate: Rate,
+    *,
+    select: Callable[[str], bool] | Sequence[str],
+    deterministic: Flag = False,
+    scaled: bool = True,
+    precision: int | None = None,
+) -> _Tree:
+    """`drop_connect` of the selected arrays in a tree of parameters, as WeightDrop does.
+
+    A recurrent network with the result for parameters has the same mask at every time step. Every
+    array has the key ``jdropout.keys.at_site(key, path)``, where the path ``'lstm/hh/kernel'``
+    stands for the site ``('lstm', 'hh', 'kernel')``: its mask depends on nothing else in the tree.
+    Dictionaries, linen's parameters and `nnx.State` have the same paths, and so the same masks.
+
+    Args:
+      key: a PRNG key, as for `dropout`; a new one for every sequence or step.
+      params: a tree of arrays: dictionaries, sequences, linen's parameters, an `nnx.State`.
+      rate: probability of dropping a weight, as for `dropout`.
+      select: which arrays to mask: a function of the path, or the last names of paths, such as
+        ``['recurrent_kernel', 'lstm/hh/kernel']``, each of which has to select something.
+      deterministic: whether to return `params` as they are; may be traced.
+      scaled: as for `drop_connect`.
+      precision: bits of the rate, as for `dropout`.
+
+    Returns:
+      A tree like `params`, in which what is not selected is the same object.
+
+    Raises:
+      TypeError: if what is selected is not a floating-point array, or as for `dropout`.
+      ValueError: if nothing is selected, or as for `dropout`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> params = {"kernel": jnp.ones((2, 6)), "recurrent_kernel": jnp.ones((2, 6))}
+      >>> jdropout.drop_connect_tree(
+      ...     jax.random.key(0), {"lstm": params}, 0.5, select=["recurrent_kernel"]
+      ... )["lstm"]["recurrent_kernel"]
+      Array([[2., 2., 0., 0., 2., 0.],
+             [2., 0., 0., 0., 0., 2.]], dtype=float32)
+
+    References:
+      Merity, Keskar and Socher, "Regularizing and optimizing LSTM language models" (ICLR 2018),
+      section 2, "Weight-dropped LSTM".
+    """
+    wanted = _checks.check_select(select)
+    flag = _checks.check_deterministic(deterministic)
+    leaves = _trees.leaves_with_sites(params)
+    paths = ["/".join(map(str, site)) for site, _ in leaves]
+    _checks.check_paths(paths)
+    chosen = _chosen(wanted, paths)
+    dropped = []
+    for path, (site, leaf) in zip(paths, leaves, strict=True):
+        if path not in chosen:
+            dropped.append(leaf)
+            continue
+        _checks.check_input(leaf, f"params {path!r}")
+        own = _trees.leaf_key(key, site, rate, flag, precision)
+        dropped.append(
+            drop_connect(own, leaf, rate, deterministic=flag, scaled=scaled, precision=precision)
+        )
+    if all(new is old for new, (_, old) in zip(dropped, leaves, strict=True)):
+        return params
+    return cast("_Tree", jax.tree.unflatten(jax.tree.structure(params), dropped))
+
+
+def _chosen(select: Any, paths: list[str]) -> set[str]:
+    if callable(select):
+        chosen = {path for path in paths if select(path)}
+        _checks.check_selected(select, [] if chosen else None, paths)
+        return chosen
+    matches = {name: {path for path in paths if f"/{path}".endswith(f"/{name}")} for name in select}
+    _checks.check_selected(select, [name for name in select if not matches[name]], paths)
+    return set().union(*matches.values())
+
+
+def targeted_dropout(
+    key: Key | None,
+    w: ArrayLike,
+    rate: Rate,
+    *,
+    target_fraction: float,
+    unit_axis: int | None = None,
+    output_axis: int = -1,
+    deterministic: Flag = False,
+    precision: int | None = None,
+) -> jax.Array:
+    """Drops among the weights that matter least, so that a network can be pruned afterwards.
+
+    Of the n weights of an output unit the ``floor(target_fraction * n)`` of smallest magnitude
+    are candidates, and each of them is set to 0 with probability ``effective_rate(rate)``. With
+    ``unit_axis`` whole units are chosen and dropped, those of smallest Euclidean norm. Of equals
+    the one with the smaller index is the candidate. Nothing is scaled: what is not a candidate
+    stays as it is. The gradient of what is dropped is 0. The backward pass stores the key and `w`
+    itself, and finds the candidates again.
+
+    Evaluation returns `w`, which is trained to survive pruning. To prune, as the authors' code
+    does in evaluation, use a rate of 1, which needs no key.
+
+    Args:
+      key: a PRNG key, as for `dropout`.
+      w: array such as (inputs, units) or (height, width, channels, units), of a floating-point or
+        complex dtype.
+      rate: probability of dropping a candidate, as for `dropout`.
+      target_fraction: the part of weights, or units, that are candidates, in [0, 1].
+      unit_axis: the axis of the units that are dropped as a whole; None for single weights. The
+        norms of equally large units are summed by the backend: which of them counts as smaller is
+        up to its rounding.
+      output_axis: for single weights, the axis of the units that each have their candidates.
+      deterministic: whether to return `w` as it is; may be traced.
+      precision: bits of the rate, as for `dropout`.
+
+    Returns:
+      An array of w's shape and dtype.
+
+    Raises:
+      TypeError: if the fraction is no number, or as for `dropout`.
+      ValueError: if the fraction is outside [0, 1], an axis does not exist, or as for `dropout`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> w = jnp.array([[1.0, -8.0], [-2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])
+      >>> jdropout.targeted_dropout(None, w, 1.0, target_fraction=0.5)
+      Array([[ 0., -8.],
+             [ 0.,  7.],
+             [ 3.,  0.],
+             [ 4.,  0.]], dtype=float32)
+
+    References:
+      Gomez, Zhang, Kamalakara, Madaan, Swersky, Gal and Hinton, "Learning sparse networks using
+      targeted dropout" (2019), sections 3 and 4.
+    """
+    _checks.check_input(w, "w")
+    flag = _checks.check_deterministic(deterministic)
+    fraction = _checks.check_target_fraction(target_fraction)
+    shape = jnp.shape(w)
+    if unit_axis is None:
+        _checks.check_has_inputs(w)
+        axis = _checks.check_axis("output_axis", output_axis, len(shape))
+        members = math.prod(shape[:axis] + shape[axis + 1 :])
+    else:
+        axis = _checks.check_axis("unit_axis", unit_axis, len(shape))
+        members = shape[axis]
+    shared = [] if unit_axis is None else [a for a in range(len(shape)) if a != axis]
+    count = math.floor(round(fraction * members, 6))  # 0.29 * 100 is 28.999999999999996
+    mask, operands = _mask.describe(key, rate, flag, shape, shared, None, None, precision)
+    if count == 0 and not isinstance(rate, jax.Array):
+        mask, operands = None, None
+    site = _sites.site("targeted_dropout", shape, rate, flag, mask, operands, None)
+    if mask is None:
+        return site.result(cast("jax.Array", w))
+    if operands is None:
+        return site.result(_pruned(w, axis, count, unit_axis is not None))
+    return site.result(
+        _thinned(site.operands(operands), w, mask, axis, count, unit_axis is not None)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pruned(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def pruned(w: jax.Array) -> jax.Array:
+        return lax.select(_candidates(w, axis, count, whole), jnp.zeros_like(w), w)
+
+    return pruned(w)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _thinned(
+    operands: _mask.Operands, w: jax.Array, mask: _mask.Mask, axis: int, count: int, whole: bool
+) -> jax.Array:
+    """Mask and candidates are made again in the backward pass, as in `jdropout.dropout`."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def thinned(operands: _mask.Operands, w: jax.Array) -> jax.Array:
+        kept = _mask.keep_like(w, operands, mask) | ~_candidates(w, axis, count, whole)
+        y = lax.select(kept, w, jnp.zeros_like(w))
+        rate = operands.rate
+        if rate is None:
+            return y
+        return jnp.where((rate >= 0) & (rate <= 1), y, jnp.full_like(y, jnp.nan))
+
+    return thinned(_mask.with_words(operands), w)
+
+
+def _candidates(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
+    """True for the ``count`` smallest: weights of each index of an axis, or whole indices of it."""
+    sharding = jax.typeof(w).sharding
+    explicit = sharding.mesh.explicit_axes
+    find = functools.partial(_smallest, axis=axis, count=count, whole=whole)
+    w = lax.stop_gradient(w)
+    if explicit:  # sorting crosses devices: the compiler sees to that
+        return jax.sharding.auto_axes(find, axes=explicit, out_sharding=sharding)(w)
+    return find(w)
+
+
+def _smallest(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
+    wide = jnp.float64 if jnp.finfo(w.dtype).bits == 64 else jnp.float32
+    size = jnp.abs(w) if jnp.iscomplexobj(w) else jnp.abs(w.astype(wide))
+    units_first = jnp.moveaxis(size, axis, 0)
+    rows = units_first.reshape(w.shape[axis], -1)
+    if whole:
+        rows = jnp.square(rows).sum(axis=1).reshape(1, -1)
+    order = jnp.argsort(rows, axis=1, stable=True)
+    chosen = jnp.argsort(order, axis=1) < count  # the rank of each, by a second sort
+    if whole:
+        shape = [size if a == axis else 1 for a, size in enumerate(w.shape)]
+        return jnp.broadcast_to(chosen.reshape(shape), w.shape)
+    return jnp.moveaxis(chosen.reshape(units_first.shape), 0, axis)
