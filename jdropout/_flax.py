@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdropout._attention import dot_product_attention
-from jdropout._checks import check_deterministic, check_rate
+from jdropout._checks import check_amount, check_deterministic, check_fraction, check_rate
 from jdropout._typing import Rate
 
 
@@ -24,6 +24,32 @@ def check_module_rate(rate: Any, name: str = "rate") -> float:
     return checked
 
 
+def check_module_rates(rate: Any) -> Any:
+    """Returns one rate or several, for the parts of a state."""
+    if isinstance(rate, list | tuple):
+        return tuple(map(check_module_rates, rate))
+    return check_module_rate(rate)
+
+
+def check_module_amount(name: str, amount: Any) -> float:
+    """Returns a static amount of noise."""
+    if isinstance(amount, jax.Array):
+        raise TypeError(
+            f"{name} must be a Python number, got an array of shape {amount.shape} and dtype "
+            f"{amount.dtype}: as a module attribute it would become a leaf that an optimizer can "
+            f"train. Convert it with float({name})."
+        )
+    checked = check_amount(name, amount)
+    assert isinstance(checked, float)
+    return checked
+
+
+def initial_logit(rate: Any, dtype: Any) -> jax.Array:
+    """The logit of a rate to begin with."""
+    check_fraction("initial_rate", rate)
+    return jnp.asarray(math.log(rate / (1 - rate)), dtype)
+
+
 def check_module_flag(deterministic: Any) -> bool | jax.Array:
     """Returns a flag as a bool wherever its value is known, as Flax's own modules see it."""
     if isinstance(deterministic, int):  # Flax takes 0 and 1 as well
@@ -38,6 +64,22 @@ def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
         return False
     static_rate = None if isinstance(rate, jax.Array) else rate
     return static_rate != 0 and not (static_rate == 1 and deterministic is False)
+
+
+def draws_any_mask(rates: Any, deterministic: bool | jax.Array) -> bool:
+    """Whether any of several rates asks for a mask of zoneout, which has none at 0 and at 1."""
+    return deterministic is not True and any(rate not in (0, 1) for rate in jax.tree.leaves(rates))
+
+
+def draws_noise(amount: float, deterministic: bool | jax.Array) -> bool:
+    """Whether a call draws noise, which there is at an amount of 1 as well."""
+    return deterministic is not True and amount != 0
+
+
+def same_part(output: Any, new: Any, zoned: Any) -> Any:
+    """A cell's output, in which what is part of its new carry is as in the carry to go on with."""
+    pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(zoned), strict=True))
+    return jax.tree.map(lambda y: next((b for a, b in pairs if a is y), y), output)
 
 
 def attention(

@@ -1,10 +1,11 @@
-import importlib.util
+import importlib
 import re
 
 import jax
 import numpy as np
 import pytest
 from example_runs import EXAMPLES, last_digest, run, run_example
+from flax import nnx
 
 # Installed torch or not, the import fails.
 WITHOUT_TORCH = """
@@ -33,6 +34,11 @@ def train_transformer_shortly(output, *options):
         *options,
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )
+
+
+def load_example(monkeypatch, name):
+    monkeypatch.syspath_prepend(EXAMPLES)  # they import each other, as scripts do
+    return importlib.import_module(name)
 
 
 def losses(text):
@@ -113,6 +119,47 @@ def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(tmp_path):
     assert scheduled["constant"] == fixed["dropout"]
 
 
+def train_cnn_shortly(output, *options):
+    settings = ["--steps=2", "--width=4", "--depth=1", "--seeds=2", "--train-size=32"]
+    settings += ["--batch-size=8"]
+    # Nearly all of the time goes into compiling.
+    return run_example(
+        "train_cnn.py",
+        *settings,
+        "--output",
+        output,
+        *options,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+
+
+def test_train_cnn_compares_each_regulariser_and_repeats_itself(tmp_path):
+    first, second = (train_cnn_shortly(tmp_path) for _ in range(2))
+    assert last_digest(first) == last_digest(second)
+    accuracies = re.findall(r"│ (\w[\w ]*\w) +│ \d.*% +│ \d.*% ", first)
+    assert accuracies == ["none", "drop_block", "spatial_dropout", "drop_path", "all three"]
+    differences = re.findall(r"│ (\w[\w ]*\w) +│ [+-].* points +│ [+-]", first)
+    assert differences == accuracies[1:]
+    assert_is_picture(tmp_path / "train_cnn.png")
+
+
+def test_the_convolution_of_train_cnn_is_one(monkeypatch, key):
+    train_cnn = load_example(monkeypatch, "train_cnn")
+    layer = train_cnn.Conv(2, 5, nnx.Rngs(0))
+    x = jax.random.normal(key, (3, 8, 6, 2))
+    kernel = layer.kernel[...].reshape(3, 3, 2, 5)
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
+def test_gallery_has_a_panel_for_every_function(tmp_path):
+    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    assert "24 panels" in run_example("gallery.py", "--output", tmp_path, **settings)
+    assert_is_picture(tmp_path / "gallery.png")
+
+
 @pytest.fixture(scope="module")
 def transformer_output(tmp_path_factory):
     return train_transformer_shortly(tmp_path_factory.mktemp("transformer"))
@@ -149,6 +196,8 @@ def test_train_transformer_with_the_attention_of_flax(transformer_output, tmp_pa
         ("train_mlp.py", "--train-size", "1797"),
         ("train_mlp.py", "--output", __file__),
         ("rate_schedules.py", "--cutoff-step", "0"),
+        ("train_cnn.py", "--block-size", "9"),
+        ("gallery.py", "--rate", "0.99"),
         ("train_transformer.py", "--rate", "1"),
         ("train_transformer.py", "--train-chars", "12"),
         ("train_transformer.py", "--temperature", "inf"),
@@ -175,10 +224,8 @@ def test_train_transformer_says_how_much_text_there_is(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_digits_have_wrong_labels_in_training_alone(key):
-    specification = importlib.util.spec_from_file_location("_digits", EXAMPLES / "_digits.py")
-    digits = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(digits)
+def test_digits_have_wrong_labels_in_training_alone(monkeypatch, key):
+    digits = load_example(monkeypatch, "_digits")
     pool, test = digits.load()
     assert not set(map(bytes, np.asarray(pool.images))) & set(map(bytes, np.asarray(test.images)))
     right, noisy = (digits.draw(key, pool, test, 1000, noise) for noise in (0.0, 0.3))

@@ -1,0 +1,48 @@
+"""Dropout as Flax linen modules."""
+
+try:
+    from flax import linen as _linen  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "jdropout.linen needs Flax. Install it with: pip install 'jdropout[flax]'"
+    ) from error
+
+from jdropout.linen._attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
+from jdropout.linen._attention import dot_product_attention as dot_product_attention
+from jdropout.linen._dropout import Dropout as Dropout
+from jdropout.linen._learned import ConcreteDropout as ConcreteDropout
+from jdropout.linen._learned import VariationalDense as VariationalDense
+from jdropout.linen._model import with_site_keys as with_site_keys
+from jdropout.linen._noise import AlphaDropout as AlphaDropout
+from jdropout.linen._noise import FeatureAlphaDropout as FeatureAlphaDropout
+from jdropout.linen._noise import GaussianDropout as GaussianDropout
+from jdropout.linen._noise import GaussianNoise as GaussianNoise
+from jdropout.linen._recurrent import Zoneout as Zoneout
+from jdropout.linen._structured import DropBlock as DropBlock
+from jdropout.linen._structured import DropPath as DropPath
+from jdropout.linen._structured import LockedDropout as LockedDropout
+from jdropout.linen._structured import PatchDropout as PatchDropout
+from jdropout.linen._structured import SpatialDropout as SpatialDropout
+from jdropout.linen._weights import DropConnect as DropConnect
+from jdropout.linen._weights import EmbeddingDropout as EmbeddingDropout
+
+__all__ = [
+    "AlphaDropout",
+    "ConcreteDropout",
+    "DropBlock",
+    "DropConnect",
+    "DropPath",
+    "Dropout",
+    "EmbeddingDropout",
+    "FeatureAlphaDropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "LockedDropout",
+    "MultiHeadDotProductAttention",
+    "PatchDropout",
+    "SpatialDropout",
+    "VariationalDense",
+    "Zoneout",
+    "dot_product_attention",
+    "with_site_keys",
+]

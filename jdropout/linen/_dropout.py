@@ -1,0 +1,137 @@
+"""Dropout as a Flax linen module, and where all modules here take their flag and key from."""
+
+from typing import Any, ClassVar
+
+import jax
+from flax import linen
+
+from jdropout._checks import check_rate
+from jdropout._dropout import dropout
+from jdropout._flax import check_module_flag, draws_mask
+from jdropout._typing import Flag, Key
+
+
+class Layer:
+    """What modules that draw random numbers have in common: how they resolve flag and key."""
+
+    deterministic: Any
+    rng_collection: str
+    drawing_methods: ClassVar[tuple[str, ...]] = ("__call__",)
+    rng_position: ClassVar[int | None] = 2
+    """Of the argument ``rng`` in these methods; None if it has none."""
+
+    def __post_init__(self) -> None:
+        self._check_attributes()
+        super().__post_init__()  # type: ignore[misc]  # of linen.Module
+
+    def _check_attributes(self) -> None:
+        """Raises an error for impossible attributes; to be overridden."""
+
+    def _resolve(
+        self, deterministic: Flag | None, rng: Key | None
+    ) -> tuple[bool | jax.Array, Key | None]:
+        """The flag, and the key that a call takes; None if it draws nothing."""
+        flag = check_module_flag(
+            linen.merge_param("deterministic", self.deterministic, deterministic)
+        )
+        if rng is None and self._draws(flag):
+            rng = self.make_rng(self.rng_collection)  # type: ignore[attr-defined]
+        return flag, rng
+
+    def _draws(self, flag: bool | jax.Array) -> bool:
+        """Whether a call takes a key; to be overridden."""
+        return flag is not True
+
+
+class RateLayer(Layer):
+    """A layer with a rate."""
+
+    rate: Any
+
+    def _check_attributes(self) -> None:
+        check_rate(self.rate)
+
+    def _draws(self, flag: bool | jax.Array) -> bool:
+        return draws_mask(self.rate, flag)
+
+
+class Dropout(RateLayer, linen.Dropout):
+    """`flax.linen.Dropout` with the mask law of this library.
+
+    Attributes, call and random streams are Flax's own (it is a subclass): to migrate, change
+    the import. Every call that draws a mask takes one key from the stream.
+
+    Attributes:
+      rate: probability of dropping, a number in [0, 1].
+      broadcast_dims: axes along which all elements share their fate.
+      deterministic: whether to return the input as it is; given here or in the call.
+      rng_collection: name of the stream that keys are taken from, ``'dropout'`` by default.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jdropout.linen
+      >>> layer = jdropout.linen.Dropout(0.5, deterministic=False)
+      >>> layer.apply({}, jnp.ones((1, 8)), rngs={"dropout": jax.random.key(0)})
+      Array([[2., 0., 0., 0., 0., 2., 2., 2.]], dtype=float32)
+
+    References:
+      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+      JMLR 15 (2014), section 4.
+    """
+
+    @linen.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
+    ) -> jax.Array:
+        """Drops and scales; the identity if deterministic.
+
+        Args:
+          inputs: array of any shape, of a floating-point or complex dtype.
+          deterministic: whether to return the input as it is; may be traced.
+          rng: a key to use instead of one from the stream.
+
+        Returns:
+          An array of the same shape and dtype.
+
+        Raises:
+          ValueError: if the flag was given both or neither here and in the constructor, or the
+            rate is outside [0, 1].
+          TypeError: if the rate is not a number, or the input's dtype an integer.
+        """
+        flag, key = self._resolve(deterministic, rng)
+        return dropout(
+            key, inputs, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims
+        )
+
+
+class Dropping(RateLayer, linen.Module):
+    """A layer that applies a function of this library, which its subclass names."""
+
+    rate: float
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+
+    @linen.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
+    ) -> Any:
+        """Drops in training; the identity if deterministic.
+
+        Args:
+          inputs: an array, as for the function of this layer.
+          deterministic: as for `Dropout`.
+          rng: as for `Dropout`.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          ValueError: as for `Dropout`.
+          TypeError: as for `Dropout`.
+        """
+        flag, key = self._resolve(deterministic, rng)
+        return self._drop(key, inputs, flag)
+
+    @linen.nowrap
+    def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:
+        raise NotImplementedError

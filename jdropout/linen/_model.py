@@ -1,0 +1,117 @@
+"""What is done to a whole linen model: its keys."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen
+
+from jdropout._typing import Index, Key
+from jdropout.keys import at_site, step_key
+from jdropout.linen._dropout import Layer
+
+
+def with_site_keys(
+    apply: Callable[..., Any],
+    root: Key,
+    *,
+    step: Index,
+    microbatch: Index = 0,
+    rng_collection: str = "dropout",
+) -> Callable[..., Any]:
+    """Lets every dropout of a model take its key from its path and the training step.
+
+    The masks are then a function of (root, step, microbatch, path): no random state has to be
+    saved, and training resumes exactly. The n-th call in the step, from 0, of a
+    `flax.linen.Dropout` or an attention layer, Flax's or ours, gets the key
+    ``at_site(site_key(root, step=step, site=path, microbatch=microbatch), n)``, where the path is a
+    tuple of names such as ``("Block_0", "Dropout_0")``. The path is hashed to 64 bits a name,
+    where Flax hashes all of it to 32. Lifted transforms such as ``linen.scan`` split the stream as
+    told by ``split_rngs``, and the path is below that; ``linen.jit`` folds the path of its module
+    into the stream, and the path begins there. The count is Flax's own: ``linen.scan`` traces its
+    body twice, so that what is called once in it has n = 1, and ``linen.jit`` takes one number of
+    its module. Other modules that draw from the stream find the key of the step in it.
+
+    Args:
+      apply: a function with the argument ``rngs``, such as the ``apply`` of a model.
+      root: a PRNG key, the same one for the whole training.
+      step: number of the training step, an integer or a (traced) integer scalar.
+      microbatch: number of the microbatch within the step.
+      rng_collection: name of the stream.
+
+    Returns:
+      A function with the arguments of ``apply``; ``rngs`` may hold further streams.
+
+    Raises:
+      TypeError: as for `jdropout.keys.site_key`.
+      ValueError: if ``rngs`` has a key for the stream, or as for `jdropout.keys.site_key`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jdropout.linen
+      >>> model = jdropout.linen.Dropout(0.5, deterministic=False)
+      >>> apply = jdropout.linen.with_site_keys(model.apply, jax.random.key(0), step=1000)
+      >>> apply({}, jnp.ones((1, 8)))
+      Array([[0., 2., 2., 0., 0., 0., 2., 0.]], dtype=float32)
+
+    References:
+      The key law, in the documentation.
+    """
+    key = step_key(root, step=step, microbatch=microbatch)
+
+    def apply_with_site_keys(*args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        streams = {} if rngs is None else rngs if isinstance(rngs, Mapping) else {"params": rngs}
+        if rng_collection in streams:
+            raise ValueError(
+                f"rngs has a key for {rng_collection!r}, which with_site_keys provides: leave it "
+                "out, or pass another rng_collection."
+            )
+        with linen.intercept_methods(_KeysByPath(rng_collection)):
+            return apply(*args, rngs={**streams, rng_collection: key}, **kwargs)
+
+    return apply_with_site_keys
+
+
+class _KeysByPath:
+    """Gives the modules that draw masks a key made from the stream and their path."""
+
+    def __init__(self, rng_collection: str) -> None:
+        self.rng_collection = rng_collection
+
+    def __call__(
+        self,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        argument, position = self.argument(context.module, context.method_name)
+        by_position = position is not None and len(args) > position
+        if argument and not by_position and kwargs.get(argument) is None:
+            kwargs = kwargs | {argument: self.key(context.module)}
+        return method(*args, **kwargs)
+
+    def argument(self, module: linen.Module, method: str) -> tuple[str | None, int | None]:
+        """The argument, if any, that takes a key instead of one from the stream; its position."""
+        ours = isinstance(module, Layer)
+        if ours or isinstance(module, linen.Dropout):
+            draws = method in (module.drawing_methods if ours else ("__call__",))
+            if draws and module.rng_collection == self.rng_collection:
+                return "rng", module.rng_position if ours else 2
+            return None, None
+        attention = isinstance(module, linen.MultiHeadDotProductAttention)
+        draws = attention and method == "__call__" and self.rng_collection == "dropout"
+        return ("dropout_rng" if draws else None), None
+
+    def key(self, module: linen.Module) -> jax.Array | None:
+        scope = module.scope
+        assert scope is not None  # a module that is called has one
+        stream = scope.rngs.get(self.rng_collection)
+        if stream is None:
+            return None  # a lifted transform left the stream out: Flax says so if it is needed
+        # Flax's own count, which all modules at a path share: those that a shared parent makes
+        # anew in each of its calls too, and those inside of linen.remat.
+        calls = scope.rng_counters[self.rng_collection]
+        scope.rng_counters[self.rng_collection] = calls + 1
+        # The suffix is the path; below linen.jit, whose trace serves several paths, the rest of it.
+        return at_site(stream.rng, (*stream.suffix, calls))

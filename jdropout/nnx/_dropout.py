@@ -1,0 +1,175 @@
+"""Dropout as a Flax nnx module, and where all modules here take their flag and key from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jdropout._dropout import dropout
+from jdropout._flax import check_module_flag, check_module_rate, draws_mask
+from jdropout._typing import Flag
+
+
+class Layer(nnx.Module):
+    """A module that draws random numbers: resolves its flag and its key as Flax's dropout does.
+
+    Its attributes are ``deterministic``, ``rng_collection`` and ``rngs``.
+    """
+
+    deterministic: bool | None
+    rng_collection: str
+    rngs: Any
+    _arguments = "rate"
+    """What the constructor takes before its options."""
+
+    def _resolve(
+        self,
+        deterministic: Flag | None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None,
+    ) -> tuple[bool | jax.Array, jax.Array | None]:
+        """The flag, and the key that a call takes; None if it draws nothing."""
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"No `deterministic` argument was provided to {name}. Choose one:\n"
+                f"1. in the constructor: {name}({self._arguments}, deterministic=False, "
+                "rngs=rngs)\n"
+                "2. in the call: self.dropout(x, deterministic=not training)\n"
+                "3. for a whole model: nnx.view(model, deterministic=True)"
+            )
+        flag = check_module_flag(deterministic)
+        return flag, self._key(rngs) if self._draws(flag) else None
+
+    def _draws(self, flag: bool | jax.Array) -> bool:
+        """Whether a call takes a key; to be overridden."""
+        return flag is not True
+
+    def _key(self, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None) -> jax.Array:
+        source = self.rngs if rngs is None else rngs
+        if isinstance(source, nnx.Rngs):
+            return source[self.rng_collection]()
+        if isinstance(source, nnx.RngStream):
+            return source()
+        if isinstance(source, jax.Array):
+            return source
+        if source is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"`deterministic` is False, but no `rngs` argument was provided to {name}. Choose "
+                "one:\n"
+                f"1. in the constructor: {name}({self._arguments}, rngs=rngs)\n"
+                "2. in the call: self.dropout(x, rngs=rngs), an Rngs, an RngStream or a key\n"
+                "3. in evaluation: self.dropout(x, deterministic=True)"
+            )
+        raise TypeError(
+            f"rngs must be an nnx.Rngs, an nnx.RngStream or a key, got {type(source).__name__}."
+        )
+
+    # Flax's own, since its contract with nnx.view changed between versions.
+    set_view = nnx.Dropout.set_view
+
+
+def attach(
+    layer: Layer,
+    deterministic: bool | None,
+    rng_collection: str,
+    rngs: nnx.Rngs | nnx.RngStream | None,
+) -> None:
+    """Sets the attributes of a layer that is no `flax.nnx.Dropout`, by the rules of that."""
+    source = nnx.Dropout(0.0, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
+    layer.deterministic = deterministic
+    layer.rng_collection = rng_collection
+    layer.rngs = nnx.data(source.rngs)
+
+
+class Dropout(Layer, nnx.Dropout):
+    """`flax.nnx.Dropout` with the mask law of this library.
+
+    Constructor, call, attributes and random streams are Flax's own (it is a subclass, so
+    filters by type still find it): to migrate, change the import. Every call that draws a mask
+    takes one key from the stream. The rate is static, never a leaf of the module's state.
+
+    Args:
+      rate: probability of dropping, a number in [0, 1].
+      broadcast_dims: axes along which all elements share their fate.
+      deterministic: whether to return the input as it is; may be left to the call, or to
+        ``nnx.view(model, deterministic=...)``.
+      rng_collection: name of the stream that keys are taken from.
+      rngs: an `nnx.Rngs` or `nnx.RngStream`, forked here; may be left to the call.
+
+    Raises:
+      TypeError: if the rate is not a number, or ``rngs`` has another type.
+      ValueError: if the rate is outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jdropout.nnx
+      >>> layer = jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 8)))
+      Array([[2., 2., 2., 2., 0., 0., 2., 2.]], dtype=float32)
+      >>> layer(jnp.ones((1, 8)), deterministic=True)
+      Array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
+
+    References:
+      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+      JMLR 15 (2014), section 4.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> None:
+        nnx.Dropout.__init__(
+            self,
+            self._checked_rate(rate),
+            broadcast_dims=broadcast_dims,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        deterministic: Flag | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+    ) -> Any:
+        """Drops and scales; the identity if deterministic.
+
+        Args:
+          inputs: array of any shape, of a floating-point or complex dtype.
+          deterministic: takes precedence over the constructor's flag; may be traced, and then
+            takes a key whatever its value.
+          rngs: takes precedence over the constructor's; may also be a key.
+
+        Returns:
+          An array of the same shape, dtype and sharding.
+
+        Raises:
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if ``rngs`` has another type.
+        """
+        flag, key = self._resolve(deterministic, rngs)
+        return self._drop(key, inputs, flag)
+
+    def _drop(self, key: jax.Array | None, x: jax.Array, flag: bool | jax.Array) -> Any:
+        """The function of this layer; to be overridden."""
+        return dropout(key, x, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims)
+
+    def _draws(self, flag: bool | jax.Array) -> bool:
+        return draws_mask(self.rate, flag)
+
+    @classmethod
+    def _checked_rate(cls, rate: Any) -> Any:
+        """The rate as a static number, or an error."""
+        return check_module_rate(rate)
