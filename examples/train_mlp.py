@@ -89,7 +89,9 @@ class Network(NamedTuple):
     """From parameters, images and a key (None in evaluation) to logits."""
 
 
-def nnx_network(width: int, rate: float, model: type[NnxMLP] = NnxMLP) -> Network:
+def nnx_network(
+    width: int, rate: float, model: Callable[[int, float, nnx.Rngs], nnx.Module] = NnxMLP
+) -> Network:
     def init(key: jax.Array) -> optax.Params:
         return nnx.state(model(width, rate, nnx.Rngs(key)))
 
@@ -112,6 +114,8 @@ class Training(NamedTuple):
     """From a step to the network, of which only the rate may depend on the step."""
     optimizer: optax.GradientTransformation
     batch_size: int
+    evaluations: int = 50
+    """At most so many, evenly spaced."""
 
 
 def make_training(options: argparse.Namespace, rate: float) -> Training:
@@ -163,7 +167,7 @@ def train(
     """Trains all runs side by side; returns their history and their parameters."""
     train_all = jax.jit(jax.vmap(functools.partial(train_steps, training), (0, None, None)))
     history, first = [], 0
-    for last in evaluation_steps(steps):
+    for last in evaluation_steps(steps, training.evaluations):
         runs, scores = train_all(runs, first, last)
         history.append(jax.device_get(scores))
         advance(last - first)
@@ -212,9 +216,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def evaluation_steps(steps: int) -> list[int]:
-    """Up to 50 numbers of steps, evenly spaced and ending at `steps`."""
-    count = min(steps, 50)
+def evaluation_steps(steps: int, most: int = 50) -> list[int]:
+    """Up to `most` numbers of steps, evenly spaced and ending at `steps`."""
+    count = min(steps, most)
     return [steps * (index + 1) // count for index in range(count)]
 
 
@@ -223,10 +227,11 @@ def digest(params: optax.Params) -> str:
     return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()[:16]
 
 
-def describe(options: argparse.Namespace, more: str = "") -> str:
+def describe(options: argparse.Namespace, more: str = "", model: str | None = None) -> str:
+    model = model or f"2 hidden layers of {options.width}"
     return (
         f"{options.train_size} training samples, {100 * options.label_noise:g}% of the labels "
-        f"wrong; 2 hidden layers of {options.width}\n"
+        f"wrong; {model}\n"
         f"dropout at rate {options.rate:g}, {options.steps} steps{more}; "
         f"mean and standard deviation of {options.seeds} runs"
     )
@@ -257,8 +262,8 @@ def add_training_options(add: Callable[..., object]) -> None:
     size = checked(int, lambda n: 1 <= n <= _digits.POOL_SIZE, f"1 to {_digits.POOL_SIZE}")
     step_size = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-    add("--rate", type=probability, default=0.5, help="probability of dropping a hidden unit")
-    add("--width", type=positive, default=64, help="units in a hidden layer")
+    add("--rate", type=probability, default=0.5, help="probability of dropping")
+    add("--width", type=positive, default=64, help="units or channels of a layer")
     add("--steps", type=positive, default=2000, help="training steps")
     add("--batch-size", type=positive, default=64, help="samples in a step")
     add("--learning-rate", type=step_size, default=1e-3, help="of Adam")
