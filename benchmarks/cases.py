@@ -27,6 +27,7 @@ from common import (
     step_rows,
     temporary_bytes,
 )
+from family import family
 from harness import Plan, Row, interleave, ratio_row, timed_row
 from sharded import sharded
 from transformer import fused, transformer
@@ -187,5 +188,6 @@ SECTIONS = {
     "attention_blocks": attention_blocks,
     "transformer": transformer,
     "fused": fused,
+    "family": family,
     "sharded": sharded,
 }
