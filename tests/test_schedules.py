@@ -462,3 +462,13 @@ def test_the_module_needs_no_optax_and_makes_no_random_numbers():
         if callable(value) and getattr(value, "__module__", "") == schedules.__name__
         if not name.startswith("_")
     }
+
+
+def test_a_rate_that_rounds_beyond_its_end_is_held_there():
+    """0.9 + (1e-9 - 0.9) is 0 in float32: below both, at a step whose share rounds to 1."""
+    num_steps = 2**30
+    for schedule in (
+        schedules.linear(0.9, 1e-9, num_steps),
+        schedules.cosine(0.9, 1e-9, num_steps),
+    ):
+        assert schedule(num_steps - 1) >= np.float32(1e-9)
