@@ -77,12 +77,12 @@ def bind(functions: Mapping[str, Function], *arguments: Any) -> dict[str, Functi
 def passes(
     functions: Mapping[str, Function], key: jax.Array, x: jax.Array, *others: jax.Array
 ) -> dict[str, dict[str, Function]]:
-    """The jitted forward pass, and both passes with x in the place of every cotangent."""
+    """The jitted forward pass, and both passes with x, as far as it goes, as every cotangent."""
 
     def both(function: Function) -> Function:
         def forward_and_backward(key: jax.Array, g: jax.Array, *inputs: jax.Array) -> Any:
             y, pullback = jax.vjp(functools.partial(function, key), *inputs)
-            return y, pullback(jax.tree.map(lambda _: g, y))
+            return y, pullback(jax.tree.map(lambda part: g[tuple(map(slice, part.shape))], y))
 
         return forward_and_backward
 

@@ -32,11 +32,14 @@ from jdropout._structured import locked_dropout as locked_dropout
 from jdropout._structured import spatial_dropout as spatial_dropout
 from jdropout._tokens import patch_dropout as patch_dropout
 from jdropout._tokens import word_dropout as word_dropout
+from jdropout._uncertainty import MCPrediction as MCPrediction
+from jdropout._uncertainty import mc_predict as mc_predict
 from jdropout._weights import drop_connect as drop_connect
 from jdropout._weights import drop_connect_tree as drop_connect_tree
 from jdropout._weights import targeted_dropout as targeted_dropout
 
 __all__ = [
+    "MCPrediction",
     "alpha_dropout",
     "audit",
     "bias_dropout_add",
@@ -59,6 +62,7 @@ __all__ = [
     "keep_mask",
     "layer_drop",
     "locked_dropout",
+    "mc_predict",
     "multi_sample",
     "patch_dropout",
     "r_drop_loss",

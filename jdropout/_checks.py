@@ -740,6 +740,185 @@ def check_logits(logits_a: Any, logits_b: Any) -> tuple[jax.Array, jax.Array]:
     return a, b
 
 
+# --- uncertainty --------------------------------------------------------------------------
+
+
+def check_num_samples(count: Any, static: bool) -> Any:
+    """Returns a number of at least 2, as without it there is no variance."""
+    if isinstance(count, jax.core.Tracer):
+        if static:
+            raise ValueError(
+                "num_samples must be a Python integer with return_samples=True, since it is the "
+                "size of an axis; got a traced one. Make it static, or leave the samples out."
+            )
+        if count.ndim or not jnp.issubdtype(count.dtype, np.integer):
+            raise TypeError(
+                f"num_samples must be an integer scalar, got {count.dtype}{list(count.shape)}."
+            )
+        return count
+    number = check_positive("num_samples", count)
+    if not 2 <= number < 2**31:
+        raise ValueError(
+            f"num_samples must be at least 2, for there to be a variance, and below 2**31, got "
+            f"{number}."
+        )
+    return number
+
+
+def check_examples(args: tuple[Any, ...]) -> None:
+    """With masks that are shared by all examples, the last argument must hold examples."""
+    leaves = jax.tree.leaves(args[-1]) if args else []
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "consistent=True needs the examples on the leading axis of the last argument after the "
+            f"key, got {f'arrays of shapes {shapes}' if args else 'no argument'}. Pass the inputs "
+            "last, such as mc_predict(fn, key, params, x, ...)."
+        )
+
+
+def check_one_row(y: Any) -> None:
+    """Of one example, `fn` must return one row."""
+    for leaf in jax.tree.leaves(y):
+        if np.shape(leaf)[:1] != (1,):
+            raise ValueError(
+                "fn must return a leading axis of examples with consistent=True: one example, on "
+                f"an axis of size 1, gave shape {np.shape(leaf)}. Do what is over all examples, "
+                "such as a mean, after mc_predict."
+            )
+
+
+def check_any_dropout(drops: bool) -> None:
+    if not drops:
+        raise ValueError(
+            "model must have a dropout layer with a rate above 0, for its masks to differ; it has "
+            "none. What drops by a function is sampled by jdropout.mc_predict."
+        )
+
+
+def check_no_progress(progress: Any) -> None:
+    if progress is not None:
+        raise ValueError(
+            "progress cannot be told with return_samples=True, where all samples come from one "
+            "call. Leave out one of them."
+        )
+
+
+def check_concrete_for_progress(values: Any) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+        raise ValueError(
+            "progress cannot be told under jax.jit or another transformation, where nothing is "
+            "computed yet. Leave it out, or call mc_predict outside."
+        )
+
+
+# --- measures of uncertainty --------------------------------------------------------------
+
+
+def check_categorical(logits: Any, axis: Any) -> tuple[jax.Array, int]:
+    array = check_floating_array("logits", logits)
+    axis = check_axis("axis", axis, array.ndim)
+    if array.shape[axis] == 0:
+        raise ValueError(
+            f"logits must have classes, got shape {array.shape} with none on axis {axis}. Pass "
+            "the axis of the classes as axis."
+        )
+    return array, axis
+
+
+def check_samples(logits: Any, axis: Any, sample_axis: Any) -> tuple[jax.Array, int, int]:
+    array, axis = check_categorical(logits, axis)
+    sample_axis = check_axis("sample_axis", sample_axis, array.ndim)
+    if axis == sample_axis:
+        raise ValueError(
+            f"axis and sample_axis must differ, got axis {axis} of shape {array.shape} for both. "
+            "Stack the samples on an axis of their own, such as the first."
+        )
+    check_has_samples(array.shape[sample_axis])
+    return array, axis, sample_axis
+
+
+def check_has_samples(count: int) -> None:
+    if count == 0:
+        raise ValueError("sample_axis must have at least one sample, got size 0.")
+
+
+def check_any_examples(shape: tuple[int, ...]) -> None:
+    if 0 in shape:
+        raise ValueError(
+            f"logits must have at least one example, got shape {shape}. Without one there is no "
+            "average."
+        )
+
+
+def check_labels(labels: Any, shape: tuple[int, ...], num_classes: int) -> jax.Array:
+    """Returns labels of a shape as integers of 32 bits or more, in range if they are known."""
+    array = _as_array("labels", labels)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must be an array of integers, got dtype {array.dtype}. Of one-hot labels "
+            "take labels.argmax(axis)."
+        )
+    if array.shape != shape:
+        raise ValueError(
+            f"labels must have the shape {shape}, which is that of the logits without classes and "
+            f"samples, got {array.shape}."
+        )
+    if array.dtype.itemsize < 4:  # too narrow for the number of classes
+        array = array.astype(jnp.int32)
+    if not isinstance(array, jax.core.Tracer) and array.size:
+        lowest, highest = int(array.min()), int(array.max())
+        if lowest < 0 or highest >= num_classes:
+            raise ValueError(
+                f"labels must be from 0 to {num_classes - 1}, the classes of the logits, got "
+                f"{lowest if lowest < 0 else highest}. Leave out examples without a label."
+            )
+    return array
+
+
+def check_target(y: Any, shape: tuple[int, ...], source: str) -> jax.Array:
+    array = check_floating_array("y", y)
+    if array.shape != shape:
+        raise ValueError(
+            f"y must have the shape {shape}, which is that of {source}, got {array.shape}. "
+            "Reshape or broadcast it."
+        )
+    return array
+
+
+def check_above_zero(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a number, or an array that broadcasts to a shape, above 0 if it is known."""
+    array = check_parameter(name, float(value) if _is_real(value) else value, shape)
+    if not isinstance(array, jax.core.Tracer) and array.size:
+        lowest = float(array.min())
+        if not lowest > 0:  # also catches NaN
+            raise ValueError(
+                f"{name} must be above 0, got {lowest}. The variance of a prediction is that of "
+                "its samples plus that of the noise, which is 1 / precision."
+            )
+    return array
+
+
+def check_positive_number(name: str, value: Any) -> float:
+    if not _is_real(value):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {_type(value)}. Convert it with "
+            f"float({name})."
+        )
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}.")
+    return float(value)
+
+
+def check_rate_that_keeps(rate: float | jax.Array) -> float | jax.Array:
+    if not isinstance(rate, jax.core.Tracer) and float(rate) == 1:
+        raise ValueError(
+            "rate must be below 1, got 1: where all is dropped there is no precision. Pass the "
+            "rate that the network was trained with."
+        )
+    return rate
+
+
 # --- attention ----------------------------------------------------------------------------
 
 

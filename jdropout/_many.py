@@ -77,7 +77,7 @@ def multi_sample(
     size = -(-count // num_batches)
     if num_batches == 1:
         samples = jax.vmap(sample)(np.arange(count, dtype=np.int32))
-        sums = jax.tree.map(lambda y: y.sum(0, dtype=_sum_dtype(y)), samples)
+        sums = jax.tree.map(lambda y: y.sum(0, dtype=sum_dtype(y)), samples)
         return cast("_Result", jax.tree.map(lambda s, y: _mean(s, count, y), sums, samples))
 
     # Compiled, so that the shapes of its result and the loop share one trace of it.
@@ -96,13 +96,14 @@ def multi_sample(
 
         return jax.tree.map(add_counted, sums, samples), None
 
-    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, _sum_dtype(y)), shapes)
+    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, sum_dtype(y)), shapes)
     firsts = np.arange(num_batches, dtype=np.int32) * np.int32(size)
     sums, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, firsts)
     return cast("_Result", jax.tree.map(lambda s, y: _mean(s, count, y), sums, shapes))
 
 
-def _sum_dtype(y: Any) -> np.dtype:
+def sum_dtype(y: Any) -> np.dtype:
+    """The dtype to add up arrays of the dtype of one."""
     _checks.check_averaged(y.dtype)
     return y.dtype if jnp.finfo(y.dtype).bits >= 32 else jnp.dtype(jnp.float32)
 

@@ -23,6 +23,7 @@ from jdropout.linen._structured import DropPath as DropPath
 from jdropout.linen._structured import LockedDropout as LockedDropout
 from jdropout.linen._structured import PatchDropout as PatchDropout
 from jdropout.linen._structured import SpatialDropout as SpatialDropout
+from jdropout.linen._uncertainty import mc_predict as mc_predict
 from jdropout.linen._weights import DropConnect as DropConnect
 from jdropout.linen._weights import EmbeddingDropout as EmbeddingDropout
 
@@ -44,5 +45,6 @@ __all__ = [
     "VariationalDense",
     "Zoneout",
     "dot_product_attention",
+    "mc_predict",
     "with_site_keys",
 ]

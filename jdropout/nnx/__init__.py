@@ -25,6 +25,7 @@ from jdropout.nnx._structured import DropPath as DropPath
 from jdropout.nnx._structured import LockedDropout as LockedDropout
 from jdropout.nnx._structured import PatchDropout as PatchDropout
 from jdropout.nnx._structured import SpatialDropout as SpatialDropout
+from jdropout.nnx._uncertainty import mc_predict as mc_predict
 from jdropout.nnx._weights import DropConnect as DropConnect
 from jdropout.nnx._weights import EmbeddingDropout as EmbeddingDropout
 
@@ -46,6 +47,7 @@ __all__ = [
     "VariationalDense",
     "Zoneout",
     "dot_product_attention",
+    "mc_predict",
     "replace_dropout",
     "set_rate",
     "set_site_keys",

@@ -1,0 +1,283 @@
+"""Monte Carlo dropout: the moments of a function over the masks of its dropout."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import Partial
+
+from jdropout import _checks
+from jdropout._many import sum_dtype
+from jdropout._typing import Key
+from jdropout.keys import at_site
+
+BATCH_SIZE = 8
+"""Of samples. More are no faster on a CPU; fewer are not as fast where a layer is small."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mean", "variance", "num_samples", "samples"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class MCPrediction:
+    """What `mc_predict` returns; a pytree.
+
+    Attributes:
+      mean: over the samples, of the structure and the shapes that the function returns; float32 or
+        wider.
+      variance: over the samples, likewise; the unbiased one, with ``num_samples - 1`` below the
+        sum of squares. Of a complex function that of the absolute value of the deviation.
+      num_samples: how many there were.
+      samples: the samples themselves, on a new leading axis, in the dtypes that the function
+        returns; None unless asked for.
+    """
+
+    mean: Any
+    variance: Any
+    num_samples: Any
+    samples: Any = None
+
+    @property
+    def standard_error(self) -> Any:
+        """Of `mean`: how far it is, on average, from that of infinitely many samples."""
+        return jax.tree.map(lambda v: jnp.sqrt(v / _like(self.num_samples, v)), self.variance)
+
+
+def mc_predict(
+    fn: Callable[..., Any],
+    key: Key,
+    *args: Any,
+    num_samples: int | jax.Array,
+    batch_size: int | None = None,
+    consistent: bool = False,
+    return_samples: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> MCPrediction:
+    """Mean and variance of ``fn(at_site(key, i), *args)`` over i from 0 to ``num_samples - 1``.
+
+    With dropout in `fn` the mean is the prediction of Monte Carlo dropout, and the variance says
+    how far its masks disagree. All samples are computed in one call of one compiled function,
+    ``batch_size`` of them at a time under `jax.vmap`; their moments are updated after each batch,
+    so that the memory is that of one batch for any number of samples. What comes before the first
+    dropout is computed once a batch, if not once. The number of samples is no part of what is
+    compiled.
+
+    The function is compiled as by `jax.jit`, whose rules hold: what does not change from call to
+    call is to be the same object, so pass a function that is defined once, and what `fn` closes
+    over is a constant of the compiled function, so pass parameters in `args`. (A module that is a
+    pytree, or a method of one, may be `fn`: its arrays are passed anew.)
+
+    Args:
+      fn: a function of a key and of `args` that returns an array or a tree of arrays, of
+        floating-point or complex dtypes; without side effects. What is to be averaged is up to it:
+        logits, probabilities, their entropy, or several of them in a dictionary.
+      key: a PRNG key, as for `dropout`. Sample i has the key ``jdropout.keys.at_site(key, i)``,
+        whatever the batch size.
+      *args: arrays or trees of arrays; the last one holds the inputs.
+      num_samples: number of masks, at least 2; may be a traced integer, unless the samples are
+        to be returned.
+      batch_size: how many samples to compute together, 8 by default. With 1 there is no `jax.vmap`,
+        so that a `layer_drop` in `fn` really skips. In the last batch, samples beyond the number
+        are computed and not counted.
+      consistent: whether a sample has the same masks for all examples, and so is one function that
+        is applied to all of them: the leading axis of the last of `args`. `fn` then sees one
+        example at a time, on a leading axis of size 1, and its result must have that axis too. By
+        default `fn` sees the whole batch, and each example has masks of its own.
+      return_samples: whether to return all samples as well. The memory is then that of all, and
+        the number of samples a part of what is compiled.
+      progress: a function of how many samples are done, and of how many there are, which is called
+        after each batch; the batches are then computed by a call each.
+
+    Returns:
+      An `MCPrediction`. It can be differentiated forward, and with ``return_samples=True`` also
+      backward; to train through a mean over masks use `multi_sample`.
+
+    Raises:
+      TypeError: if `fn` is no function or returns integers, or a number is no integer.
+      ValueError: if a number is too small, or as for `jdropout.keys.at_site`; if the samples are to
+        be returned with a traced number of them or with `progress`; if `progress` is asked for
+        under `jax.jit`; if ``consistent=True`` and there is no axis of examples.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> def model(key, w, x):
+      ...     return jdropout.dropout(key, x, 0.5) @ w
+      >>> w, x = jnp.ones((4, 1)), jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+      >>> prediction = jdropout.mc_predict(model, jax.random.key(0), w, x, num_samples=10_000)
+      >>> print(prediction.mean.round(1).T, prediction.variance.round(1).T)  # exactly 1, 4; 1, 4
+      [[1. 4.]] [[1. 4.]]
+
+    References:
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
+      deep learning" (ICML 2016), section 4; Chan, Golub and LeVeque, "Algorithms for computing the
+      sample variance" (The American Statistician, 1983), for the update of the moments.
+    """
+    _checks.check_function("fn", fn)
+    key = _checks.check_parent_key(key, "key")
+    count = _checks.check_num_samples(num_samples, static=return_samples)
+    size = BATCH_SIZE if batch_size is None else _checks.check_positive("batch_size", batch_size)
+    if consistent:
+        _checks.check_examples(args)
+    sampler = _Sampler.of(fn, consistent)
+    if return_samples:
+        _checks.check_no_progress(progress)
+        return _stack(sampler, key, args, count=count, size=size)
+    if progress is None:
+        moments = _add(sampler, key, args, None, 0, count, size=size)
+    else:
+        _checks.check_concrete_for_progress((key, args, count))
+        moments = None
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            moments = _add(sampler, key, args, moments, first, last, size=size)
+            jax.block_until_ready(moments)
+            progress(last, count)
+    return _prediction(moments, count)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["others", "structure", "consistent"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """A function as a pytree: what is no array in it is a part of what is compiled."""
+
+    arrays: tuple[Any, ...]
+    others: tuple[Any, ...]
+    structure: Any
+    consistent: bool
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], consistent: bool) -> "_Sampler":
+        if inspect.ismethod(fn):
+            fn = Partial(fn.__func__, fn.__self__)
+        leaves, structure = jax.tree.flatten(fn)
+        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        arrays = (leaf if array else None for leaf, array in zip(leaves, is_array, strict=True))
+        others = (None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+        return cls(tuple(arrays), tuple(others), structure, consistent)
+
+    def __call__(self, key: jax.Array, args: tuple[Any, ...]) -> Any:
+        """A sample."""
+        pairs = zip(self.arrays, self.others, strict=True)
+        leaves = [other if array is None else array for array, other in pairs]
+        fn = jax.tree.unflatten(self.structure, leaves)
+        if not self.consistent:
+            return fn(key, *args)
+        *shared, examples = args
+
+        def row(example: Any) -> Any:
+            y = fn(key, *shared, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example))
+            _checks.check_one_row(y)
+            return jax.tree.map(lambda leaf: leaf[0], y)
+
+        return jax.vmap(row)(examples)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _add(
+    sampler: _Sampler,
+    key: Key,
+    args: tuple[Any, ...],
+    moments: "_Moments | None",
+    first: Any,
+    end: Any,
+    *,
+    size: int,
+) -> "_Moments":
+    """Adds the samples from `first` to before `end` to the moments."""
+    # Compiled, so that the shapes of its result and the loop share one trace of it.
+    sample = jax.jit(lambda index: sampler(at_site(key, index), args))
+    if moments is None:
+        shapes = jax.eval_shape(sample, jax.ShapeDtypeStruct((), jnp.int32))
+        moments = _no_moments(shapes)
+
+    def add_batch(state: tuple[jax.Array, _Moments]) -> tuple[jax.Array, _Moments]:
+        first, moments = state
+        index = first + np.arange(size, dtype=np.int32)
+        # Without vmap if there is one sample, so that what a condition skips is skipped.
+        if size == 1:
+            samples = jax.tree.map(lambda y: y[None], sample(first))
+        else:
+            samples = jax.vmap(sample)(jnp.minimum(index, end - 1))
+        return first + np.int32(size), moments.with_samples(samples, index < end)
+
+    first, end = (jnp.asarray(number, jnp.int32) for number in (first, end))
+    _, moments = lax.while_loop(lambda state: state[0] < end, add_batch, (first, moments))
+    return moments
+
+
+@functools.partial(jax.jit, static_argnames=("count", "size"))
+def _stack(
+    sampler: _Sampler, key: Key, args: tuple[Any, ...], *, count: int, size: int
+) -> MCPrediction:
+    """All samples, and their moments."""
+    samples = lax.map(
+        lambda index: sampler(at_site(key, index), args),
+        np.arange(count, dtype=np.int32),
+        batch_size=None if size == 1 else min(size, count),
+    )
+    shapes = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), samples)
+    moments = _no_moments(shapes).with_samples(samples, np.ones(count, bool))
+    return dataclasses.replace(_prediction(moments, count), samples=samples)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["count", "mean", "squares"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """Of the samples so far: their number, their mean, and the sum of squared deviations."""
+
+    count: Any
+    mean: Any
+    squares: Any
+
+    def with_samples(self, samples: Any, counted: Any) -> "_Moments":
+        """The moments with those of a batch that are counted, of which there is at least one."""
+        more = counted.sum(dtype=np.int32)
+        total = self.count + more
+
+        def add(mean: jax.Array, squares: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = y.astype(mean.dtype)
+            mask = counted.reshape(-1, *(1,) * (y.ndim - 1))
+            batch_mean = jnp.where(mask, y, 0).sum(0) / _like(more, mean)
+            batch_squares = jnp.where(mask, _square(y - batch_mean[None]), 0).sum(0)
+            difference = batch_mean - mean
+            part = _like(more, squares) / _like(total, squares)
+            between = _square(difference) * (part * _like(self.count, squares))
+            return mean + difference * part.astype(mean.dtype), squares + batch_squares + between
+
+        sums = jax.tree.map(add, self.mean, self.squares, samples)
+        structure = jax.tree.structure(samples)
+        mean, squares = jax.tree.transpose(structure, jax.tree.structure((0, 0)), sums)
+        return _Moments(total, mean, squares)
+
+
+def _no_moments(shapes: Any) -> _Moments:
+    mean = jax.tree.map(lambda y: jnp.zeros(y.shape, sum_dtype(y)), shapes)
+    squares = jax.tree.map(lambda y: jnp.zeros_like(y.real), mean)
+    return _Moments(jnp.int32(0), mean, squares)
+
+
+def _prediction(moments: _Moments, count: Any) -> MCPrediction:
+    variance = jax.tree.map(lambda s: s / _like(count - 1, s), moments.squares)
+    return MCPrediction(moments.mean, variance, count)
+
+
+def _square(y: jax.Array) -> jax.Array:
+    return (y * y.conj()).real if jnp.iscomplexobj(y) else y * y
+
+
+def _like(number: Any, array: jax.Array) -> jax.Array:
+    return jnp.asarray(number, array.dtype)

@@ -1,0 +1,149 @@
+"""Monte Carlo dropout for linen models."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen
+
+from jdropout import _uncertainty
+from jdropout._checks import check_any_dropout
+from jdropout._typing import Key
+from jdropout._uncertainty import MCPrediction
+from jdropout.linen._dropout import Layer
+
+
+def mc_predict(
+    model: linen.Module,
+    variables: Any,
+    x: Any,
+    key: Key,
+    *,
+    num_samples: int | jax.Array,
+    batch_size: int | None = None,
+    consistent: bool = False,
+    return_samples: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+    apply: Callable[[Any, Any], Any] | None = None,
+    rng_collection: str = "dropout",
+) -> MCPrediction:
+    """Mean and variance of a model's prediction over the masks of its dropout.
+
+    Every layer that drops draws its masks, whatever its flag and the model's arguments say:
+    `flax.linen.Dropout`, the layers of this library and attention of either. All else is as the
+    model's arguments say: ask for evaluation by `apply`, as in
+    ``apply=lambda model, x: model(x, train=False)``, and a `BatchNorm` uses its running averages.
+    No variable can change: a model that updates some is an error.
+
+    It is compiled once for each model, whatever the variables and the number of samples are.
+
+    Args:
+      model: a linen module.
+      variables: its variables, as for ``model.apply``.
+      x: its input, an array or a tree of arrays with the examples on the leading axis.
+      key: a PRNG key, as for `jdropout.dropout`. Sample i has the stream
+        ``jdropout.keys.at_site(key, i)``.
+      num_samples: as for `jdropout.mc_predict`.
+      batch_size: as for `jdropout.mc_predict`.
+      consistent: as for `jdropout.mc_predict`; whether all examples share a sample's masks.
+      return_samples: as for `jdropout.mc_predict`.
+      progress: as for `jdropout.mc_predict`.
+      apply: a function of the bound model and of `x` that calls the model, ``model(x)`` by default.
+        It may also go on with the result, as by `jax.nn.softmax`. Pass the same function every
+        time.
+      rng_collection: name of the stream that the layers take their keys from.
+
+    Returns:
+      As for `jdropout.mc_predict`.
+
+    Raises:
+      TypeError: as for `jdropout.mc_predict`.
+      ValueError: if no layer drops when the model is called, or as for `jdropout.mc_predict`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen
+      >>> import jdropout.linen
+      >>> dropout = jdropout.linen.Dropout(0.1, deterministic=True)
+      >>> model = linen.Sequential([linen.Dense(64), linen.relu, dropout, linen.Dense(2)])
+      >>> x = jnp.ones((3, 4))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> prediction = jdropout.linen.mc_predict(
+      ...     model, variables, x, jax.random.key(1), num_samples=100
+      ... )
+      >>> prediction.mean.shape, prediction.variance.shape
+      ((3, 2), (3, 2))
+
+    References:
+      As for `jdropout.mc_predict`.
+    """
+    return _uncertainty.mc_predict(
+        _Sample(model, apply, rng_collection),
+        key,
+        variables,
+        x,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        consistent=consistent,
+        return_samples=return_samples,
+        progress=progress,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Calls a model that takes its masks from a key; equal ones are compiled once."""
+
+    model: linen.Module
+    apply: Callable[[Any, Any], Any] | None
+    rng_collection: str
+
+    def __call__(self, key: jax.Array, variables: Any, x: Any) -> Any:
+        dropout_on = _DropoutOn()
+        with linen.intercept_methods(dropout_on):
+            y = linen.apply(self.apply or _call, self.model)(
+                variables, x, rngs={self.rng_collection: key}
+            )
+        check_any_dropout(dropout_on.drops)
+        return y
+
+
+def _call(model: Any, x: Any) -> Any:
+    return model(x)
+
+
+class _DropoutOn:
+    """Lets the layers that drop draw their masks."""
+
+    def __init__(self) -> None:
+        self.drops = False
+
+    def __call__(
+        self,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        module: Any = context.module
+        attention = isinstance(module, linen.MultiHeadDotProductAttention)
+        methods = module.drawing_methods if isinstance(module, Layer) else ("__call__",)
+        drops = attention or isinstance(module, Layer | linen.Dropout)
+        if not drops or context.method_name not in methods:
+            return method(*args, **kwargs)
+        self.drops |= (module.dropout_rate if attention else getattr(module, "rate", 1)) != 0
+        _, *names = inspect.signature(getattr(type(module), context.method_name)).parameters
+        position = names.index("deterministic")
+        if position < len(args):
+            args = (*args[:position], False, *args[position + 1 :])
+        else:
+            kwargs = kwargs | {"deterministic": False}
+        # The constructor's flag does not count either; with both Flax raises an error.
+        flag = module.deterministic
+        object.__setattr__(module, "deterministic", None)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            object.__setattr__(module, "deterministic", flag)

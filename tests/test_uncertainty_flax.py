@@ -1,0 +1,266 @@
+"""Monte Carlo prediction of Flax models: the dropout is on, all else is in evaluation mode."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jdropout.linen
+import jdropout.nnx
+from jdropout.keys import at_site, site_key
+
+X = jax.random.normal(jax.random.key(1), (6, 4))
+
+
+# --- nnx ----------------------------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    def __init__(self, dropout, rngs):
+        self.hidden = nnx.Linear(4, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = dropout
+        self.output = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.output(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def make_net(dropout=jdropout.nnx.Dropout, streams=True):
+    rngs = nnx.Rngs(0)
+    net = Net(dropout(0.5, rngs=rngs if streams else None), rngs)
+    net.norm.mean.set_value(jnp.full(16, 0.25))
+    return net
+
+
+def snapshot(model):
+    graphdef, state = nnx.split(model)
+    leaves = jax.tree.leaves(state)
+    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    arrays = [
+        jax.random.key_data(leaf) if key else leaf for leaf, key in zip(leaves, is_key, strict=True)
+    ]
+    return graphdef, [np.asarray(array) for array in arrays]
+
+
+nnx_samples = functools.partial(jdropout.nnx.mc_predict, num_samples=6, return_samples=True)
+
+
+def test_samples_of_nnx_are_those_of_the_mask_law_at_the_paths_of_the_streams(key):
+    net = make_net()
+    samples = nnx_samples(net, X, key).samples
+    net.norm.use_running_average = True
+    hidden = nnx.relu(net.norm(net.hidden(X)))
+    for i in range(6):
+        stream = site_key(at_site(key, i), step=0, site=("dropout", "rngs"))
+        y = net.output(jdropout.dropout(jax.random.fold_in(stream, 0), hidden, 0.5))
+        np.testing.assert_allclose(samples[i], y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_nnx_model_is_not_changed_and_its_mode_does_not_matter(mode, key):
+    net = make_net()
+    expected = nnx_samples(net, X, key).samples
+    getattr(net, mode)()
+    graphdef, arrays = snapshot(net)
+    samples = nnx_samples(net, X, key).samples
+    np.testing.assert_allclose(samples, expected, rtol=1e-5, atol=1e-6)
+    graphdef_after, arrays_after = snapshot(net)
+    assert graphdef == graphdef_after
+    jax.tree.map(np.testing.assert_array_equal, arrays, arrays_after)
+    # Control: in training mode the normalisation sees the batch, and changes.
+    net.train()
+    net(X)
+    assert not np.array_equal(net.norm.mean[...], np.full(16, 0.25))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nnx.Dropout,
+        jdropout.nnx.Dropout,
+        jdropout.nnx.GaussianDropout,
+        lambda rate, rngs: jdropout.nnx.ConcreteDropout(rngs=rngs),
+        lambda rate, rngs: jdropout.nnx.DropConnect(nnx.Linear(16, 16, rngs=nnx.Rngs(2)), rate),
+        lambda rate, rngs: nnx.MultiHeadAttention(
+            num_heads=2, in_features=16, dropout_rate=rate, decode=False, rngs=nnx.Rngs(3),
+            keep_rngs=False, broadcast_dropout=False,
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("streams", [True, False])
+def test_all_kinds_of_nnx_layers_draw_with_and_without_streams(make, streams, key):
+    prediction = jdropout.nnx.mc_predict(make_net(make, streams), X, key, num_samples=6)
+    assert (prediction.variance.mean(0) > 0).all()
+
+
+def test_a_layer_that_is_called_twice_draws_twice(key):
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.dropout = jdropout.nnx.Dropout(0.5)
+
+        def __call__(self, x):
+            return jnp.stack([self.dropout(x), self.dropout(x)], axis=1)
+
+    samples = nnx_samples(Twice(), jnp.ones((6, 50)), key).samples
+    assert (samples[:, :, 0] != samples[:, :, 1]).any()
+
+
+def test_a_stack_of_nnx_layers_has_masks_for_each(key):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return jdropout.nnx.Dropout(0.5, rngs=rngs)
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.layers = make(nnx.Rngs(0))
+
+        def __call__(self, x):
+            return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None), out_axes=1)(
+                self.layers, x
+            )
+
+    samples = nnx_samples(Stack(), jnp.ones((6, 50)), key).samples
+    a, b, c = (np.asarray(samples[:, :, i]) for i in range(3))
+    assert (a != b).any()
+    assert (b != c).any()
+
+
+def test_nnx_compiles_once_while_parameters_change(key):
+    shapes = []
+
+    def apply(model, x):
+        shapes.append(x.shape)
+        return jax.nn.softmax(model(x))
+
+    net = make_net()
+    first = jdropout.nnx.mc_predict(net, X, key, num_samples=4, apply=apply)
+    np.testing.assert_allclose(first.mean.sum(-1), 1, rtol=1e-5)
+    net.output.bias.set_value(jnp.array([100.0, 0.0, 0.0]))
+    second = jdropout.nnx.mc_predict(net, X, key, num_samples=30, apply=apply)
+    np.testing.assert_allclose(second.mean[:, 0], 1, rtol=1e-5)
+    assert shapes == [(6, 4)]
+
+
+def test_consistent_nnx_samples_are_functions(key):
+    same = jnp.broadcast_to(X[:1], X.shape)
+    samples = nnx_samples(make_net(), same, key, consistent=True).samples
+    np.testing.assert_allclose(samples, np.broadcast_to(samples[:, :1], samples.shape), rtol=1e-5)
+    samples = nnx_samples(make_net(), same, key).samples
+    assert (samples != samples[:, :1]).any()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Sequential(jdropout.nnx.Dropout(0.0))],
+)
+def test_an_nnx_model_without_dropout_is_an_error(model, key):
+    with pytest.raises(ValueError, match="model must have a dropout layer with a rate above 0"):
+        jdropout.nnx.mc_predict(model, X, key, num_samples=4)
+
+
+# --- linen --------------------------------------------------------------------------------
+
+
+class LinenNet(linen.Module):
+    """With its flag in the constructor or in the call, by position or by name."""
+
+    flag: str = "call"
+    layer: type = jdropout.linen.Dropout
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.Dense(16)(x)
+        x = linen.relu(linen.BatchNorm(use_running_average=not train)(x))
+        if self.flag == "constructor":
+            x = self.layer(0.5, deterministic=not train)(x)
+        elif self.flag == "position":
+            x = self.layer(0.5)(x, not train)
+        else:
+            x = self.layer(0.5)(x, deterministic=not train)
+        return linen.Dense(3)(x)
+
+
+VARIABLES = LinenNet().init(jax.random.key(0), X)
+linen_samples = functools.partial(jdropout.linen.mc_predict, num_samples=6, return_samples=True)
+
+
+@pytest.mark.parametrize("flag", ["constructor", "position", "call"])
+@pytest.mark.parametrize("layer", [linen.Dropout, jdropout.linen.Dropout])
+def test_samples_of_linen_are_those_of_the_model_with_its_dropout_on(flag, layer, key):
+    """The batch's statistics are not: the model is called in evaluation mode."""
+
+    class Reference(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Dense(16)(x)
+            x = linen.relu(linen.BatchNorm(use_running_average=True)(x))
+            # The name is a part of Flax's own key.
+            x = layer(0.5, deterministic=False, name=f"{layer.__name__}_0")(x)
+            return linen.Dense(3)(x)
+
+    samples = linen_samples(LinenNet(flag, layer), VARIABLES, X, key).samples
+    for i in range(6):
+        y = Reference().apply(VARIABLES, X, rngs={"dropout": at_site(key, i)})
+        np.testing.assert_allclose(samples[i], y, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_linen_are_as_before_afterwards(key):
+    layer = jdropout.linen.Dropout(0.5, deterministic=True)
+    model = linen.Sequential([layer])
+    assert (linen_samples(model, {}, X, key).samples != X[None]).any()
+    assert layer.deterministic is True
+    np.testing.assert_array_equal(model.apply({}, X), X)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        jdropout.linen.GaussianDropout(0.5, deterministic=True),
+        jdropout.linen.ConcreteDropout(deterministic=True),
+        jdropout.linen.DropConnect(linen.Dense(16), 0.5, deterministic=True),
+        linen.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=True),
+        jdropout.linen.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=True),
+    ],
+)
+def test_all_kinds_of_linen_layers_draw(layer, key):
+    model = linen.Sequential([linen.Dense(16), layer])
+    variables = model.init(jax.random.key(0), X)
+    prediction = jdropout.linen.mc_predict(model, variables, X, key, num_samples=6)
+    assert (prediction.variance.mean(0) > 0).all()
+
+
+def test_linen_compiles_once_while_parameters_change(key):
+    shapes = []
+
+    def apply(model, x):
+        shapes.append(x.shape)
+        return model(x, train=False)
+
+    first = jdropout.linen.mc_predict(LinenNet(), VARIABLES, X, key, num_samples=4, apply=apply)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, VARIABLES)
+    second = jdropout.linen.mc_predict(LinenNet(), doubled, X, key, num_samples=30, apply=apply)
+    assert shapes == [(6, 4)]
+    assert not np.allclose(first.mean, second.mean)
+
+
+def test_the_stream_of_linen_may_have_another_name(key):
+    model = linen.Sequential([jdropout.linen.Dropout(0.5, rng_collection="noise")])
+    a = linen_samples(model, {}, X, key, rng_collection="noise").samples
+    b = linen_samples(linen.Sequential([jdropout.linen.Dropout(0.5)]), {}, X, key).samples
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_linen_model_that_updates_its_variables_is_an_error(key):
+    with pytest.raises(Exception, match="immutable"):
+        linen_samples(LinenNet(), VARIABLES, X, key, apply=lambda model, x: model(x, train=True))
+
+
+@pytest.mark.parametrize("layer", [linen.relu, jdropout.linen.Dropout(0.0)])
+def test_a_linen_model_without_dropout_is_an_error(layer, key):
+    with pytest.raises(ValueError, match="model must have a dropout layer with a rate above 0"):
+        jdropout.linen.mc_predict(linen.Sequential([layer]), {}, X, key, num_samples=4)
