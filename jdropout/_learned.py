@@ -350,7 +350,7 @@ def _variance(x: jax.Array, weight: jax.Array, log_alpha: jax.Array) -> jax.Arra
 def _plus_deviate(
     operands: _mask.Operands, mean: jax.Array, variance: jax.Array, mask: _mask.Mask
 ) -> jax.Array:
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @jax.checkpoint  # the noise is not kept for the backward pass
     def deviate(operands: _mask.Operands, variance: jax.Array) -> jax.Array:
         sample = functools.partial(_noise.normal, dtype=variance.dtype)
         noise = _noise.noise_like(variance, operands, mask, sample)
@@ -495,6 +495,7 @@ def standout(
         deterministic=deterministic,
         start=start,
         global_shape=global_shape,
+        remade=False,
     )
 
 

@@ -214,6 +214,7 @@ def noisy(
     broadcast_dims: Sequence[int] = (),
     start: Sequence[Index] | None,
     global_shape: Sequence[int] | None,
+    remade: bool = True,
 ) -> jax.Array:
     """What all functions that add or multiply noise have in common.
 
@@ -230,6 +231,8 @@ def noisy(
       broadcast_dims: axes that share noise.
       start: of the block.
       global_shape: of the whole.
+      remade: whether the noise is made again in the backward pass in any case. Else the compiler
+        may keep what was made of it, which is well where that is a mask.
     """
     _checks.check_real("x", x)
     flag = _checks.check_deterministic(deterministic)
@@ -241,13 +244,13 @@ def noisy(
     site = _sites.site(kind, shape, rate, flag, mask, operands)
     if mask is not None and operands is not None:
         marked = site.operands(operands)
-        return site.result(_combined(marked, x, strength, mask, sample, combine, evaluate))
+        return site.result(_combined(marked, x, strength, mask, sample, combine, evaluate, remade))
     if evaluate is not None:
         return site.result(_evaluated(x, strength, evaluate))
     return site.result(cast("jax.Array", x))  # the very object, whatever array type it has
 
 
-@functools.partial(jax.jit, static_argnames=("mask", "sample", "combine", "evaluate"))
+@functools.partial(jax.jit, static_argnames=("mask", "sample", "combine", "evaluate", "remade"))
 def _combined(
     operands: _mask.Operands,
     x: jax.Array,
@@ -256,10 +259,11 @@ def _combined(
     sample: Callable[[jax.Array, np.dtype], jax.Array],
     combine: Combine,
     evaluate: Callable[[jax.Array, Any], jax.Array] | None,
+    remade: bool,
 ) -> jax.Array:
-    """Noise is made again in the backward pass, as in `jdropout.dropout`."""
+    """Noise is made again in the backward pass; unlike a mask, it is too large to be shared."""
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @functools.partial(jax.checkpoint, prevent_cse=remade)
     def combined(operands: _mask.Operands, x: jax.Array, strength: Any) -> jax.Array:
         wide = wide_dtype(x.dtype)
         noise = noise_like(x, operands, mask, lambda bits: sample(bits, wide))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jdropout
+import jdropout.keys
 
 
 def residuals(function, x):
@@ -78,6 +79,50 @@ def test_gradient_temporaries_are_at_most_a_bit_per_element(dtype, shape, key):
         return jnp.where(mask, x / jnp.asarray(0.9, x.dtype), jnp.zeros_like(x))
 
     assert gradient_temporaries(flax_style, x, key) >= n  # the control: at least a byte each
+
+
+def network_temporaries(function, key):
+    """Of the gradient of four layers: what the first pass leaves for the second one counts."""
+
+    def loss(x, w, key):
+        for index in range(4):
+            x = jnp.tanh(function(jdropout.keys.at_site(key, index), x @ w))
+        return x.sum()
+
+    x, w = jax.ShapeDtypeStruct(NETWORK, jnp.float32), jnp.ones((NETWORK[-1],) * 2)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, w, key).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+NETWORK = (1024, 256)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda key, x: jdropout.dropout(key, x, 0.1),
+        lambda key, x: jdropout.zoneout(key, x, 2 * x, 0.1),
+        lambda key, x: jdropout.alpha_dropout(key, x, 0.1),
+        lambda key, x: jdropout.gaussian_dropout(key, x, 0.1),
+        lambda key, x: jdropout.gaussian_noise(key, x, 0.1),
+        lambda key, x: jdropout.uniform_noise(key, x, 0.1),
+        lambda key, x: jdropout.concrete_dropout(key, x, -2.0),
+        lambda key, x: jdropout.variational_dropout(key, x, -2.0),
+    ],
+)
+def test_a_network_keeps_a_bit_per_element_of_each_layer_at_most(function, key):
+    """Also where the compiler sees both passes and could merge what they have in common."""
+    n = np.prod(NETWORK)
+    without = network_temporaries(lambda key, x: x, key)
+    assert network_temporaries(function, key) - without <= 4 * n / 8 + 2**14
+
+
+def test_a_network_that_keeps_its_noise_is_seen(key):
+    """The control for the test above."""
+    n = np.prod(NETWORK)
+    without = network_temporaries(lambda key, x: x, key)
+    noisy = network_temporaries(lambda key, x: x * jax.random.normal(key, x.shape), key)
+    assert noisy - without > 4 * n
 
 
 def test_one_trace_serves_all_keys():
