@@ -31,6 +31,7 @@ from family import family
 from harness import Plan, Row, interleave, ratio_row, timed_row
 from sharded import sharded
 from transformer import fused, transformer
+from uncertainty import uncertainty
 
 from jdropout.keys import site_key
 
@@ -189,5 +190,6 @@ SECTIONS = {
     "transformer": transformer,
     "fused": fused,
     "family": family,
+    "uncertainty": uncertainty,
     "sharded": sharded,
 }

@@ -16,7 +16,6 @@ SEQUENCE = (128, 128, 1024)
 """Examples, time or tokens, features."""
 MATRIX = (4096, 4096)
 SMALL = {MAP: (8, 16, 16, 16), SEQUENCE: (16, 16, 64), MATRIX: (256, 256)}
-TOKENS = 10_000
 
 VARIANTS: dict[str, tuple[tuple[int, ...], Function]] = {
     "dropout": (MATRIX, lambda key, x: jdropout.dropout(key, x, RATE)),
@@ -29,6 +28,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], Function]] = {
         MAP,
         lambda key, x: jdropout.drop_block(key, x, RATE, block_size=7, shared_channels=False),
     ),
+    "word_dropout": (SEQUENCE, lambda key, x: jdropout.word_dropout(key, x, RATE, replacement=0)),
     "patch_dropout": (SEQUENCE, lambda key, x: jdropout.patch_dropout(key, x, RATE)[0]),
     "drop_connect": (MATRIX, lambda key, x: jdropout.drop_connect(key, x, RATE)),
     "targeted_dropout": (
@@ -41,6 +41,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], Function]] = {
     "uniform_noise": (MATRIX, lambda key, x: jdropout.uniform_noise(key, x, RATE)),
     "alpha_dropout": (MATRIX, lambda key, x: jdropout.alpha_dropout(key, x, RATE)),
     "feature_alpha_dropout": (MAP, lambda key, x: jdropout.feature_alpha_dropout(key, x, RATE)),
+    "variational_dropout": (MATRIX, lambda key, x: jdropout.variational_dropout(key, x, -2.0)),
     "concrete_dropout": (MATRIX, lambda key, x: jdropout.concrete_dropout(key, x, -2.0)),
     "standout": (MATRIX, lambda key, x: jdropout.standout(key, x, x)),
 }
@@ -51,6 +52,14 @@ def family(plan: Plan) -> Iterator[Row]:
     for name, (shape, function) in VARIANTS.items():
         x = normal(shape if plan.max_size >= 2**24 else SMALL[shape])
         labels = {"variant": name, "shape": str(x.shape)}
+        if name == "word_dropout":  # of integers, which have no gradient
+            tokens = jnp.abs(1000 * x).astype(jnp.int32)
+            jitted = passes({"ours": function, "copy": copy}, KEY, tokens)
+            row = timed_row(labels, jitted["forward"], ("ours / copy",), plan)
+            cells = {column: "-" for column in (*jitted, "temporaries")}
+            cells["forward"] = row.cells["ours / copy"]
+            yield Row(labels, cells, {"forward": row.details})
+            continue
         jitted = passes({"ours": function, "copy": copy}, KEY, x)
         rows = {
             column: timed_row(labels, functions, ("ours / copy",), plan)
