@@ -38,6 +38,17 @@ class MCPrediction:
       num_samples: how many there were.
       samples: the samples themselves, on a new leading axis, in the dtypes that the function
         returns; None unless asked for.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> def fn(key, x):
+      ...     return jdropout.dropout(key, x, 0.5)
+      >>> prediction = jdropout.mc_predict(fn, jax.random.key(0), jnp.ones(2), num_samples=10_000)
+      >>> print(prediction.mean.round(1), prediction.standard_error.round(3))
+      [1. 1.] [0.01 0.01]
+
+    References:
+      As for `mc_predict`.
     """
 
     mean: Any

@@ -10,6 +10,7 @@ import jdropout.linen
 import jdropout.nnx
 import jdropout.schedules
 import jdropout.testing
+import jdropout.uncertainty
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(jdropout.__file__).parent
@@ -21,6 +22,7 @@ PUBLIC = (
     jdropout.nnx,
     jdropout.schedules,
     jdropout.testing,
+    jdropout.uncertainty,
 )
 
 
