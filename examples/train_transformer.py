@@ -50,7 +50,7 @@ COLOURS = ("#c2410c", "#1d4ed8")
 def main() -> None:
     options = parse_options()
     text = load_text(options.train_chars)
-    runs = train(options, text)
+    runs = train(options.steps, functools.partial(start, options, text))
     print_results(options, runs)
     print_samples(options, runs, text)
     path = options.output / "train_transformer.png"
@@ -184,15 +184,22 @@ class Run:
     """A training, without or with dropout: its compiled step, and what was measured on the way."""
 
     def __init__(
-        self, name: str, training: Training, state: State, text: jax.Array, key: jax.Array
+        self,
+        name: str,
+        train_step: Callable[..., State],
+        losses: Callable[[nnx.State], tuple[jax.Array, jax.Array]],
+        state: State,
+        text: jax.Array,
+        key: jax.Array,
     ):
         self.name = name
+        self.losses = losses
         self.state = state
         self.text = text
         self.key = key
         # Compiled ahead, so that no call can compile it again.
         begin = time.perf_counter()
-        step = jax.jit(functools.partial(train_step, training), donate_argnums=0)
+        step = jax.jit(train_step, donate_argnums=0)
         self.step = step.lower(state, text, key, np.int32(0)).compile()
         self.compile_seconds = time.perf_counter() - begin
         self.steps: list[int] = []
@@ -209,25 +216,25 @@ class Run:
         self.steps.append(last)
         self.step_seconds.append((time.perf_counter() - begin) / (last - first))
 
-    def evaluate(self, losses: Callable[[nnx.State], tuple[jax.Array, jax.Array]]) -> None:
+    def evaluate(self) -> None:
         """Adds the losses at the present parameters to the history."""
-        train_loss, held_out_loss = losses(self.state.params)
+        train_loss, held_out_loss = self.losses(self.state.params)
         self.train_losses.append(float(train_loss))
         self.held_out_losses.append(float(held_out_loss))
 
 
-def train(options: argparse.Namespace, text: Text) -> list[Run]:
-    """Trains without and with dropout, by turns, so that both find the machine equally busy."""
+def train(steps: int, start: Callable[[], list[Run]]) -> list[Run]:
+    """Trains in each of several ways, by turns, so that all find the machine equally busy."""
     bar_console = Console(stderr=True)
     with Progress(console=bar_console, disable=not bar_console.is_terminal) as progress:
-        bar = progress.add_task("compiling", total=2 * options.steps)
-        runs, losses = start(options, text), evaluation(options, text)
-        progress.update(bar, description="training")
+        bar = progress.add_task("compiling", total=None)
+        runs = start()
+        progress.update(bar, description="training", total=len(runs) * steps)
         first = 0
-        for last in evaluation_steps(options.steps):
+        for last in evaluation_steps(steps):
             for run in runs:
                 run.take_steps(first, last)
-                run.evaluate(losses)
+                run.evaluate()
                 progress.advance(bar, last - first)
             first = last
     return runs
@@ -244,13 +251,15 @@ def start(options: argparse.Namespace, text: Text) -> list[Run]:
         return State(params, optimizer.init(params))
 
     state, train_text = init(init_key), jnp.asarray(text.train)
+    losses = evaluation(options, text)
     runs = []
     for name, rate in {"no dropout": 0.0, "dropout": options.rate}.items():
         training = Training(
             structure(options, rate), optimizer, options.batch_size, options.context
         )
         own_state = jax.tree.map(jnp.copy, state)  # the steps overwrite it
-        runs.append(Run(name, training, own_state, train_text, train_key))
+        step = functools.partial(train_step, training)
+        runs.append(Run(name, step, losses, own_state, train_text, train_key))
     return runs
 
 
@@ -271,21 +280,31 @@ def train_step(
 ) -> State:
     """Takes one step. What is random in it is a function of the key and the step alone."""
     batch_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
-    length = training.context + 1
-    starts = jax.random.randint(batch_key, (training.batch_size, 1), 0, len(text) - length + 1)
-    windows = text[starts + jnp.arange(length)]
+    windows = draw_windows(batch_key, text, training.batch_size, training.context + 1)
     gradient = jax.grad(loss)(state.params, training.structure, windows, dropout_key)
-    updates, optimizer_state = training.optimizer.update(
-        gradient, state.optimizer_state, state.params
-    )
+    return update(training.optimizer, state, gradient)
+
+
+def draw_windows(key: jax.Array, text: jax.Array, count: int, length: int) -> jax.Array:
+    """Returns pieces of the text from random places."""
+    starts = jax.random.randint(key, (count, 1), 0, len(text) - length + 1)
+    return text[starts + jnp.arange(length)]
+
+
+def update(optimizer: optax.GradientTransformation, state: State, gradient: nnx.State) -> State:
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     return State(optax.apply_updates(state.params, updates), optimizer_state)
 
 
 def loss(
     params: nnx.State, structure: nnx.GraphDef, windows: jax.Array, key: jax.Array | None
 ) -> jax.Array:
-    """Returns the mean cross-entropy of the next characters, in nats."""
     logits = nnx.merge(structure, params)(windows[:, :-1], key)
+    return cross_entropy(logits, windows)
+
+
+def cross_entropy(logits: jax.Array, windows: jax.Array) -> jax.Array:
+    """Returns the mean over the next characters, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
@@ -294,12 +313,19 @@ def evaluation(
 ) -> Callable[[nnx.State], tuple[jax.Array, jax.Array]]:
     """Returns a function from parameters to the losses on both texts, with nothing dropped."""
     model = structure(options, rate=0.0)
-    count = (len(text.held_out) - 1) // options.context
-    windows = [spread_windows(part, count, options.context + 1) for part in text]
+    return on_both(text, options.context, lambda params, part: loss(params, model, part, None))
+
+
+def on_both(
+    text: Text, context: int, loss: Callable[[nnx.State, jax.Array], jax.Array]
+) -> Callable[[nnx.State], tuple[jax.Array, jax.Array]]:
+    """Returns a function from parameters to their loss on pieces of each of the texts."""
+    count = (len(text.held_out) - 1) // context
+    windows = [spread_windows(part, count, context + 1) for part in text]
 
     @jax.jit
     def losses(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-        train_loss, held_out_loss = (loss(params, model, part, None) for part in windows)
+        train_loss, held_out_loss = (loss(params, part) for part in windows)
         return train_loss, held_out_loss
 
     return losses
@@ -434,10 +460,14 @@ def save_curves(path: pathlib.Path, runs: Sequence[Run], title: str) -> None:
 
 
 def describe(options: argparse.Namespace) -> str:
+    return describe_training(options, f"dropout at rate {options.rate:g}, ")
+
+
+def describe_training(options: argparse.Namespace, dropout: str) -> str:
     return (
         f"{options.train_chars} characters for training, {held_out_chars(options.train_chars)} "
         f"held out; layers: {options.layers}, width: {options.width}\n"
-        f"dropout at rate {options.rate:g}, {options.steps} steps, seed {options.seed}"
+        f"{dropout}{options.steps} steps, seed {options.seed}"
     )
 
 
@@ -449,36 +479,48 @@ def digest(params: Sequence[nnx.State]) -> str:
 # --- options ------------------------------------------------------------------------------
 
 
+PROBABILITY = checked(float, lambda p: 0 <= p < 1, "a number of at least 0 and below 1")
+POSITIVE = checked(int, lambda n: n >= 1, "a whole number of at least 1")
+ABOVE_ZERO = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Trains a transformer on Python source code, without and with dropout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    probability = checked(float, lambda p: 0 <= p < 1, "a number of at least 0 and below 1")
-    positive = checked(int, lambda n: n >= 1, "a whole number of at least 1")
-    above_zero = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
-    seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-    size = checked(int, lambda n: n >= 1000, "a whole number of at least 1000")
     add = parser.add_argument
     add("--attention", choices=ATTENTIONS, default="jdropout", help="whose attention is used")
-    add("--rate", type=probability, default=0.1, help="probability of dropping, everywhere")
-    add("--layers", type=positive, default=2, help="blocks of attention and perceptron")
-    add("--width", type=positive, default=128, help="features of a character")
-    add("--heads", type=positive, default=4, help="heads of the attention")
-    add("--context", type=positive, default=64, help="characters that the model sees")
-    add("--steps", type=positive, default=800, help="training steps")
-    add("--batch-size", type=positive, default=16, help="pieces of text in a step")
-    add("--learning-rate", type=above_zero, default=3e-3, help="of AdamW, at its highest")
-    add("--seed", type=seed, default=0, help="number that the key is made from")
-    add("--train-chars", type=size, default=40000, help="characters of the training text")
-    add("--sample-chars", type=positive, default=200, help="characters to generate")
-    add("--temperature", type=above_zero, default=0.7, help="of the generated text")
-    add("--output", type=pathlib.Path, default="output", help="directory for the figure")
-    options = parse_and_make_output(parser)
+    add("--rate", type=PROBABILITY, default=0.1, help="probability of dropping, everywhere")
+    add("--heads", type=POSITIVE, default=4, help="heads of the attention")
+    add("--sample-chars", type=POSITIVE, default=200, help="characters to generate")
+    add("--temperature", type=ABOVE_ZERO, default=0.7, help="of the generated text")
+    add_training_options(add)
+    options = parse_training_options(parser)
     if options.width % options.heads:
         parser.error(
             f"argument --heads: got {options.heads}, pass a divisor of --width {options.width}"
         )
+    return options
+
+
+def add_training_options(add: Callable[..., object]) -> None:
+    """Adds what any training on the text has, by `add`, the method of a parser."""
+    seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+    size = checked(int, lambda n: n >= 1000, "a whole number of at least 1000")
+    add("--layers", type=POSITIVE, default=2, help="layers of the model")
+    add("--width", type=POSITIVE, default=128, help="features of a character")
+    add("--context", type=POSITIVE, default=64, help="characters that the model sees")
+    add("--steps", type=POSITIVE, default=800, help="training steps")
+    add("--batch-size", type=POSITIVE, default=16, help="pieces of text in a step")
+    add("--learning-rate", type=ABOVE_ZERO, default=3e-3, help="of AdamW, at its highest")
+    add("--seed", type=seed, default=0, help="number that the key is made from")
+    add("--train-chars", type=size, default=40000, help="characters of the training text")
+    add("--output", type=pathlib.Path, default="output", help="directory for the figure")
+
+
+def parse_training_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    options = parse_and_make_output(parser)
     if options.context >= held_out_chars(options.train_chars):
         parser.error(
             f"argument --context: got {options.context}, pass less than half of "
