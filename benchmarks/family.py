@@ -56,7 +56,7 @@ def family(plan: Plan) -> Iterator[Row]:
             tokens = jnp.abs(1000 * x).astype(jnp.int32)
             jitted = passes({"ours": function, "copy": copy}, KEY, tokens)
             row = timed_row(labels, jitted["forward"], ("ours / copy",), plan)
-            cells = {column: "-" for column in (*jitted, "temporaries")}
+            cells = dict.fromkeys((*jitted, "temporaries"), "-")
             cells["forward"] = row.cells["ours / copy"]
             yield Row(labels, cells, {"forward": row.details})
             continue
