@@ -64,12 +64,13 @@ def test_the_changelog_knows_the_version():
 
 def test_the_readmes_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["y"].shape == (32, 128)
     assert names["attended"].shape == (2, 128, 8, 64)
+    assert names["unsure"].shape == (32,)
 
 
 def test_every_public_name_is_in_the_documentation():
