@@ -3,11 +3,24 @@
 Every weight learns the variance of its own noise. The data keep the noise of some weights small;
 the others, on which nothing depends, become all noise and are set to zero after the training. The
 same network without noise, from the same start and with the same batches, is trained beside it.
-With the weight that Bayes gives the prior, 1, a thousand samples leave 5 % of the weights and cost
-two points of accuracy; with the default of 0.05 they leave 14 % and cost half a point.
+With the defaults 78 % of the weights go, and of the test images 0.16 ± 0.09 points (mean and
+standard error of 16 pairs) fewer are right: a loss of about one image in 797.
 
     python examples/sparse_digits.py
     python examples/sparse_digits.py --width 256 --steps 6000
+
+The weight of the divergence and the variance to begin with were chosen without the test images, on
+a fifth of the training samples that the networks were not trained on:
+
+    python examples/sparse_digits.py --validate --log-variance -6 --kl-weight 0.1
+
+    log variance  KL weight  pruned  validation accuracy, against no noise
+             -10       0.02  80.1 %  -0.19 ± 0.21 points
+              -6       0.05  73.4 %  +0.00 ± 0.22
+              -6       0.1   81.0 %  -0.06 ± 0.20
+              -6       0.2   87.1 %  -0.31 ± 0.18
+
+The weight that Bayes gives the prior is 1; a thousand samples need a smaller one.
 
 All that is random follows from one key and the number of the step.
 """
@@ -31,6 +44,8 @@ import jdropout
 from jdropout.keys import at_site, site_key
 
 THRESHOLD = 3.0
+VALIDATION_PART = 5
+"""One in so many training samples is set aside to choose the settings."""
 
 
 def main() -> None:
@@ -42,7 +57,7 @@ def main() -> None:
         for name, sparse in {"no noise": False, "variational dropout": True}.items()
     }
     Console().print(results_table(options, scores))
-    print(gain(scores))
+    print(gain(options, scores))
 
 
 class Layer(NamedTuple):
@@ -57,12 +72,13 @@ class Scores(NamedTuple):
     """Of a run."""
 
     train_accuracy: jax.Array
-    test_accuracy: jax.Array
+    accuracy: jax.Array
+    """On the test samples or, to choose the settings, on the validation samples."""
     kept: jax.Array
     """Number of weights in each layer that are not pruned."""
 
 
-def init(key: jax.Array, widths: list[int]) -> list[Layer]:
+def init(key: jax.Array, widths: list[int], log_variance: float) -> list[Layer]:
     layers = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         weight = jax.random.normal(jax.random.fold_in(key, index), (inputs, outputs))
@@ -70,7 +86,7 @@ def init(key: jax.Array, widths: list[int]) -> list[Layer]:
             Layer(
                 weight * math.sqrt(2 / inputs),
                 jnp.zeros(outputs),
-                jnp.full((inputs, outputs), -10.0),
+                jnp.full((inputs, outputs), log_variance),
             )
         )
     return layers
@@ -113,13 +129,16 @@ def run(
     """Trains one network, and evaluates it."""
     data_key, init_key, train_key = jax.random.split(key, 3)
     data = _digits.draw(data_key, pool, test, options.train_size, label_noise=0.0)
-    layers = init(init_key, [_digits.PIXELS, options.width, options.width, _digits.CLASSES])
+    data = validation_split(data) if options.validate else data
+    train_size = len(data.train.labels)
+    widths = [_digits.PIXELS, options.width, options.width, _digits.CLASSES]
+    layers = init(init_key, widths, options.log_variance)
     schedule = optax.linear_schedule(options.learning_rate, 0.0, options.steps)
     optimizer = optax.adam(schedule)
 
     def loss(layers: list[Layer], step: jax.Array) -> jax.Array:
         batch_key = site_key(train_key, step=step, site="batch")
-        rows = jax.random.randint(batch_key, (options.batch_size,), 0, options.train_size)
+        rows = jax.random.randint(batch_key, (options.batch_size,), 0, train_size)
         x, labels = data.train.images[rows], data.train.labels[rows]
         if not sparse:
             return cross_entropy(plain_logits(layers, x), labels)
@@ -128,8 +147,7 @@ def run(
         # The weights first learn the task, and then which of them it needs.
         weight = options.kl_weight * jnp.minimum(2 * step / options.steps, 1.0)
         return (
-            cross_entropy(logits(layers, x, noise_key), labels)
-            + weight * divergence / options.train_size
+            cross_entropy(logits(layers, x, noise_key), labels) + weight * divergence / train_size
         )
 
     def train_step(step: jax.Array, state: tuple) -> tuple:
@@ -139,14 +157,21 @@ def run(
 
     layers, _ = jax.lax.fori_loop(0, options.steps, train_step, (layers, optimizer.init(layers)))
     evaluated = logits if sparse else lambda layers, x, key: plain_logits(layers, x)
-    train_accuracy, test_accuracy = (
+    train_accuracy, accuracy = (
         (evaluated(layers, samples.images, None).argmax(-1) == samples.labels).mean()
         for samples in data
     )
     kept = [
         (log_alpha(layer) <= THRESHOLD).sum() if sparse else layer.weight.size for layer in layers
     ]
-    return Scores(train_accuracy, test_accuracy, jnp.array(kept))
+    return Scores(train_accuracy, accuracy, jnp.array(kept))
+
+
+def validation_split(data: _digits.Data) -> _digits.Data:
+    """Puts a part of the training samples, another one in every run, in the place of the test."""
+    first = len(data.train.labels) // VALIDATION_PART
+    validation = _digits.Samples(*(array[:first] for array in data.train))
+    return _digits.Data(_digits.Samples(*(array[first:] for array in data.train)), validation)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -155,14 +180,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def results_table(options: argparse.Namespace, scores: dict[str, Scores]) -> Table:
     caption = (
-        f"{options.train_size} training samples, 2 hidden layers of {options.width}, "
+        f"{options.train_size} samples, 2 hidden layers of {options.width}, "
         f"{options.steps} steps; mean and standard deviation of {options.seeds} runs"
     )
-    table = Table("", "train accuracy", "test accuracy", "weights left", caption=caption)
+    headings = "train accuracy", f"{split(options)} accuracy", "weights left"
+    table = Table("", *headings, caption=caption)
     for name, score in scores.items():
         accuracies = [
             f"{100 * np.mean(accuracy):.1f} ± {100 * np.std(accuracy, ddof=1):.1f}%"
-            for accuracy in (score.train_accuracy, score.test_accuracy)
+            for accuracy in (score.train_accuracy, score.accuracy)
         ]
         left = np.mean(score.kept, axis=0)
         layers = ", ".join(f"{count:.0f}" for count in left)
@@ -170,15 +196,20 @@ def results_table(options: argparse.Namespace, scores: dict[str, Scores]) -> Tab
     return table
 
 
-def gain(scores: dict[str, Scores]) -> str:
+def gain(options: argparse.Namespace, scores: dict[str, Scores]) -> str:
     plain, sparse = scores.values()
-    points = 100 * np.asarray(sparse.test_accuracy - plain.test_accuracy)
+    points = 100 * np.asarray(sparse.accuracy - plain.accuracy)
     left = np.sum(sparse.kept, axis=-1) / np.sum(plain.kept, axis=-1)
     return (
-        f"test accuracy pruned minus without noise, pair by pair: {points.mean():+.1f} ± "
-        f"{points.std(ddof=1) / math.sqrt(len(points)):.1f} points (mean and its standard error)\n"
+        f"{split(options)} accuracy pruned minus without noise, pair by pair: "
+        f"{points.mean():+.2f} ± {points.std(ddof=1) / math.sqrt(len(points)):.2f} points "
+        "(mean and its standard error)\n"
         f"weights pruned: {100 * (1 - left.mean()):.1f}%"
     )
+
+
+def split(options: argparse.Namespace) -> str:
+    return "validation" if options.validate else "test"
 
 
 def parse_options() -> argparse.Namespace:
@@ -200,13 +231,23 @@ def parse_options() -> argparse.Namespace:
     add(
         "--kl-weight",
         type=weight,
-        default=0.05,
+        default=0.1,
         help="of the divergence from the prior, 1 by Bayes",
     )
+    finite = checked(float, math.isfinite, "a finite number")
+    add("--log-variance", type=finite, default=-6.0, help="of the noise, to begin with")
     add("--train-size", type=size, default=_digits.POOL_SIZE, help="training samples of a run")
     add("--seed", type=seed, default=0, help="number that the key is made from")
-    add("--seeds", type=several, default=4, help="number of runs of each setting")
-    return parser.parse_args()
+    add("--seeds", type=several, default=16, help="number of runs of each setting")
+    add(
+        "--validate",
+        action="store_true",
+        help="test on a fifth of the training samples, which are not trained on",
+    )
+    options = parser.parse_args()
+    if options.validate and options.train_size < VALIDATION_PART:
+        parser.error(f"--validate needs a --train-size of at least {VALIDATION_PART}")
+    return options
 
 
 if __name__ == "__main__":
