@@ -17,23 +17,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+# Nearly all of the time of a short run goes into compiling: optimizing would double it.
+COMPILE_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 def train_shortly(output, *options, example="train_mlp.py"):
     settings = ["--steps=20", "--width=8", "--seeds=2", "--train-size=50", "--batch-size=16"]
-    return run_example(example, *settings, "--output", output, *options)
+    return run_example(example, *settings, "--output", output, *options, **COMPILE_QUICKLY)
 
 
 def train_transformer_shortly(output, *options):
     settings = ["--steps=20", "--width=16", "--layers=1", "--heads=2", "--context=16"]
     settings += ["--batch-size=4", "--train-chars=4000", "--sample-chars=40"]
-    # Nearly all of the time goes into compiling: optimizing would double it.
-    return run_example(
-        "train_transformer.py",
-        *settings,
-        "--output",
-        output,
-        *options,
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
+    name = "train_transformer.py"
+    return run_example(name, *settings, "--output", output, *options, **COMPILE_QUICKLY)
 
 
 def load_example(monkeypatch, name):
@@ -122,15 +119,7 @@ def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(tmp_path):
 def train_cnn_shortly(output, *options):
     settings = ["--steps=2", "--width=4", "--depth=1", "--seeds=2", "--train-size=32"]
     settings += ["--batch-size=8"]
-    # Nearly all of the time goes into compiling.
-    return run_example(
-        "train_cnn.py",
-        *settings,
-        "--output",
-        output,
-        *options,
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
+    return run_example("train_cnn.py", *settings, "--output", output, *options, **COMPILE_QUICKLY)
 
 
 def test_train_cnn_compares_each_regulariser_and_repeats_itself(tmp_path):
@@ -154,9 +143,16 @@ def test_the_convolution_of_train_cnn_is_one(monkeypatch, key):
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
+def test_sparse_digits_prunes_and_compares_in_pairs():
+    settings = ["--steps=5", "--width=4", "--seeds=2", "--train-size=40", "--batch-size=8"]
+    text = run_example("sparse_digits.py", *settings, "--validate", **COMPILE_QUICKLY)
+    assert re.search(r"variational +│ .*% +│ .*% +│ \d+ \(\d+, \d+, \d+\)", text), text
+    assert re.search(r"validation accuracy pruned minus without noise, .* [+-].* ± .* points", text)
+    assert re.search(r"weights pruned: \d+\.\d%", text)
+
+
 def test_gallery_has_a_panel_for_every_function(tmp_path):
-    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    assert "24 panels" in run_example("gallery.py", "--output", tmp_path, **settings)
+    assert "24 panels" in run_example("gallery.py", "--output", tmp_path, **COMPILE_QUICKLY)
     assert_is_picture(tmp_path / "gallery.png")
 
 
