@@ -1,6 +1,8 @@
 """Monte Carlo prediction of Flax models: the dropout is on, all else is in evaluation mode."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,15 @@ import jdropout.nnx
 from jdropout.keys import at_site, site_key
 
 X = jax.random.normal(jax.random.key(1), (6, 4))
+
+
+def test_the_guides_code_runs():
+    guide = pathlib.Path(__file__).parent.parent / "docs" / "uncertainty.md"
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["prediction"].mean.shape == (*names["information"].shape, 3)
+    assert (names["lacking"] >= 0).all()
 
 
 # --- nnx ----------------------------------------------------------------------------------
