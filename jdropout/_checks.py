@@ -757,9 +757,9 @@ def check_num_samples(count: Any, static: bool) -> Any:
             )
         return count
     number = check_positive("num_samples", count)
-    if not 2 <= number < 2**31:
+    if not 2 <= number < 2**30:
         raise ValueError(
-            f"num_samples must be at least 2, for there to be a variance, and below 2**31, got "
+            f"num_samples must be at least 2, for there to be a variance, and below 2**30, got "
             f"{number}."
         )
     return number
@@ -786,6 +786,19 @@ def check_one_row(y: Any) -> None:
                 f"an axis of size 1, gave shape {np.shape(leaf)}. Do what is over all examples, "
                 "such as a mean, after mc_predict."
             )
+
+
+def check_any_output(y: Any) -> None:
+    if not jax.tree.leaves(y):
+        raise TypeError(f"fn must return arrays, got {y!r}. Return what is to be averaged.")
+
+
+def check_model(model: Any, kind: type) -> None:
+    if not isinstance(model, kind):
+        raise TypeError(
+            f"model must be a {kind.__module__.split('.')[1]} module, got {_type(model)}. A "
+            "function is sampled by jdropout.mc_predict."
+        )
 
 
 def check_any_dropout(drops: bool) -> None:

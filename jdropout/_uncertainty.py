@@ -59,7 +59,13 @@ class MCPrediction:
     @property
     def standard_error(self) -> Any:
         """Of `mean`: how far it is, on average, from that of infinitely many samples."""
-        return jax.tree.map(lambda v: jnp.sqrt(v / _like(self.num_samples, v)), self.variance)
+
+        def error(variance: jax.Array) -> jax.Array:
+            count = _like(self.num_samples, variance)  # after a vmap with axes of its own
+            count = count.reshape(count.shape + (1,) * (variance.ndim - count.ndim))
+            return jnp.sqrt(variance / count)
+
+        return jax.tree.map(error, self.variance)
 
 
 def mc_predict(
@@ -93,8 +99,8 @@ def mc_predict(
       key: a PRNG key, as for `dropout`. Sample i has the key ``jdropout.keys.at_site(key, i)``,
         whatever the batch size.
       *args: arrays or trees of arrays; the last one holds the inputs.
-      num_samples: number of masks, at least 2; may be a traced integer, unless the samples are
-        to be returned.
+      num_samples: number of masks, at least 2 and below 2**30; may be a traced integer, which is
+        not checked, unless the samples are to be returned.
       batch_size: how many samples to compute together, 8 by default. With 1 there is no `jax.vmap`,
         so that a `layer_drop` in `fn` really skips. In the last batch, samples beyond the number
         are computed and not counted.
@@ -137,6 +143,8 @@ def mc_predict(
     size = BATCH_SIZE if batch_size is None else _checks.check_positive("batch_size", batch_size)
     if consistent:
         _checks.check_examples(args)
+    if progress is not None:
+        _checks.check_function("progress", progress)
     sampler = _Sampler.of(fn, consistent)
     if return_samples:
         _checks.check_no_progress(progress)
@@ -207,11 +215,11 @@ def _add(
     size: int,
 ) -> "_Moments":
     """Adds the samples from `first` to before `end` to the moments."""
-    # Compiled, so that the shapes of its result and the loop share one trace of it.
+    # Compiled, so that the type of its result and the loop share one trace of it.
     sample = jax.jit(lambda index: sampler(at_site(key, index), args))
     if moments is None:
-        shapes = jax.eval_shape(sample, jax.ShapeDtypeStruct((), jnp.int32))
-        moments = _no_moments(shapes)
+        # Of a sample's type, with its sharding. It is not computed, since its value is not used.
+        moments = _no_moments(sample(jnp.asarray(first, jnp.int32)))
 
     def add_batch(state: tuple[jax.Array, _Moments]) -> tuple[jax.Array, _Moments]:
         first, moments = state
@@ -238,8 +246,8 @@ def _stack(
         np.arange(count, dtype=np.int32),
         batch_size=None if size == 1 else min(size, count),
     )
-    shapes = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), samples)
-    moments = _no_moments(shapes).with_samples(samples, np.ones(count, bool))
+    moments = _no_moments(jax.tree.map(lambda y: y[0], samples))
+    moments = moments.with_samples(samples, np.ones(count, bool))
     return dataclasses.replace(_prediction(moments, count), samples=samples)
 
 
@@ -262,11 +270,15 @@ class _Moments:
         def add(mean: jax.Array, squares: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = y.astype(mean.dtype)
             mask = counted.reshape(-1, *(1,) * (y.ndim - 1))
-            batch_mean = jnp.where(mask, y, 0).sum(0) / _like(more, mean)
-            batch_squares = jnp.where(mask, _square(y - batch_mean[None]), 0).sum(0)
-            difference = batch_mean - mean
+            # From the first sample, so that what does not vary has a variance of 0, large or not.
+            offset = jnp.where(mask, y - y[:1], 0)
+            mean_offset = offset.sum(0) / _like(more, mean)
+            batch_squares = jnp.where(mask, _square(offset - mean_offset[None]), 0).sum(0)
+            difference = y[0] + mean_offset - mean
             part = _like(more, squares) / _like(total, squares)
-            between = _square(difference) * (part * _like(self.count, squares))
+            # In this order: the square of the first mean may overflow, and 0 * inf is NaN.
+            weight = part * _like(self.count, squares)
+            between = (difference * weight.astype(mean.dtype) * difference.conj()).real
             return mean + difference * part.astype(mean.dtype), squares + batch_squares + between
 
         sums = jax.tree.map(add, self.mean, self.squares, samples)
@@ -275,8 +287,9 @@ class _Moments:
         return _Moments(total, mean, squares)
 
 
-def _no_moments(shapes: Any) -> _Moments:
-    mean = jax.tree.map(lambda y: jnp.zeros(y.shape, sum_dtype(y)), shapes)
+def _no_moments(sample: Any) -> _Moments:
+    _checks.check_any_output(sample)
+    mean = jax.tree.map(lambda y: jnp.zeros_like(y, dtype=sum_dtype(y)), sample)
     squares = jax.tree.map(lambda y: jnp.zeros_like(y.real), mean)
     return _Moments(jnp.int32(0), mean, squares)
 

@@ -107,6 +107,18 @@ def test_a_small_variance_survives_a_large_mean_over_many_samples(key):
     assert abs(naive - 1) > 0.01
 
 
+@pytest.mark.parametrize("large", [-1e30, np.finfo(np.float32).min])
+@pytest.mark.parametrize("return_samples", [False, True])
+def test_large_constants_such_as_masked_logits_have_no_variance(large, return_samples, x, key):
+    def fn(key, x):
+        return jnp.where(jnp.arange(12) < 2, jdropout.dropout(key, x[0], 0.5), np.float32(large))
+
+    prediction = mc_predict(fn, key, x, num_samples=20, return_samples=return_samples)
+    np.testing.assert_array_equal(prediction.mean[2:], np.float32(large))
+    np.testing.assert_array_equal(prediction.variance[2:], 0)
+    assert (prediction.variance[:2] > 0).all()
+
+
 def test_a_tree_of_outputs_has_a_tree_of_moments(x, key):
     def fn(key, x):
         y = jdropout.dropout(key, x, 0.5)
@@ -310,7 +322,37 @@ def test_a_prediction_passes_through_transformations(x, key):
     batched = jax.vmap(predict, in_axes=(0, None))(keys, x)
     assert isinstance(batched, MCPrediction)
     for i in range(3):
-        np.testing.assert_allclose(batched.mean[i], predict(keys[i], x).mean, rtol=1e-5, atol=1e-6)
+        one = predict(keys[i], x)
+        np.testing.assert_allclose(batched.mean[i], one.mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(batched.standard_error[i], one.standard_error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"consistent": True}])
+def test_shardings_of_the_inputs_change_nothing(options, x, key):
+    x = jnp.ones((8, 12)) + jnp.arange(8.0)[:, None]
+    fn = functools.partial(jdropout.dropout, rate=0.5)
+    expected = mc_predict(fn, key, x, num_samples=10, **options)
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data")))
+            prediction = mc_predict(fn, key, placed, num_samples=10, **options)
+        np.testing.assert_allclose(prediction.mean, expected.mean, rtol=1e-6)
+        np.testing.assert_allclose(prediction.variance, expected.variance, rtol=1e-5)
+
+
+def test_a_shard_can_be_predicted_alone(x, key):
+    x = jnp.ones((8, 12))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    def predict(x):
+        start = (2 * jax.lax.axis_index("data"), 0)
+        fn = functools.partial(jdropout.dropout, rate=0.5, start=start, global_shape=(8, 12))
+        return mc_predict(fn, key, x, num_samples=10).mean
+
+    whole = mc_predict(functools.partial(jdropout.dropout, rate=0.5), key, x, num_samples=10)
+    np.testing.assert_allclose(jax.jit(predict)(x), whole.mean, rtol=1e-6)
 
 
 def test_the_mean_can_be_differentiated(x, key):
@@ -358,8 +400,9 @@ def test_progress_is_told_after_each_batch_and_changes_nothing(traces, x, key):
         ({"num_samples": 1}, ValueError, "num_samples must be at least 2, for there to be a var"),
         ({"num_samples": 0}, ValueError, "num_samples must be at least 1, got 0"),
         ({"num_samples": 2.0}, TypeError, "num_samples must be an integer, got 2.0"),
-        ({"num_samples": 2**31}, ValueError, "num_samples must be .* below 2**31, got 2147483648"),
+        ({"num_samples": 2**30}, ValueError, "num_samples must be .* below 2**30, got 1073741824"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"progress": True}, TypeError, "progress must be a function, got bool"),
         ({"batch_size": 1.5}, TypeError, "batch_size must be an integer, got 1.5"),
         (
             {"progress": print, "return_samples": True},
@@ -377,6 +420,8 @@ def test_bad_options_are_named(options, error, message, x, key):
 def test_bad_functions_and_keys_are_named(x, key):
     with pytest.raises(TypeError, match="fn must be a function, got int"):
         mc_predict(3, key, x, num_samples=4)
+    with pytest.raises(TypeError, match="fn must return arrays, got None"):
+        mc_predict(lambda key, x: None, key, x, num_samples=4)
     with pytest.raises(TypeError, match="fn must return floating-point or complex arrays"):
         mc_predict(lambda key, x: x > 0, key, x, num_samples=4)
     with pytest.raises(ValueError, match="key"):

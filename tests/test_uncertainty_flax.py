@@ -108,6 +108,43 @@ def test_all_kinds_of_nnx_layers_draw_with_and_without_streams(make, streams, ke
     assert (prediction.variance.mean(0) > 0).all()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, x: layer(x, deterministic=True),
+        lambda layer, x: layer(x, rngs=jax.random.key(0)),
+        lambda layer, x: layer(x, deterministic=True, rngs=nnx.Rngs(0)),
+    ],
+)
+@pytest.mark.parametrize("kind", [nnx.Dropout, jdropout.nnx.Dropout])
+def test_flags_and_keys_in_the_calls_of_nnx_layers_do_not_turn_them_off(call, kind, key):
+    class Calls(nnx.Module):
+        def __init__(self):
+            self.layer = kind(0.5)
+
+        def __call__(self, x):
+            return call(self.layer, x)
+
+    model = Calls()
+    samples = nnx_samples(model, jnp.ones((6, 50)), key).samples
+    assert (samples[0] != samples[1]).any()
+    assert type(model.layer) is kind  # control of what is changed in the copy
+
+
+def test_embeddings_of_nnx_drop_words_in_both_directions(key):
+    class Tied(nnx.Module):
+        def __init__(self):
+            embed = nnx.Embed(20, 8, rngs=nnx.Rngs(0))
+            self.embed = jdropout.nnx.EmbeddingDropout(embed, 0.5)
+
+        def __call__(self, tokens):
+            vectors = self.embed(tokens, deterministic=True)
+            return self.embed.attend(jnp.ones_like(vectors), deterministic=True)
+
+    prediction = jdropout.nnx.mc_predict(Tied(), jnp.arange(20), key, num_samples=40)
+    assert (prediction.variance.mean(0) > 0).all()
+
+
 def test_a_layer_that_is_called_twice_draws_twice(key):
     class Twice(nnx.Module):
         def __init__(self):
@@ -167,7 +204,13 @@ def test_consistent_nnx_samples_are_functions(key):
 
 @pytest.mark.parametrize(
     "model",
-    [nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Sequential(jdropout.nnx.Dropout(0.0))],
+    [
+        nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
+        nnx.Sequential(jdropout.nnx.Dropout(0.0)),
+        nnx.Sequential(nnx.Dropout(1.0)),
+        nnx.Sequential(jdropout.nnx.GaussianNoise(0.0)),
+        jdropout.nnx.Zoneout(nnx.SimpleCell(4, 4, rngs=nnx.Rngs(0)), (0.0,)),
+    ],
 )
 def test_an_nnx_model_without_dropout_is_an_error(model, key):
     with pytest.raises(ValueError, match="model must have a dropout layer with a rate above 0"):
@@ -257,6 +300,60 @@ def test_linen_compiles_once_while_parameters_change(key):
     second = jdropout.linen.mc_predict(LinenNet(), doubled, X, key, num_samples=30, apply=apply)
     assert shapes == [(6, 4)]
     assert not np.allclose(first.mean, second.mean)
+
+
+@pytest.mark.parametrize("layer", [linen.Dropout(0.5), jdropout.linen.Dropout(0.5)])
+def test_keys_in_the_calls_of_linen_layers_are_not_used(layer, key):
+    fixed = jax.random.key(0)
+    for apply in (
+        lambda model, x: model(x, True, fixed),
+        lambda model, x: model(x, deterministic=False, rng=fixed),
+    ):
+        samples = linen_samples(layer, {}, jnp.ones((6, 50)), key, apply=apply).samples
+        assert (samples[0] != samples[1]).any()
+
+
+def test_a_linen_layer_of_ones_own_may_have_no_flag(key):
+    class Own(linen.Dropout):
+        @linen.compact
+        def __call__(self, x):
+            return super().__call__(x)
+
+    samples = linen_samples(linen.Sequential([Own(0.5)]), {}, X, key).samples
+    assert (samples[0] != samples[1]).any()
+
+
+def test_wrapped_linen_modules_may_take_several_inputs(key):
+    class Sum(linen.Module):
+        @linen.compact
+        def __call__(self, x, y):
+            return linen.Dense(4)(x) + y
+
+    model = jdropout.linen.DropConnect(Sum(), 0.5, deterministic=True)
+    variables = model.init(jax.random.key(0), X, X)
+    samples = linen_samples(model, variables, X, key, apply=lambda model, x: model(x, x)).samples
+    assert (samples[0] != samples[1]).any()
+
+
+def test_linen_models_with_arrays_as_attributes_are_told_apart(key):
+    class Scaled(linen.Module):
+        scale: np.ndarray
+
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dropout(0.5, deterministic=True)(x) * self.scale
+
+    a, b = (Scaled(np.full((1, 4), number, np.float32)) for number in (1, 2))
+    np.testing.assert_array_equal(
+        2 * linen_samples(a, {}, X, key).samples, linen_samples(b, {}, X, key).samples
+    )
+
+
+def test_what_is_no_model_is_named(key):
+    with pytest.raises(TypeError, match="model must be a nnx module, got function"):
+        jdropout.nnx.mc_predict(lambda x: x, X, key, num_samples=4)
+    with pytest.raises(TypeError, match="model must be a linen module, got Linear"):
+        jdropout.linen.mc_predict(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), {}, X, key, num_samples=4)
 
 
 def test_the_stream_of_linen_may_have_another_name(key):

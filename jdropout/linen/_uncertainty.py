@@ -9,7 +9,8 @@ import jax
 from flax import linen
 
 from jdropout import _uncertainty
-from jdropout._checks import check_any_dropout
+from jdropout._checks import check_any_dropout, check_model
+from jdropout._flax import draws_mask
 from jdropout._typing import Key
 from jdropout._uncertainty import MCPrediction
 from jdropout.linen._dropout import Layer
@@ -31,7 +32,7 @@ def mc_predict(
 ) -> MCPrediction:
     """Mean and variance of a model's prediction over the masks of its dropout.
 
-    Every layer that drops draws its masks, whatever its flag and the model's arguments say:
+    Every layer that drops draws its masks, whatever flag or key the model passes to it:
     `flax.linen.Dropout`, the layers of this library and attention of either. All else is as the
     model's arguments say: ask for evaluation by `apply`, as in
     ``apply=lambda model, x: model(x, train=False)``, and a `BatchNorm` uses its running averages.
@@ -59,7 +60,7 @@ def mc_predict(
       As for `jdropout.mc_predict`.
 
     Raises:
-      TypeError: as for `jdropout.mc_predict`.
+      TypeError: if the model is no linen module, or as for `jdropout.mc_predict`.
       ValueError: if no layer drops when the model is called, or as for `jdropout.mc_predict`.
 
     Example:
@@ -79,6 +80,7 @@ def mc_predict(
     References:
       As for `jdropout.mc_predict`.
     """
+    check_model(model, linen.Module)
     return _uncertainty.mc_predict(
         _Sample(model, apply, rng_collection),
         key,
@@ -92,13 +94,26 @@ def mc_predict(
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Sample:
     """Calls a model that takes its masks from a key; equal ones are compiled once."""
 
     model: linen.Module
     apply: Callable[[Any, Any], Any] | None
     rng_collection: str
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Sample):
+            return NotImplemented
+        if (self.apply, self.rng_collection) != (other.apply, other.rng_collection):
+            return False
+        try:
+            return self.model is other.model or bool(self.model == other.model)
+        except ValueError:  # an attribute is an array
+            return False
+
+    def __hash__(self) -> int:
+        return hash((type(self.model), self.apply, self.rng_collection))
 
     def __call__(self, key: jax.Array, variables: Any, x: Any) -> Any:
         dropout_on = _DropoutOn()
@@ -133,16 +148,25 @@ class _DropoutOn:
         drops = attention or isinstance(module, Layer | linen.Dropout)
         if not drops or context.method_name not in methods:
             return method(*args, **kwargs)
-        self.drops |= (module.dropout_rate if attention else getattr(module, "rate", 1)) != 0
-        _, *names = inspect.signature(getattr(type(module), context.method_name)).parameters
-        position = names.index("deterministic")
-        if position < len(args):
-            args = (*args[:position], False, *args[position + 1 :])
+        if isinstance(module, Layer):
+            self.drops |= module._draws(False)
         else:
-            kwargs = kwargs | {"deterministic": False}
+            self.drops |= draws_mask(module.dropout_rate if attention else module.rate, False)
+        parameters = inspect.signature(getattr(type(module), context.method_name)).parameters
+        for name, value in (("deterministic", False), ("rng", None), ("dropout_rng", None)):
+            if name not in parameters:
+                continue
+            position = list(parameters).index(name) - 1  # without self
+            keyword_only = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+            if keyword_only or position >= len(args):
+                kwargs = kwargs | {name: value}
+            else:
+                args = (*args[:position], value, *args[position + 1 :])
         # The constructor's flag does not count either; with both Flax raises an error.
         flag = module.deterministic
-        object.__setattr__(module, "deterministic", None)
+        object.__setattr__(
+            module, "deterministic", None if "deterministic" in parameters else False
+        )
         try:
             return method(*args, **kwargs)
         finally:

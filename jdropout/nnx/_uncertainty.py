@@ -1,6 +1,7 @@
 """Monte Carlo dropout for nnx models."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 from flax import nnx
 
 from jdropout import _uncertainty
-from jdropout._checks import check_any_dropout
+from jdropout._checks import check_any_dropout, check_model
+from jdropout._flax import draws_mask
 from jdropout._typing import Key
 from jdropout._uncertainty import MCPrediction
 from jdropout.nnx._dropout import Layer
@@ -30,16 +32,18 @@ def mc_predict(
     """Mean and variance of a model's prediction over the masks of its dropout.
 
     Every layer that drops draws its masks: `flax.nnx.Dropout`, the layers of this library and
-    attention of either. All else is in evaluation mode, as after ``model.eval()``, so that a
-    `BatchNorm` uses its running averages. The model itself is not changed, whatever mode it is
-    in, nor are its random streams used: the masks are a function of the key and of the paths of
-    the layers, as of `set_site_keys`.
+    attention of either, whatever flag, stream or key the model passes to it. All else is in
+    evaluation mode, as after ``model.eval()``, so that a `BatchNorm` uses its running averages
+    unless the model's call says otherwise. The model itself is not changed, whatever mode it is in,
+    nor are its random streams used: the masks are a function of the key and of the paths of the
+    layers, as of `set_site_keys`.
 
     It is compiled once for each structure of model, whatever the values of its parameters and the
     number of samples are.
 
     Args:
-      model: an nnx module. Its dropouts need no ``rngs``.
+      model: an nnx module. Its dropouts need no ``rngs``, unless they are in a stack of layers, as
+        for ``nnx.scan``.
       x: its input, an array or a tree of arrays with the examples on the leading axis.
       key: a PRNG key, as for `jdropout.dropout`. Sample i takes its masks from
         ``jdropout.keys.at_site(key, i)``.
@@ -55,7 +59,7 @@ def mc_predict(
       As for `jdropout.mc_predict`.
 
     Raises:
-      TypeError: as for `jdropout.mc_predict`.
+      TypeError: if the model is no nnx module, or as for `jdropout.mc_predict`.
       ValueError: if no layer of the model drops, or as for `jdropout.mc_predict`.
 
     Example:
@@ -76,6 +80,7 @@ def mc_predict(
     References:
       As for `jdropout.mc_predict`.
     """
+    check_model(model, nnx.Module)
     model = nnx.clone(model)
     model.eval()
     drops = [_turn_on(node) for _, node in nnx.iter_graph(model)]
@@ -109,13 +114,37 @@ class _Sample:
 
 
 def _turn_on(node: Any) -> bool:
-    """Lets a layer draw, from a stream if it has none; returns whether it is one that drops."""
+    """Lets a layer draw in all its calls, from its own stream; returns whether it drops."""
     attention = isinstance(node, nnx.MultiHeadAttention)
     if not attention and not isinstance(node, nnx.Dropout | Layer):
         return False
-    node.deterministic = False
+    if isinstance(node, Layer):
+        drops = node._draws(False)
+    else:
+        drops = draws_mask(node.dropout_rate if attention else node.rate, False)
     if node.rngs is None:
         collection = "dropout" if attention else node.rng_collection
         source = nnx.Dropout(0.0, rng_collection=collection, rngs=nnx.Rngs(0))
         node.rngs = nnx.data(source.rngs)
-    return (node.dropout_rate if attention else getattr(node, "rate", 1)) != 0
+    # Not a new object, for it may be shared, or in any container.
+    kind: Any = type(node)
+    object.__setattr__(node, "__class__", _always_on(kind))
+    return drops
+
+
+@functools.cache
+def _always_on(kind: type) -> type:
+    """A layer whose calls draw, whatever the flag and the source of keys that are passed."""
+
+    def drawing(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def draw(
+            self: Any, *args: Any, deterministic: Any = None, rngs: Any = None, **more: Any
+        ) -> Any:
+            return method(self, *args, deterministic=False, **more)
+
+        return draw
+
+    names = [name for name in ("__call__", "attend") if hasattr(kind, name)]
+    methods = {name: drawing(getattr(kind, name)) for name in names}
+    return type(kind)(kind.__name__, (kind,), methods)
