@@ -15,7 +15,7 @@ SAMPLES = 100
 INPUTS, OUTPUTS = 64, 10
 SIZES = ((32, 256), (256, 128), (256, 256), (256, 1024))
 """Examples, and units of each of the two hidden layers."""
-COLUMNS = ("mc / passes", "consistent / passes", "stacked / passes")
+COLUMNS = ("mc / passes", "consistent / passes", "stacked / passes", "1 / passes", "32 / passes")
 
 
 def uncertainty(plan: Plan) -> Iterator[Row]:
@@ -31,6 +31,8 @@ def uncertainty(plan: Plan) -> Iterator[Row]:
             "mc": predict,
             "consistent": functools.partial(predict, consistent=True),
             "stacked": functools.partial(predict, return_samples=True),
+            "1": functools.partial(predict, batch_size=1),
+            "32": functools.partial(predict, batch_size=32),
         }
         functions |= jit({"passes": mlp}, None, params, jnp.tile(x, (SAMPLES, 1)))
         labels = {"examples": str(examples), "width": str(width)}

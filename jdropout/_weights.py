@@ -298,7 +298,7 @@ def _lowest(size: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
 
     The smallest that is not chosen is found bit by bit, by counting what is below it; and then,
     in the same way, how far to go among those equal to it. That takes some forty reductions of the
-    array and no memory, where sorting takes ten times as long.
+    array, which are together far quicker than sorting it.
     """
     dtype = jnp.uint64 if jnp.finfo(size.dtype).bits == 64 else jnp.uint32
     bits = lax.bitcast_convert_type(size, dtype)  # in the order of the numbers

@@ -264,11 +264,21 @@ def test_samples_of_linen_are_those_of_the_model_with_its_dropout_on(flag, layer
 
 
 def test_layers_of_linen_are_as_before_afterwards(key):
-    layer = jdropout.linen.Dropout(0.5, deterministic=True)
-    model = linen.Sequential([layer])
-    assert (linen_samples(model, {}, X, key).samples != X[None]).any()
-    assert layer.deterministic is True
-    np.testing.assert_array_equal(model.apply({}, X), X)
+    flags = []
+
+    class Reads(linen.Module):
+        def setup(self):
+            self.layer = jdropout.linen.Dropout(0.5, deterministic=True)
+
+        def __call__(self, x):
+            y = self.layer(x)
+            flags.append(self.layer.deterministic)
+            return y
+
+    assert (linen_samples(Reads(), {}, X, key).samples != X[None]).any()
+    assert flags
+    assert all(flag is True for flag in flags)
+    np.testing.assert_array_equal(Reads().apply({}, X), X)
 
 
 @pytest.mark.parametrize(
