@@ -233,8 +233,11 @@ def keep(
     Returns:
       Booleans of ``layout.shape``.
     """
-    evaluate = _packed if layout.shape[-2] > _LANES else _elementwise
-    return evaluate(mask_keys(key_words, threshold.digits), threshold, layout, origin)
+    keys = mask_keys(key_words, threshold.digits)
+    if layout.shape[-2] > _LANES:
+        return _packed(keys, threshold, layout, origin)
+    kept = _elementwise(keys, threshold, layout, origin)
+    return _apart(kept) if threshold.digits > 1 else kept
 
 
 def uniform(key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.Array:
@@ -249,7 +252,16 @@ def uniform(key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.
       uint32 of ``layout.shape``, in units of 2^-32.
     """
     high, low = _digits(mask_keys(key_words, 2), layout, origin)
-    return (high << np.uint32(DIGIT_BITS)) | low
+    return _apart((high << np.uint32(DIGIT_BITS)) | low)
+
+
+def _apart(numbers: jax.Array) -> jax.Array:
+    """Keeps two ciphers out of the loop that consumes their numbers.
+
+    From JAX 0.12 on LLVM does not come to an end (minutes for a 4 x 4 array) where XLA:CPU inlines
+    both of them into a long consumer. JAX 0.10 drops the barrier there, and does not need it.
+    """
+    return lax.optimization_barrier(numbers)
 
 
 def _elementwise(

@@ -179,13 +179,17 @@ class _Walker(Numbering):
     # --- operations with bodies -------------------------------------------------------------
 
     def scan(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
-        parameters = equation.params
-        constants, carry = parameters["num_consts"], parameters["num_carry"]
-        loop = self.loop("scan", parameters["length"])
+        body = open_jaxpr(equation.params["jaxpr"])
+        # Constants, carry and slices are told apart by their axes: the parameters that count them
+        # have other names in JAX 0.12.
+        scanned = _with_another_axis(equation.invars, body.invars)
+        carry = len(body.outvars) - _with_another_axis(equation.outvars, body.outvars)
+        constants = len(operands) - carry - scanned
+        loop = self.loop("scan", equation.params["length"])
         slices = [self.slice_of(value, loop) for value in operands[constants + carry :]]
         start = operands[constants:][:carry]
         results = self.iterate(
-            parameters["jaxpr"], operands[:constants], start, slices, loop, context
+            equation.params["jaxpr"], operands[:constants], start, slices, loop, context
         )
         return self.after_loop(equation, operands, start, results, loop)
 
@@ -369,6 +373,12 @@ def _draws_bernoulli(equation: Any) -> bool:
         and [variable.aval.dtype for variable in equation.outvars] == [np.bool_]
         and sum(is_key(atom.aval) for atom in equation.invars) == 1
     )
+
+
+def _with_another_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many values have an axis of iterations outside of a loop's body."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
 
 
 def _may_make_key(aval: Any) -> bool:
