@@ -1,14 +1,27 @@
 """A stricter environment than any user's: what passes here passes there."""
 
+import importlib.metadata
 import os
-
-# Before JAX starts: eight CPU devices for the sharding tests.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+import pathlib
 
 import jax
 import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+collect_ignore = ["sharded"]  # test_sharded.py runs it, in processes with eight devices
+
+# 0.25 s a program and thousands of programs: the second run reads them from a directory, and so
+# do the processes that tests start, which inherit the environment.
+COMPILATION_CACHE = {
+    "jax_compilation_cache_dir": str(ROOT / ".jax_cache" / importlib.metadata.version("jax")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for name, value in COMPILATION_CACHE.items():
+    if name.upper() not in os.environ:
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,3 +30,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(20140614)
+
+
+# What takes longest goes first, so that no worker is left alone with it at the end.
+LONGEST = ("test_sharded", "test_resume", "test_law", "test_audit_flax", "test_statistics")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_compiled_programs():
+    """Compiled programs stay in memory until JAX's caches are cleared."""
+    yield
+    jax.clear_caches()

@@ -1,10 +1,13 @@
 """Runs the examples as a reader would: each in a process of its own."""
 
+import importlib
 import os
 import pathlib
 import re
 import subprocess
 import sys
+
+import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -26,9 +29,27 @@ def run_example(name, *options, **settings):
     return result.stdout
 
 
+def load(name):
+    """Imports an example as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)  # they import each other, as scripts do
+        return importlib.import_module(name)
+
+
+def error_of(name, *options):
+    """What an example says of options that are wrong, in this process: it ends before it starts."""
+    module = load(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+    return ended.value.code
+
+
 def environment(**settings):
-    # The tests' own settings, such as eight devices, are not what a reader of the examples has.
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # The tests' own settings are not what a reader of the examples has.
+    own = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     return inherited | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"} | settings
 
 

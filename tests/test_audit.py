@@ -1,52 +1,29 @@
 """`audit` finds every mistake that it knows, in any guise, and none in the repaired twin."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from audit_cases import (
+    CORE_GUISES,
+    DROPOUTS,
+    GUISES,
+    NOT_CUSTOM,
+    OURS,
+    RATE,
+    assert_found,
+    by_hand,
+    gradient,
+    in_turn,
+    with_custom_jvp,
+)
 from jax import lax
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import jdropout
 from jdropout.keys import site_key
-
-RATE = 0.25
-
-
-def by_hand(key, x, rate=RATE):
-    """The dropout of Flax, Equinox and Haiku."""
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def by_product(key, x, rate=RATE):
-    return x * jax.random.bernoulli(key, 1 - rate, x.shape).astype(x.dtype) / (1 - rate)
-
-
-def by_dropped(key, x, rate=RATE):
-    return jnp.where(jax.random.bernoulli(key, rate, x.shape), 0.0, x) / (1 - rate)
-
-
-@jax.custom_vjp
-def with_recomputed_mask(key, x):
-    return by_hand(key, x)
-
-
-with_recomputed_mask.defvjp(
-    lambda key, x: (by_hand(key, x), jax.random.key_data(key)),
-    lambda words, cotangent: (None, by_hand(words, cotangent)),
-)
-OURS = functools.partial(jdropout.dropout, rate=RATE)
-DROPOUTS = {
-    "ours": OURS,
-    "by hand": by_hand,
-    "by product": by_product,
-    "by dropped": by_dropped,
-    "custom_vjp": with_recomputed_mask,
-}
 
 
 @pytest.fixture(params=DROPOUTS)
@@ -59,104 +36,22 @@ def x():
     return jnp.ones((8, 16))
 
 
-def assert_found(expected, number_of_sites, function, *args, **kwargs):
-    """Compares the whole outcome: codes with their sites, and the number of all sites."""
-    report = jdropout.audit(function, *args, **kwargs)
-    assert [(finding.code, finding.sites) for finding in report.findings] == expected
-    assert len(report.sites) == number_of_sites
-    return report
-
-
-def compiled_before(function):
-    compiled = jax.jit(function)
-    compiled(jax.random.key(0), jnp.ones((8, 16)))
-    return compiled
-
-
-def with_custom_jvp(function):
-    wrapped = jax.custom_jvp(function, nondiff_argnums=(0,))
-    wrapped.defjvp(
-        lambda key, primals, tangents: jax.jvp(functools.partial(function, key), primals, tangents)
-    )
-    return lambda key, x: wrapped(key, x)
-
-
-def gradient(function):
-    return jax.grad(lambda key, x: function(key, x).sum(), argnums=1)
-
-
-NAMES = jax.checkpoint_policies
-POLICIES = {
-    "everything": NAMES.everything_saveable,
-    "nothing": NAMES.nothing_saveable,
-    "dots": NAMES.dots_saveable,
-    "these names": NAMES.save_only_these_names("a"),
-    "any names but these": NAMES.save_any_names_but_these("a"),
-    "anything but these names": NAMES.save_anything_except_these_names("a"),
-}
-GUISES = {
-    "plain": lambda f: f,
-    "jit": jax.jit,
-    "compiled before": compiled_before,
-    "grad": gradient,
-    "jit of grad of jit": lambda f: jax.jit(gradient(jax.jit(f))),
-    "value_and_grad": lambda f: jax.value_and_grad(lambda k, x: f(k, x).sum(), 1),
-    "vjp": lambda f: lambda k, x: jax.vjp(functools.partial(f, k), x)[1](x),
-    "jvp": lambda f: lambda k, x: jax.jvp(functools.partial(f, k), (x,), (x,)),
-    "grad of grad": lambda f: gradient(gradient(lambda k, x: f(k, x) ** 3)),
-    "checkpoint": jax.checkpoint,
-    "grad of checkpoint": lambda f: gradient(jax.checkpoint(f)),
-    "grad of checkpoint of checkpoint": lambda f: gradient(jax.checkpoint(jax.checkpoint(f))),
-    **{
-        f"checkpoint saving {name}": lambda f, policy=policy: jax.jit(
-            gradient(jax.checkpoint(f, policy=policy))
-        )
-        for name, policy in POLICIES.items()
-    },
-    "cond": lambda f: gradient(lambda k, x: lax.cond(x[0, 0] > 0, f, lambda _, x: x, k, x)),
-    "switch": lambda f: lambda k, x: lax.switch(1, [lambda _, x: x, f, lambda _, x: -x], k, x),
-    "vmap over keys": lambda f: (
-        lambda k, x: jax.vmap(f)(jax.random.split(k, 3), jnp.stack([x] * 3))
-    ),
-    "map over keys": lambda f: lambda k, x: lax.map(lambda k: f(k, x), jax.random.split(k, 3)),
-    "grad of scan of checkpoint": lambda f: gradient(
-        lambda k, x: lax.scan(
-            jax.checkpoint(lambda x, k: (f(k, x), None)), x, jax.random.split(k, 3)
-        )[0]
-    ),
-    "while_loop": lambda f: (
-        lambda k, x: lax.while_loop(
-            lambda carry: carry[0] < 3,
-            lambda carry: (carry[0] + 1, f(jax.random.fold_in(k, carry[0]), carry[1])),
-            (0, x),
-        )
-    ),
-    "shard_map": lambda f: in_parts(
-        lambda k, x: f(jax.random.fold_in(k, lax.axis_index("data")), x)
-    ),
-}
-# What cannot be differentiated, or twice, or is a whole program by itself.
-NOT_CUSTOM = {"jvp", "grad of grad"}
-
-
-WHOLE, PARTS = P(), P("data")
-
-
-def in_parts(function, specs=(WHOLE, PARTS), out=PARTS, **options):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, **options)
-
-
 # --- one key, several sites ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guise", [*GUISES, "custom_jvp"])
-@pytest.mark.parametrize("name", ["ours", "by hand", "custom_vjp"])
+@pytest.mark.parametrize(
+    ("guise", "name"),
+    [
+        (guise, name if (guise, name) not in NOT_CUSTOM else "ours")
+        for guise, name in in_turn(
+            [*GUISES, "custom_jvp"],
+            ["ours", "by hand", "custom_vjp"],
+            also=itertools.product(CORE_GUISES, DROPOUTS),
+        )
+    ],
+)
 def test_a_reused_key_is_found_in_every_guise(guise, name, key, x):
-    drop = DROPOUTS[name]
-    wrap = GUISES.get(guise, with_custom_jvp)
-    if name == "custom_vjp" and guise in NOT_CUSTOM | {"custom_jvp"}:
-        wrap = GUISES["grad"]  # JAX takes no second derivative of it
+    drop, wrap = DROPOUTS[name], GUISES.get(guise, with_custom_jvp)
 
     def reused(key, x):
         return drop(key, jnp.sin(drop(key, x)))
@@ -169,10 +64,24 @@ def test_a_reused_key_is_found_in_every_guise(guise, name, key, x):
     assert_found([], 2, wrap(repaired), key, x)
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-@pytest.mark.parametrize("raw", [False, True])
-def test_a_reused_key_of_any_kind_is_found(impl, raw, drop, x):
-    key = jax.random.key(1, impl=impl)
+def test_parts_of_one_mask_may_share_a_key(key, x):
+    def parts(key, x, *starts):
+        part = functools.partial(jdropout.dropout, key, rate=0.5, global_shape=(24, 16))
+        return [part(x, start=(start, 0)) for start in starts]
+
+    for wrap in (lambda f: f, jax.jit):
+        assert_found([], 2, wrap(lambda key, x: parts(key, x, 0, 8)), key, x)
+        assert_found([], 2, wrap(parts), key, x, 0, 8)
+        twice = wrap(lambda key, x: parts(key, x, 8, 8))
+        assert_found([("key-reused", (0, 1))], 2, twice, key, x)
+
+
+@pytest.mark.parametrize(
+    ("impl", "name", "raw"),
+    in_turn(["threefry2x32", "rbg", "unsafe_rbg"], DROPOUTS, [False, True]),
+)
+def test_a_reused_key_of_any_kind_is_found(impl, name, raw, x):
+    drop, key = DROPOUTS[name], jax.random.key(1, impl=impl)
 
     def reused(key, x):
         if raw:  # and typed again, for one of the two
@@ -269,14 +178,20 @@ def test_branches_may_share_a_key(drop, key, x):
     assert_found([("key-reused", (0, 1, 2))], 3, after, key, x)
 
 
-@pytest.mark.parametrize("guise", ["plain", "jit", "grad", "grad of checkpoint", "shard_map"])
-def test_keys_that_meet_in_value_are_found(guise, drop, key, x):
+@pytest.mark.parametrize(
+    ("guise", "name"),
+    in_turn(
+        ["jit", "grad of checkpoint"],
+        ["ours", "by hand"],
+        also=itertools.product(["plain", "grad"], DROPOUTS),
+    ),
+)
+def test_keys_that_meet_in_value_are_found(guise, name, key, x):
+    drop, wrap = DROPOUTS[name], GUISES[guise]
+
     def meeting(key, x):
         return drop(jax.random.fold_in(key, 0), drop(jax.random.split(key)[0], x))
 
-    wrap = (
-        GUISES[guise] if guise != "shard_map" else lambda f: in_parts(f, specs=(P(), P()), out=P())
-    )
     assert_found([("same-mask", (0, 1))], 2, wrap(meeting), key, x)
 
     def apart(key, x):
@@ -301,23 +216,28 @@ def test_keys_that_meet_in_branches_are_none(key, x):
 
 
 @pytest.mark.parametrize(
-    "guise",
-    [
-        name
-        for name in GUISES
-        if name not in NOT_CUSTOM and not name.endswith(("keys", "while_loop"))
-    ],
+    ("guise", "name"),
+    in_turn(
+        [
+            guise
+            for guise in GUISES
+            if (guise, "custom_vjp") not in NOT_CUSTOM
+            and not guise.endswith(("keys", "while_loop"))
+        ],
+        ["ours", "by hand"],
+        also=itertools.product(
+            ["plain", "grad", "grad of scan of checkpoint"], ["ours", "by hand"]
+        ),
+    ),
 )
-@pytest.mark.parametrize("name", ["ours", "by hand"])
 def test_a_key_that_is_made_in_the_step_is_found(guise, name, key, x):
     drop, wrap = DROPOUTS[name], GUISES[guise]
     fixed = jax.random.key(7)
     codes = [("key-independent-of-step", (0,))]
     if "scan" in guise:
         codes.append(("key-independent-of-iteration", (0,)))
-    if guise == "shard_map":
-        codes = [codes[0], ("shared-over-devices", (0,))][::-1]
-    for make in (lambda: fixed, lambda: jax.random.key(7), lambda: jax.random.PRNGKey(7)):
+    makes = [lambda: fixed, lambda: jax.random.key(7), lambda: jax.random.PRNGKey(7)]
+    for make in makes if guise in CORE_GUISES else makes[:1]:
 
         def step(key, x, make=make):
             return drop(make(), x)
@@ -384,9 +304,17 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, gradient, lambda f: jax.jit(gradient(f))])
-def test_a_loop_whose_iterations_share_a_mask_is_found(loop, wrap, drop, key, x):
+@pytest.mark.parametrize(
+    ("loop", "guise", "name"),
+    in_turn(
+        LOOPS,
+        ["plain", "jit", "grad", "jit of grad of jit"],
+        [*DROPOUTS],
+        also=itertools.product(["scan"], ["plain", "grad"], DROPOUTS),
+    ),
+)
+def test_a_loop_whose_iterations_share_a_mask_is_found(loop, guise, name, key, x):
+    drop, wrap = DROPOUTS[name], GUISES[guise]
     shared = functools.partial(LOOPS[loop], lambda key, i, x: drop(key, x))
     own = functools.partial(LOOPS[loop], lambda key, i, x: drop(jax.random.fold_in(key, i), x))
     loops = ("scan of 2", "scan of 3") if loop == "nested" else ("scan of 3",)
@@ -457,9 +385,16 @@ def test_rates_that_drop_nothing_or_everything_are_found(rate, code, key, x):
 
 
 def test_rates_of_others_that_drop_nothing_or_everything_are_found(key, x):
-    for keep, code in ((1.0, "rate-zero"), (0.0, "rate-one")):
-        mask = functools.partial(jax.random.bernoulli, p=keep, shape=(8, 16))
-        step = functools.partial(lambda mask, key, x: jnp.where(mask(key), x, 0.0), mask)
+    guises = (
+        lambda kept, x: jnp.where(kept, x, 0.0),
+        lambda kept, x: jnp.where(~kept, 0.0, x),
+        lambda kept, x: x * (1 - (~kept).astype(x.dtype)),
+    )
+    for (keep, code), guise in itertools.product([(1.0, "rate-zero"), (0.0, "rate-one")], guises):
+
+        def step(key, x, keep=keep, guise=guise):
+            return guise(jax.random.bernoulli(key, keep, x.shape), x)
+
         assert_found([(code, (0,))], 1, step, key, x)
 
 
@@ -519,12 +454,21 @@ class TestedModel:
         return drop(key, x)
 
 
+EVALUATIONS = {f.__name__: f for f in (evaluate, predictBatch, test_step, forward)}
+
+
 @pytest.mark.parametrize(
-    "function", [evaluate, predictBatch, test_step, forward], ids=lambda f: f.__name__
+    ("function", "guise", "name"),
+    in_turn(
+        EVALUATIONS,
+        ["plain", "jit"],
+        [*DROPOUTS],
+        also=itertools.product(["evaluate"], ["plain", "jit"], DROPOUTS),
+    ),
 )
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
-def test_dropout_that_is_on_in_evaluation_is_found(function, wrap, drop, key, x):
-    function = wrap(functools.partial(function, drop=drop))
+def test_dropout_that_is_on_in_evaluation_is_found(function, guise, name, key, x):
+    drop, wrap = DROPOUTS[name], GUISES[guise]
+    function = wrap(functools.partial(EVALUATIONS[function], drop=drop))
     report = assert_found([("on-in-evaluation", (0,))], 1, lambda k, x: function(k, x), key, x)
     assert "a function named" in report.findings[0].message
 
@@ -591,9 +535,12 @@ def test_a_batch_of_one_shares_nothing(key):
         assert_found([], 1, drop, key, jnp.ones((1, 16)))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, gradient])
-def test_a_key_that_vmap_does_not_split_is_found(wrap, drop, key):
-    x = jnp.ones((8, 5, 16))
+@pytest.mark.parametrize(
+    ("guise", "name"),
+    in_turn(["jit"], ["by hand"], also=itertools.product(["plain", "grad"], DROPOUTS)),
+)
+def test_a_key_that_vmap_does_not_split_is_found(guise, name, key):
+    drop, wrap, x = DROPOUTS[name], GUISES[guise], jnp.ones((8, 5, 16))
 
     def shared(key, x):
         return jax.vmap(drop, in_axes=(None, 0))(key, x)
@@ -657,67 +604,6 @@ def test_attention_of_one_example_has_heads_first(key):
     assert_found(found, 1, functools.partial(attend, (0,)), key, q)
 
 
-# --- devices ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"check_vma": False}], ids=str)
-@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jax.jit(gradient(f))])
-def test_a_mask_that_devices_share_is_found(options, wrap, drop, key, x):
-    part = functools.partial(in_parts, **options)
-    found = [("shared-over-devices", (0,))]
-    report = assert_found(found, 1, wrap(part(drop)), key, x)
-    assert "'data'" in report.findings[0].message
-
-    def by_axis(axis):
-        return lambda key, x: drop(jax.random.fold_in(key, lax.axis_index(axis)), x)
-
-    assert_found([], 1, wrap(part(by_axis("data"))), key, x)
-    # Another axis of the mesh does not help.
-    both = part(by_axis("model"), out=P(("data", "model")))
-    assert_found(found, 1, both if drop is with_recomputed_mask else wrap(both), key, x)
-    own = part(lambda keys, x: drop(keys[0], x), specs=(P("data"), P("data")))
-    assert_found([], 1, wrap(lambda k, x: own(jax.random.split(k, 4), x)), key, x)
-
-
-def test_devices_may_share_the_mask_of_what_they_share(drop, key, x):
-    summed = in_parts(lambda key, x: drop(key, lax.psum(x, "data")), out=P())
-    assert_found([], 1, summed, key, x)
-    copied = in_parts(drop, specs=(P(), P()), out=P())
-    assert_found([], 1, copied, key, x)
-
-    def after(key, x):
-        return drop(key, in_parts(jnp.sin, specs=(P("data"),))(x))
-
-    assert_found([], 1, after, key, x)
-
-
-def test_a_part_of_the_whole_mask_is_clean(key, x):
-    def part(key, x):
-        start = (lax.axis_index("data") * 2, 0)
-        return jdropout.dropout(key, x, RATE, start=start, global_shape=(8, 16))
-
-    assert_found([], 1, in_parts(part), key, x)
-    assert_found([], 1, jax.jit(gradient(in_parts(part))), key, x)
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_arrays_are_audited_like_others(axis_type, drop, key, x):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-    with jax.set_mesh(mesh):
-        # A mask that is drawn by hand has no sharding, which must be the array's in explicit mode.
-        spec = P("data", "model") if drop is OURS or axis_type == AxisType.Auto else P()
-        x = jax.device_put(x, jax.NamedSharding(mesh, spec))
-        step = jax.jit(gradient(lambda key, x: drop(key, drop(key, x))))
-        assert_found([("key-reused", (0, 1))], 2, step, key, x)
-        clean = jax.jit(gradient(lambda k, x: drop(jax.random.fold_in(k, 1), drop(k, x))))
-        assert_found([], 2, clean, key, x)
-
-
-def test_pmap_is_audited(drop, key, x):
-    assert_found([("shared-over-devices", (0,))], 1, jax.pmap(drop, in_axes=(None, 0)), key, x)
-    assert_found([], 1, jax.pmap(drop), jax.random.split(key, 8), x)
-
-
 # --- what is no dropout -------------------------------------------------------------------
 
 
@@ -750,7 +636,7 @@ def test_site_keys_are_clean(drop, key, x):
 
         return lax.scan(layer, x, jnp.arange(3))[0].sum()
 
-    for number in (0, jnp.int32(0), np.int32(5)):
+    for number in (0, jnp.int32(0), np.int32(5)) if drop is OURS else (0,):
         assert_found([], 5, jax.jit(jax.grad(step, 2)), key, number, x)
 
 

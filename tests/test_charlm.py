@@ -48,6 +48,7 @@ def parse(charlm, monkeypatch, tmp_path, *options):
     return charlm.parse_options()
 
 
+@pytest.mark.examples
 def test_the_table_has_a_row_for_each_training(outputs):
     text, output = outputs[0]
     rows = re.findall(r"│ (\w[\w ]*\w) +│ \d\.\d{3} +│ \d\.\d{3} +│ \d\.\d{3} +│ \d", text)
@@ -59,6 +60,7 @@ def test_the_table_has_a_row_for_each_training(outputs):
     assert len(picture) > 10_000
 
 
+@pytest.mark.examples
 def test_another_process_gives_the_same_parameters(outputs):
     (first, _), (second, _) = outputs
     assert last_digest(first) == last_digest(second)
@@ -146,6 +148,7 @@ def training_of(charlm, layers):
     return charlm.Training(structure, streams, optax.sgd(0.1), batch_size=2, context=6), params
 
 
+@pytest.mark.examples
 def test_evaluation_draws_nothing(charlm, key):
     training, params = training_of(charlm, layers=1)
     windows = jax.random.randint(key, (2, 7), 0, 96)
@@ -162,6 +165,7 @@ def test_evaluation_draws_nothing(charlm, key):
     assert not np.allclose(logits, other_logits, atol=1e-3)
 
 
+@pytest.mark.examples
 def test_an_audit_of_the_step_finds_all_sites_and_nothing_wrong(charlm, key):
     training, params = training_of(charlm, layers=1)
     state = charlm.State(params, training.optimizer.init(params))

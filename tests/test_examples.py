@@ -1,10 +1,9 @@
-import importlib
 import re
 
 import jax
 import numpy as np
 import pytest
-from example_runs import EXAMPLES, last_digest, run, run_example
+from example_runs import EXAMPLES, error_of, last_digest, load, run, run_example
 from flax import nnx
 
 # Installed torch or not, the import fails.
@@ -33,11 +32,6 @@ def train_transformer_shortly(output, *options):
     return run_example(name, *settings, "--output", output, *options, **COMPILE_QUICKLY)
 
 
-def load_example(monkeypatch, name):
-    monkeypatch.syspath_prepend(EXAMPLES)  # they import each other, as scripts do
-    return importlib.import_module(name)
-
-
 def losses(text):
     """Returns the rows of numbers in the table of losses."""
     rows = re.findall(r"(no dropout|dropout) +│ (\d\.\d{3}) +│ (\d\.\d{3}) +│ (\d\.\d{3})", text)
@@ -60,6 +54,7 @@ def test_how_dropout_works_prints_its_table_and_draws_its_picture(tmp_path):
     assert_is_picture(tmp_path / "new" / "how_dropout_works.png")
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("options", [("--rate", 0.9, "--units", 1), ("--rate", 1e-9, "--keys", 2)])
 def test_how_dropout_works_at_extreme_settings(options, tmp_path):
     run_example("how_dropout_works.py", "--keys", 500, *options, "--output", tmp_path)
@@ -79,6 +74,7 @@ def nnx_output(tmp_path_factory):
     return train_shortly(tmp_path_factory.mktemp("nnx"))
 
 
+@pytest.mark.examples
 def test_train_mlp_gives_the_same_parameters_in_another_process(nnx_output, tmp_path):
     again = train_shortly(tmp_path)
     assert "test accuracy" in again
@@ -87,10 +83,12 @@ def test_train_mlp_gives_the_same_parameters_in_another_process(nnx_output, tmp_
     assert_is_picture(tmp_path / "train_mlp.png")
 
 
+@pytest.mark.examples
 def test_train_mlp_gives_other_parameters_for_another_seed(nnx_output, tmp_path):
     assert last_digest(train_shortly(tmp_path, "--seed", 1)) != last_digest(nnx_output)
 
 
+@pytest.mark.examples
 def test_train_mlp_does_the_same_with_linen(tmp_path):
     first, second = (train_shortly(tmp_path, "--api", "linen") for _ in range(2))
     assert "test accuracy" in first
@@ -98,6 +96,7 @@ def test_train_mlp_does_the_same_with_linen(tmp_path):
     assert_is_picture(tmp_path / "train_mlp.png")
 
 
+@pytest.mark.examples
 def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(tmp_path):
     first, second = (
         train_shortly(tmp_path, "--cutoff-step", 10, example="rate_schedules.py") for _ in range(2)
@@ -122,6 +121,7 @@ def train_cnn_shortly(output, *options):
     return run_example("train_cnn.py", *settings, "--output", output, *options, **COMPILE_QUICKLY)
 
 
+@pytest.mark.examples
 def test_train_cnn_compares_each_regulariser_and_repeats_itself(tmp_path):
     first, second = (train_cnn_shortly(tmp_path) for _ in range(2))
     assert last_digest(first) == last_digest(second)
@@ -132,8 +132,8 @@ def test_train_cnn_compares_each_regulariser_and_repeats_itself(tmp_path):
     assert_is_picture(tmp_path / "train_cnn.png")
 
 
-def test_the_convolution_of_train_cnn_is_one(monkeypatch, key):
-    train_cnn = load_example(monkeypatch, "train_cnn")
+def test_the_convolution_of_train_cnn_is_one(key):
+    train_cnn = load("train_cnn")
     layer = train_cnn.Conv(2, 5, nnx.Rngs(0))
     x = jax.random.normal(key, (3, 8, 6, 2))
     kernel = layer.kernel[...].reshape(3, 3, 2, 5)
@@ -143,6 +143,7 @@ def test_the_convolution_of_train_cnn_is_one(monkeypatch, key):
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
+@pytest.mark.examples
 def test_sparse_digits_prunes_and_compares_in_pairs():
     settings = ["--steps=5", "--width=4", "--seeds=2", "--train-size=40", "--batch-size=8"]
     text = run_example("sparse_digits.py", *settings, "--validate", **COMPILE_QUICKLY)
@@ -151,6 +152,7 @@ def test_sparse_digits_prunes_and_compares_in_pairs():
     assert re.search(r"weights pruned: \d+\.\d%", text)
 
 
+@pytest.mark.examples
 def test_gallery_has_a_panel_for_every_function(tmp_path):
     assert "24 panels" in run_example("gallery.py", "--output", tmp_path, **COMPILE_QUICKLY)
     assert_is_picture(tmp_path / "gallery.png")
@@ -161,6 +163,7 @@ def transformer_output(tmp_path_factory):
     return train_transformer_shortly(tmp_path_factory.mktemp("transformer"))
 
 
+@pytest.mark.examples
 def test_train_transformer_gives_the_same_parameters_in_another_process(
     transformer_output, tmp_path
 ):
@@ -171,6 +174,7 @@ def test_train_transformer_gives_the_same_parameters_in_another_process(
     assert_is_picture(tmp_path / "train_transformer.png")
 
 
+@pytest.mark.examples
 def test_train_transformer_with_the_attention_of_flax(transformer_output, tmp_path):
     text = train_transformer_shortly(tmp_path, "--attention", "flax")
     assert "attention: flax" in text
@@ -185,43 +189,38 @@ def test_train_transformer_with_the_attention_of_flax(transformer_output, tmp_pa
 @pytest.mark.parametrize(
     ("example", "option", "value"),
     [
-        ("how_dropout_works.py", "--rate", "1"),
-        ("how_dropout_works.py", "--units", "many"),
-        ("train_mlp.py", "--rate", "1.5"),
-        ("train_mlp.py", "--label-noise", "nan"),
-        ("train_mlp.py", "--train-size", "1797"),
-        ("train_mlp.py", "--output", __file__),
-        ("rate_schedules.py", "--cutoff-step", "0"),
-        ("train_cnn.py", "--block-size", "9"),
-        ("gallery.py", "--rate", "0.99"),
-        ("train_transformer.py", "--rate", "1"),
-        ("train_transformer.py", "--train-chars", "12"),
-        ("train_transformer.py", "--temperature", "inf"),
+        ("how_dropout_works", "--rate", "1"),
+        ("how_dropout_works", "--units", "many"),
+        ("train_mlp", "--rate", "1.5"),
+        ("train_mlp", "--label-noise", "nan"),
+        ("train_mlp", "--train-size", "1797"),
+        ("train_mlp", "--output", __file__),
+        ("rate_schedules", "--cutoff-step", "0"),
+        ("train_cnn", "--block-size", "9"),
+        ("gallery", "--rate", "0.99"),
+        ("train_transformer", "--rate", "1"),
+        ("train_transformer", "--train-chars", "12"),
+        ("train_transformer", "--temperature", "inf"),
     ],
 )
-def test_bad_options_are_named(example, option, value):
-    result = run(EXAMPLES / example, option, value)
-    assert result.returncode == 2
-    assert f"argument {option}: got {value}, pass " in result.stderr
+def test_bad_options_are_named(example, option, value, capsys):
+    assert error_of(example, option, value) == 2
+    assert f"argument {option}: got {value}, pass " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--heads", "3"), ("--context", "20000")])
-def test_options_that_do_not_fit_others_are_named(option, value, tmp_path):
-    result = run(EXAMPLES / "train_transformer.py", option, value, "--output", tmp_path)
-    assert result.returncode == 2
-    assert f"argument {option}: got {value}, pass " in result.stderr
+def test_options_that_do_not_fit_others_are_named(option, value, tmp_path, capsys):
+    assert error_of("train_transformer", option, value, "--output", tmp_path) == 2
+    assert f"argument {option}: got {value}, pass " in capsys.readouterr().err
 
 
 def test_train_transformer_says_how_much_text_there_is(tmp_path):
-    script = EXAMPLES / "train_transformer.py"
-    result = run(script, "--train-chars", 10**9, "--output", tmp_path)
-    assert result.returncode == 1
-    assert "--train-chars 1000000000 is more than the standard library here has" in result.stderr
-    assert "Traceback" not in result.stderr
+    error = error_of("train_transformer", "--train-chars", 10**9, "--output", tmp_path)
+    assert "--train-chars 1000000000 is more than the standard library here has" in error
 
 
-def test_digits_have_wrong_labels_in_training_alone(monkeypatch, key):
-    digits = load_example(monkeypatch, "_digits")
+def test_digits_have_wrong_labels_in_training_alone(key):
+    digits = load("_digits")
     pool, test = digits.load()
     assert not set(map(bytes, np.asarray(pool.images))) & set(map(bytes, np.asarray(test.images)))
     right, noisy = (digits.draw(key, pool, test, 1000, noise) for noise in (0.0, 0.3))

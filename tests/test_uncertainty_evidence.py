@@ -1,6 +1,5 @@
 import argparse
 import concurrent.futures
-import importlib
 import re
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from example_runs import EXAMPLES, last_digest, run, run_example
+from example_runs import error_of, last_digest, load, run_example
 
 
 def assert_is_picture(path):
@@ -31,20 +30,15 @@ def run_twice(example, output, *options):
 
 @pytest.fixture(scope="module")
 def regression():
-    return load_example("uncertainty_regression")
+    return load("uncertainty_regression")
 
 
 @pytest.fixture(scope="module")
 def active_learning():
-    return load_example("active_learning")
+    return load("active_learning")
 
 
-def load_example(name):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)  # they import each other, as scripts do
-        return importlib.import_module(name)
-
-
+@pytest.mark.examples
 def test_uncertainty_regression_compares_all_ways_and_repeats_itself(tmp_path):
     options = ("--splits", 2, "--tables", "linnerud")
     first, second = run_twice("uncertainty_regression.py", tmp_path, *options)
@@ -59,6 +53,7 @@ def test_uncertainty_regression_compares_all_ways_and_repeats_itself(tmp_path):
     assert_is_picture(tmp_path / "first" / "uncertainty_regression.png")
 
 
+@pytest.mark.examples
 def test_active_learning_compares_acquisitions_and_repeats_itself(tmp_path):
     options = ("--seeds", 2, "--train-size", 40)
     first, second = run_twice("active_learning.py", tmp_path, *options)
@@ -73,14 +68,13 @@ def test_active_learning_compares_acquisitions_and_repeats_itself(tmp_path):
 @pytest.mark.parametrize(
     ("example", "option", "value"),
     [
-        ("uncertainty_regression.py", "--splits", "1"),
-        ("active_learning.py", "--train-size", "19"),
+        ("uncertainty_regression", "--splits", "1"),
+        ("active_learning", "--train-size", "19"),
     ],
 )
-def test_bad_options_are_named(example, option, value):
-    result = run(EXAMPLES / example, option, value)
-    assert result.returncode == 2
-    assert f"argument {option}: got {value}, pass " in result.stderr
+def test_bad_options_are_named(example, option, value, capsys):
+    assert error_of(example, option, value) == 2
+    assert f"argument {option}: got {value}, pass " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [20, 178, 442])
@@ -181,6 +175,7 @@ def test_active_learning_starts_with_two_of_each_digit_in_all_acquisitions(activ
     assert (runs.rows[0, 0] != runs.rows[0, 1]).any()
 
 
+@pytest.mark.examples
 @jax.numpy_dtype_promotion("standard")  # optax promotes
 def test_active_learning_appends_the_images_of_the_largest_scores(active_learning, runs):
     network = active_learning.train_mlp.nnx_network(SHORT.width, SHORT.rate)
@@ -203,6 +198,7 @@ def test_active_learning_appends_the_images_of_the_largest_scores(active_learnin
     assert len(set(chosen)) == 3
 
 
+@pytest.mark.examples
 @jax.numpy_dtype_promotion("standard")
 def test_active_learning_trains_on_labelled_images_alone(active_learning, runs):
     network = active_learning.train_mlp.nnx_network(SHORT.width, SHORT.rate)

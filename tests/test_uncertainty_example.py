@@ -44,11 +44,13 @@ def rows(text, name, numbers):
     return found
 
 
+@pytest.mark.examples
 def test_two_processes_end_in_the_same_bits(two_runs):
     (first, second), _ = two_runs
     assert last_digest(first) == last_digest(second)
 
 
+@pytest.mark.examples
 def test_the_figures_are_drawn(two_runs):
     _, output = two_runs
     assert sorted(path.name for path in output.iterdir()) == FIGURES
@@ -58,6 +60,7 @@ def test_the_figures_are_drawn(two_runs):
         assert len(data) > 10_000
 
 
+@pytest.mark.examples
 def test_networks_of_few_steps_already_know_right_from_turned_digits(two_runs):
     """After 100 steps; chance is an accuracy of 10 % and an area of 50 %."""
     (text, _), _ = two_runs
@@ -70,6 +73,7 @@ def test_networks_of_few_steps_already_know_right_from_turned_digits(two_runs):
     assert by_turning_and_unseen[3] > 55
 
 
+@pytest.mark.examples
 def test_accuracy_rises_when_the_doubtful_are_rejected_and_most_when_the_errors_are(two_runs):
     (text, _), _ = two_runs
     _, by_entropy = rows(text, "MC: entropy", 4)
@@ -79,6 +83,7 @@ def test_accuracy_rises_when_the_doubtful_are_rejected_and_most_when_the_errors_
     assert by_errors[3] > by_entropy[3] + 5
 
 
+@pytest.mark.examples
 def test_the_text_says_where_monte_carlo_loses(two_runs):
     (text, _), _ = two_runs
     assert re.search(r"^better: .+\nworse: .+$", text, re.MULTILINE)

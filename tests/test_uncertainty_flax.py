@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import UNIFORM, normal, quick_jit
 from flax import linen, nnx
 
 import jdropout.linen
 import jdropout.nnx
 from jdropout.keys import at_site, site_key
 
-X = jax.random.normal(jax.random.key(1), (6, 4))
+X = normal(6, 4)
 
 
 def test_the_guides_code_runs():
@@ -31,10 +32,10 @@ def test_the_guides_code_runs():
 
 class Net(nnx.Module):
     def __init__(self, dropout, rngs):
-        self.hidden = nnx.Linear(4, 16, rngs=rngs)
+        self.hidden = nnx.Linear(4, 16, kernel_init=UNIFORM, rngs=rngs)
         self.norm = nnx.BatchNorm(16, rngs=rngs)
         self.dropout = dropout
-        self.output = nnx.Linear(16, 3, rngs=rngs)
+        self.output = nnx.Linear(16, 3, kernel_init=UNIFORM, rngs=rngs)
 
     def __call__(self, x):
         return self.output(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
@@ -57,12 +58,16 @@ def snapshot(model):
     return graphdef, [np.asarray(array) for array in arrays]
 
 
-nnx_samples = functools.partial(jdropout.nnx.mc_predict, num_samples=6, return_samples=True)
+def nnx_samples(model, x, key, **options):
+    predict = functools.partial(
+        jdropout.nnx.mc_predict, model, num_samples=6, return_samples=True, **options
+    )
+    return quick_jit(predict)(x, key).samples
 
 
 def test_samples_of_nnx_are_those_of_the_mask_law_at_the_paths_of_the_streams(key):
     net = make_net()
-    samples = nnx_samples(net, X, key).samples
+    samples = nnx_samples(net, X, key)
     net.norm.use_running_average = True
     hidden = nnx.relu(net.norm(net.hidden(X)))
     for i in range(6):
@@ -71,64 +76,71 @@ def test_samples_of_nnx_are_those_of_the_mask_law_at_the_paths_of_the_streams(ke
         np.testing.assert_allclose(samples[i], y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_the_nnx_model_is_not_changed_and_its_mode_does_not_matter(mode, key):
+def test_the_nnx_model_is_not_changed_and_its_mode_does_not_matter(key):
     net = make_net()
-    expected = nnx_samples(net, X, key).samples
-    getattr(net, mode)()
-    graphdef, arrays = snapshot(net)
-    samples = nnx_samples(net, X, key).samples
-    np.testing.assert_allclose(samples, expected, rtol=1e-5, atol=1e-6)
-    graphdef_after, arrays_after = snapshot(net)
-    assert graphdef == graphdef_after
-    jax.tree.map(np.testing.assert_array_equal, arrays, arrays_after)
+    expected = jdropout.nnx.mc_predict(net, X, key, num_samples=6).mean
+    for mode in ("train", "eval"):
+        getattr(net, mode)()
+        graphdef, arrays = snapshot(net)
+        mean = jdropout.nnx.mc_predict(net, X, key, num_samples=6).mean
+        np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
+        graphdef_after, arrays_after = snapshot(net)
+        assert graphdef == graphdef_after
+        jax.tree.map(np.testing.assert_array_equal, arrays, arrays_after)
     # Control: in training mode the normalisation sees the batch, and changes.
     net.train()
     net(X)
     assert not np.array_equal(net.norm.mean[...], np.full(16, 0.25))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        nnx.Dropout,
-        jdropout.nnx.Dropout,
-        jdropout.nnx.GaussianDropout,
-        lambda rate, rngs: jdropout.nnx.ConcreteDropout(rngs=rngs),
-        lambda rate, rngs: jdropout.nnx.DropConnect(nnx.Linear(16, 16, rngs=nnx.Rngs(2)), rate),
-        lambda rate, rngs: nnx.MultiHeadAttention(
-            num_heads=2, in_features=16, dropout_rate=rate, decode=False, rngs=nnx.Rngs(3),
-            keep_rngs=False, broadcast_dropout=False,
-        ),
-    ],
-)  # fmt: skip
+KINDS_OF_NNX = [
+    nnx.Dropout,
+    jdropout.nnx.Dropout,
+    jdropout.nnx.GaussianDropout,
+    lambda rate, rngs: jdropout.nnx.ConcreteDropout(rngs=rngs),
+    lambda rate, rngs: jdropout.nnx.DropConnect(
+        nnx.Linear(16, 16, kernel_init=UNIFORM, rngs=nnx.Rngs(2)), rate, rngs=rngs
+    ),
+    lambda rate, rngs: nnx.MultiHeadAttention(
+        num_heads=2, in_features=16, dropout_rate=rate, decode=False, rngs=nnx.Rngs(3),
+        keep_rngs=False, broadcast_dropout=False, kernel_init=UNIFORM,
+    ),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("streams", [True, False])
-def test_all_kinds_of_nnx_layers_draw_with_and_without_streams(make, streams, key):
-    prediction = jdropout.nnx.mc_predict(make_net(make, streams), X, key, num_samples=6)
-    assert (prediction.variance.mean(0) > 0).all()
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda layer, x: layer(x, deterministic=True),
-        lambda layer, x: layer(x, rngs=jax.random.key(0)),
-        lambda layer, x: layer(x, deterministic=True, rngs=nnx.Rngs(0)),
-    ],
-)
-@pytest.mark.parametrize("kind", [nnx.Dropout, jdropout.nnx.Dropout])
-def test_flags_and_keys_in_the_calls_of_nnx_layers_do_not_turn_them_off(call, kind, key):
-    class Calls(nnx.Module):
+def test_all_kinds_of_nnx_layers_draw_with_and_without_streams(streams, key):
+    class Parallel(nnx.Module):
         def __init__(self):
-            self.layer = kind(0.5)
+            rngs = nnx.Rngs(0) if streams else None
+            kinds = KINDS_OF_NNX[:-1] if streams else KINDS_OF_NNX  # attention keeps no stream
+            self.layers = nnx.List([make(0.5, rngs=rngs) for make in kinds])
 
         def __call__(self, x):
-            return call(self.layer, x)
+            return jnp.stack([layer(x) for layer in self.layers], axis=1)
+
+    samples = nnx_samples(Parallel(), normal(6, 16), key)
+    assert samples.shape == (6, 6, len(KINDS_OF_NNX) - streams, 16)
+    assert (samples.var(axis=(0)).mean((0, 2)) > 1e-6).all()
+
+
+def test_flags_and_keys_in_the_calls_of_nnx_layers_do_not_turn_them_off(key):
+    class Calls(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Dropout(0.5), jdropout.nnx.Dropout(0.5)])
+
+        def __call__(self, x):
+            outputs = []
+            for layer in self.layers:
+                outputs.append(layer(x, deterministic=True))
+                outputs.append(layer(x, rngs=jax.random.key(0)))
+                outputs.append(layer(x, deterministic=True, rngs=nnx.Rngs(0)))
+            return jnp.stack(outputs, axis=1)
 
     model = Calls()
-    samples = nnx_samples(model, jnp.ones((6, 50)), key).samples
-    assert (samples[0] != samples[1]).any()
-    assert type(model.layer) is kind  # control of what is changed in the copy
+    samples = nnx_samples(model, jnp.ones((6, 50)), key)
+    assert (samples[0] != samples[1]).any((0, 2)).all()
+    assert [type(layer) for layer in model.layers] == [nnx.Dropout, jdropout.nnx.Dropout]
 
 
 def test_embeddings_of_nnx_drop_words_in_both_directions(key):
@@ -141,7 +153,8 @@ def test_embeddings_of_nnx_drop_words_in_both_directions(key):
             vectors = self.embed(tokens, deterministic=True)
             return self.embed.attend(jnp.ones_like(vectors), deterministic=True)
 
-    prediction = jdropout.nnx.mc_predict(Tied(), jnp.arange(20), key, num_samples=40)
+    predict = functools.partial(jdropout.nnx.mc_predict, Tied(), num_samples=40)
+    prediction = quick_jit(predict)(jnp.arange(20), key)
     assert (prediction.variance.mean(0) > 0).all()
 
 
@@ -153,7 +166,7 @@ def test_a_layer_that_is_called_twice_draws_twice(key):
         def __call__(self, x):
             return jnp.stack([self.dropout(x), self.dropout(x)], axis=1)
 
-    samples = nnx_samples(Twice(), jnp.ones((6, 50)), key).samples
+    samples = nnx_samples(Twice(), jnp.ones((6, 50)), key)
     assert (samples[:, :, 0] != samples[:, :, 1]).any()
 
 
@@ -172,7 +185,7 @@ def test_a_stack_of_nnx_layers_has_masks_for_each(key):
                 self.layers, x
             )
 
-    samples = nnx_samples(Stack(), jnp.ones((6, 50)), key).samples
+    samples = nnx_samples(Stack(), jnp.ones((6, 50)), key)
     a, b, c = (np.asarray(samples[:, :, i]) for i in range(3))
     assert (a != b).any()
     assert (b != c).any()
@@ -195,21 +208,23 @@ def test_nnx_compiles_once_while_parameters_change(key):
 
 
 def test_consistent_nnx_samples_are_functions(key):
-    same = jnp.broadcast_to(X[:1], X.shape)
-    samples = nnx_samples(make_net(), same, key, consistent=True).samples
+    same = jnp.ones_like(X)
+    samples = nnx_samples(make_net(), same, key, consistent=True)
     np.testing.assert_allclose(samples, np.broadcast_to(samples[:, :1], samples.shape), rtol=1e-5)
-    samples = nnx_samples(make_net(), same, key).samples
+    samples = nnx_samples(make_net(), same, key)
     assert (samples != samples[:, :1]).any()
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
+        nnx.Linear(4, 3, kernel_init=UNIFORM, rngs=nnx.Rngs(0)),
         nnx.Sequential(jdropout.nnx.Dropout(0.0)),
         nnx.Sequential(nnx.Dropout(1.0)),
         nnx.Sequential(jdropout.nnx.GaussianNoise(0.0)),
-        jdropout.nnx.Zoneout(nnx.SimpleCell(4, 4, rngs=nnx.Rngs(0)), (0.0,)),
+        jdropout.nnx.Zoneout(
+            nnx.SimpleCell(4, 4, recurrent_kernel_init=UNIFORM, rngs=nnx.Rngs(0)), (0.0,)
+        ),
     ],
 )
 def test_an_nnx_model_without_dropout_is_an_error(model, key):
@@ -221,31 +236,32 @@ def test_an_nnx_model_without_dropout_is_an_error(model, key):
 
 
 class LinenNet(linen.Module):
-    """With its flag in the constructor or in the call, by position or by name."""
+    """Three layers, with their flags in the constructor and in the call by position and name."""
 
-    flag: str = "call"
     layer: type = jdropout.linen.Dropout
 
     @linen.compact
     def __call__(self, x, train=False):
         x = linen.Dense(16)(x)
         x = linen.relu(linen.BatchNorm(use_running_average=not train)(x))
-        if self.flag == "constructor":
-            x = self.layer(0.5, deterministic=not train)(x)
-        elif self.flag == "position":
-            x = self.layer(0.5)(x, not train)
-        else:
-            x = self.layer(0.5)(x, deterministic=not train)
+        x = self.layer(0.5, deterministic=not train)(x)
+        x = self.layer(0.5)(x, not train)
+        x = self.layer(0.5)(x, deterministic=not train)
         return linen.Dense(3)(x)
 
 
-VARIABLES = LinenNet().init(jax.random.key(0), X)
-linen_samples = functools.partial(jdropout.linen.mc_predict, num_samples=6, return_samples=True)
+VARIABLES = quick_jit(LinenNet().init)(jax.random.key(0), X)
 
 
-@pytest.mark.parametrize("flag", ["constructor", "position", "call"])
+def linen_samples(model, variables, x, key, **options):
+    predict = functools.partial(
+        jdropout.linen.mc_predict, model, num_samples=6, return_samples=True, **options
+    )
+    return quick_jit(predict)(variables, x, key).samples
+
+
 @pytest.mark.parametrize("layer", [linen.Dropout, jdropout.linen.Dropout])
-def test_samples_of_linen_are_those_of_the_model_with_its_dropout_on(flag, layer, key):
+def test_samples_of_linen_are_those_of_the_model_with_its_dropout_on(layer, key):
     """The batch's statistics are not: the model is called in evaluation mode."""
 
     class Reference(linen.Module):
@@ -253,13 +269,17 @@ def test_samples_of_linen_are_those_of_the_model_with_its_dropout_on(flag, layer
         def __call__(self, x):
             x = linen.Dense(16)(x)
             x = linen.relu(linen.BatchNorm(use_running_average=True)(x))
-            # The name is a part of Flax's own key.
-            x = layer(0.5, deterministic=False, name=f"{layer.__name__}_0")(x)
+            for number in range(3):  # the name is a part of Flax's own key
+                x = layer(0.5, deterministic=False, name=f"{layer.__name__}_{number}")(x)
             return linen.Dense(3)(x)
 
-    samples = linen_samples(LinenNet(flag, layer), VARIABLES, X, key).samples
+    @quick_jit
+    def sample(variables, key):
+        return Reference().apply(variables, X, rngs={"dropout": key})
+
+    samples = linen_samples(LinenNet(layer), VARIABLES, X, key)
     for i in range(6):
-        y = Reference().apply(VARIABLES, X, rngs={"dropout": at_site(key, i)})
+        y = sample(VARIABLES, at_site(key, i))
         np.testing.assert_allclose(samples[i], y, rtol=1e-5, atol=1e-5)
 
 
@@ -275,27 +295,32 @@ def test_layers_of_linen_are_as_before_afterwards(key):
             flags.append(self.layer.deterministic)
             return y
 
-    assert (linen_samples(Reads(), {}, X, key).samples != X[None]).any()
+    assert (linen_samples(Reads(), {}, X, key) != X[None]).any()
     assert flags
     assert all(flag is True for flag in flags)
     np.testing.assert_array_equal(Reads().apply({}, X), X)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        jdropout.linen.GaussianDropout(0.5, deterministic=True),
-        jdropout.linen.ConcreteDropout(deterministic=True),
-        jdropout.linen.DropConnect(linen.Dense(16), 0.5, deterministic=True),
-        linen.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=True),
-        jdropout.linen.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=True),
-    ],
-)
-def test_all_kinds_of_linen_layers_draw(layer, key):
-    model = linen.Sequential([linen.Dense(16), layer])
-    variables = model.init(jax.random.key(0), X)
-    prediction = jdropout.linen.mc_predict(model, variables, X, key, num_samples=6)
-    assert (prediction.variance.mean(0) > 0).all()
+def test_all_kinds_of_linen_layers_draw(key):
+    class Parallel(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            layers = [
+                jdropout.linen.GaussianDropout(0.5, deterministic=True),
+                jdropout.linen.ConcreteDropout(deterministic=True),
+                jdropout.linen.DropConnect(linen.Dense(16), 0.5, deterministic=True),
+                linen.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=True),
+                jdropout.linen.MultiHeadDotProductAttention(
+                    2, dropout_rate=0.5, deterministic=True
+                ),
+            ]
+            return jnp.stack([layer(x) for layer in layers], axis=1)
+
+    x = normal(6, 16)
+    variables = quick_jit(Parallel().init)(jax.random.key(0), x)
+    samples = linen_samples(Parallel(), variables, x, key)
+    assert samples.shape == (6, 6, 5, 16)
+    assert (samples.var(axis=(0)).mean((0, 2)) > 1e-6).all()
 
 
 def test_linen_compiles_once_while_parameters_change(key):
@@ -315,21 +340,22 @@ def test_linen_compiles_once_while_parameters_change(key):
 @pytest.mark.parametrize("layer", [linen.Dropout(0.5), jdropout.linen.Dropout(0.5)])
 def test_keys_in_the_calls_of_linen_layers_are_not_used(layer, key):
     fixed = jax.random.key(0)
-    for apply in (
-        lambda model, x: model(x, True, fixed),
-        lambda model, x: model(x, deterministic=False, rng=fixed),
-    ):
-        samples = linen_samples(layer, {}, jnp.ones((6, 50)), key, apply=apply).samples
-        assert (samples[0] != samples[1]).any()
+
+    def apply(model, x):
+        by_position = model(x, True, fixed)
+        return jnp.stack([by_position, model(x, deterministic=False, rng=fixed)], axis=1)
+
+    samples = linen_samples(layer, {}, jnp.ones((6, 50)), key, apply=apply)
+    assert (samples[0] != samples[1]).any((0, 2)).all()
 
 
-def test_a_linen_layer_of_ones_own_may_have_no_flag(key):
+def test_a_users_own_linen_layer_may_have_no_flag(key):
     class Own(linen.Dropout):
         @linen.compact
         def __call__(self, x):
             return super().__call__(x)
 
-    samples = linen_samples(linen.Sequential([Own(0.5)]), {}, X, key).samples
+    samples = linen_samples(linen.Sequential([Own(0.5)]), {}, X, key)
     assert (samples[0] != samples[1]).any()
 
 
@@ -341,7 +367,7 @@ def test_wrapped_linen_modules_may_take_several_inputs(key):
 
     model = jdropout.linen.DropConnect(Sum(), 0.5, deterministic=True)
     variables = model.init(jax.random.key(0), X, X)
-    samples = linen_samples(model, variables, X, key, apply=lambda model, x: model(x, x)).samples
+    samples = linen_samples(model, variables, X, key, apply=lambda model, x: model(x, x))
     assert (samples[0] != samples[1]).any()
 
 
@@ -354,12 +380,10 @@ def test_linen_models_with_arrays_as_attributes_are_told_apart(key):
             return linen.Dropout(0.5, deterministic=True)(x) * self.scale
 
     a, b = (Scaled(np.full((1, 4), number, np.float32)) for number in (1, 2))
-    np.testing.assert_array_equal(
-        2 * linen_samples(a, {}, X, key).samples, linen_samples(b, {}, X, key).samples
-    )
+    np.testing.assert_array_equal(2 * linen_samples(a, {}, X, key), linen_samples(b, {}, X, key))
 
 
-def test_what_is_no_model_is_named(key):
+def test_an_argument_that_is_not_a_model_is_named(key):
     with pytest.raises(TypeError, match="model must be a nnx module, got function"):
         jdropout.nnx.mc_predict(lambda x: x, X, key, num_samples=4)
     with pytest.raises(TypeError, match="model must be a linen module, got Linear"):
@@ -368,8 +392,8 @@ def test_what_is_no_model_is_named(key):
 
 def test_the_stream_of_linen_may_have_another_name(key):
     model = linen.Sequential([jdropout.linen.Dropout(0.5, rng_collection="noise")])
-    a = linen_samples(model, {}, X, key, rng_collection="noise").samples
-    b = linen_samples(linen.Sequential([jdropout.linen.Dropout(0.5)]), {}, X, key).samples
+    a = linen_samples(model, {}, X, key, rng_collection="noise")
+    b = linen_samples(linen.Sequential([jdropout.linen.Dropout(0.5)]), {}, X, key)
     np.testing.assert_array_equal(a, b)
 
 

@@ -1,0 +1,179 @@
+"""Attention on eight devices: the numbers and the mask of one device, and few collectives."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cheap import quick_jit
+from dense_attention import (
+    assert_close,
+    assert_reveals,
+    attention,
+    both_passes,
+    dense_results,
+    equal_probabilities,
+    multiplier,
+    named,
+    only,
+    operands,
+    positions_allowed,
+    shape_of,
+)
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+COLLECTIVE = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\("
+DEVICES = {"a": 2, "b": 4}
+PLACES = {
+    "batch": (P("b"), P("b"), (8, 8)),
+    "heads": (P(None, None, "b"), P(None, None, "b"), (8, 8)),
+    "batch and heads": (P("a", None, "b"), P("a", None, "b"), (8, 8)),
+    "batch and queries": (P("a", "b"), P("a"), (16, 8)),
+}
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+def collectives(compiled):
+    """Names of the collectives, and the number of elements that they bring together."""
+    found = {}
+    for line in compiled.as_text().splitlines():
+        if match := re.search(COLLECTIVE, line):
+            shapes = re.findall(r"\[([0-9,]*)\]", line[: match.start()])
+            sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+            found[match.group(1)] = found.get(match.group(1), 0) + sum(sizes)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("place", "axis_type"),
+    [
+        ("batch", AUTO),
+        ("heads", EXPLICIT),
+        ("batch and heads", AUTO),
+        ("batch and heads", EXPLICIT),
+        ("batch and queries", AUTO),
+        ("batch and queries", EXPLICIT),
+    ],
+    ids=str,
+)
+def test_every_sharding_gives_the_same_attention_and_mask(place, axis_type, key):
+    query_spec, key_spec, block_sizes = PLACES[place]
+    sizes = dict(b=4, t=16, s=16, n=4, k=4, h=4, v=16)
+    shape = shape_of("bnts", **sizes)
+    arrays, (output_bar, _) = operands(**sizes)
+    equal, equal_bar = equal_probabilities(arrays)
+    allowed, multiplied = positions_allowed(shape, is_causal=True), multiplier(key, shape)
+    (expected, _), gradients = dense_results(
+        arrays, (output_bar, None), allowed=allowed, multiplied=multiplied
+    )
+
+    mesh = jax.make_mesh(tuple(DEVICES.values()), tuple(DEVICES), axis_types=(axis_type,) * 2)
+    specs = named(query_spec, key_spec, key_spec)
+    placements = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+    with jax.set_mesh(mesh):
+        passes = both_passes(attention(key, is_causal=True, block_sizes=block_sizes))
+        placed, placed_bar = jax.device_put(
+            (named(*arrays), output_bar), (placements, placements["query"])
+        )
+        compiled = passes.lower(placed, placed_bar).compile()
+        ours = compiled(placed, placed_bar)
+        y, revealed = compiled(
+            *jax.device_put((named(*equal), equal_bar), (placements, placements["query"]))
+        )
+    assert_close(ours, (expected, only(ours[1], gradients)))
+    assert_reveals(y, revealed["value"], (multiplied > 0) & allowed)
+    assert y.sharding.is_equivalent_to(placements["query"], 4)
+    for name, gradient in revealed.items():
+        assert gradient.sharding.is_equivalent_to(placements[name], 4)
+    found = collectives(compiled)
+    if place == "batch and queries":  # the gradients of what every device has whole are summed
+        assert 0 < found.pop("all-reduce") <= (arrays[1].size + arrays[2].size) // DEVICES["a"]
+    assert found == {}
+
+
+def test_explicitly_sharded_queries_are_one_block_of_rows(key):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(EXPLICIT,))
+    with jax.set_mesh(mesh):
+        query = jax.ShapeDtypeStruct((1, 1024, 1, 4), jnp.float32, sharding=P(None, "d"))
+        whole = jax.ShapeDtypeStruct((1, 8, 1, 4), jnp.float32, sharding=P())
+        compiled = quick_jit(attention(key, block_sizes=None)).lower(query, whole, whole).compile()
+    assert collectives(compiled) == {}
+
+
+def conditional_collectives(jaxpr, conditional=False):
+    """The primitives in the branches of a condition that wait for other devices."""
+    found = []
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if conditional and re.match("psum|pm|ppermute|all_|reduce_scatter", name):
+            found.append(name)
+        inner = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        for x in inner:
+            x = getattr(x, "jaxpr", x)
+            if hasattr(x, "eqns"):
+                found += conditional_collectives(x, conditional or name == "cond")
+    return found
+
+
+SPLITS = {
+    "batch": (0, P("d"), P("d"), P("d")),
+    "heads": (1, P(None, None, "d"), P(None, None, "d"), P(None, None, "d")),
+    "queries": (2, P(None, "d"), P(), P(None, "d")),
+    "keys": (3, P(), P(None, "d"), P()),
+}
+
+
+def merged(output, residual):
+    """The attention to all keys, from that of every device to its own."""
+    weights = jnp.exp(residual - lax.pmax(lax.stop_gradient(residual), "d"))
+    return lax.psum(output * weights[..., None], "d") / lax.psum(weights, "d")[..., None]
+
+
+@pytest.mark.parametrize(
+    ("split", "check_vma"),
+    [("batch", True), ("heads", True), ("queries", True), ("queries", False), ("keys", True)],
+    ids=str,
+)
+def test_shard_map_with_positions_equals_the_whole(split, check_vma, key):
+    axis, query_spec, key_spec, output_spec = SPLITS[split]
+    sizes = dict(b=8, t=16, s=16, n=8, k=8, h=4, v=4)
+    shape = shape_of("bnts", **sizes)
+    arrays, (output_bar, _) = operands(**sizes)
+    ours = attention(
+        key, is_causal=True, block_sizes=(4, 1), global_shape=shape, return_residual=True
+    )
+
+    def local(query, key, value, scale):
+        start = [0, 0, 0, 0]
+        start[axis] = lax.axis_index("d") * (shape[axis] // 8)
+        output, residual = ours(query, key, value, scale=scale, start=start)
+        return merged(output, residual) if split == "keys" else output
+
+    sharded = jax.shard_map(
+        local,
+        mesh=jax.make_mesh((8,), ("d",), axis_types=(AUTO,)),
+        in_specs=(query_spec, key_spec, key_spec, P()),
+        out_specs=output_spec,
+        check_vma=check_vma,
+    )
+    passes = both_passes(lambda query, key, value, scale: sharded(query, key, value, scale))
+    arguments = named(*arrays, scale=np.float32(0.4))
+    traced = passes.trace(arguments, output_bar)
+    assert "cond" in str(traced.jaxpr)
+    assert conditional_collectives(traced.jaxpr) == []  # a device would wait for ever
+    (y, _), gradients = dense_results(
+        arrays,
+        (output_bar, None),
+        allowed=positions_allowed(shape, is_causal=True),
+        multiplied=multiplier(key, shape),
+        scale=0.4,
+    )
+    ours = passes(arguments, output_bar)
+    assert_close(ours, (y, only(ours[1], gradients)))

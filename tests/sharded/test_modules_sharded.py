@@ -1,0 +1,97 @@
+"""Flax layers on eight devices: the bits of one device, and the sharding of the input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jdropout
+import jdropout.linen
+import jdropout.nnx
+
+
+def call_nnx(x, key, **options):
+    return jdropout.nnx.Dropout(0.5, **options)(x, rngs=key)
+
+
+def call_linen(x, key, **options):
+    layer = jdropout.linen.Dropout(0.5, deterministic=False, **options)
+    return layer.apply({}, x, rng=key)
+
+
+CASES = [
+    (call_nnx, ("data",), (), "eager"),
+    (call_nnx, ("data",), (1,), "jit"),
+    (call_nnx, (None, "model"), (0,), "jit"),
+    (call_nnx, (None, "model"), (0, 2), "eager"),
+    (call_nnx, (None, None, "data"), (2,), "jit"),
+    (call_nnx, (None, None, "data"), (0,), "eager"),
+    (call_nnx, ("data", None, "model"), (), "jit"),
+    (call_nnx, ("data", None, "model"), (1,), "eager"),
+    (call_nnx, ("data", None, "model"), (0, 2), "jit"),
+    (call_linen, ("data",), (0,), "eager"),
+    (call_linen, ("data", None, "model"), (1,), "jit"),
+]
+"""Every spec with both ways to call, every shared axis sharded and not."""
+
+
+@pytest.mark.parametrize(("call", "spec", "broadcast_dims", "way"), CASES)
+def test_explicitly_sharded_input_keeps_sharding_and_bits(call, spec, broadcast_dims, way):
+    key = jax.random.key(3)
+    x = jax.random.normal(jax.random.key(1), (8, 12, 16))
+    expected = jdropout.dropout(key, x, 0.5, broadcast_dims=broadcast_dims)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+        def typed_call(x, key):
+            y = call(x, key, broadcast_dims=broadcast_dims)
+            assert jax.typeof(y) == jax.typeof(x)
+            return y
+
+        y = (jax.jit(typed_call) if way == "jit" else typed_call)(sharded, key)
+    assert y.sharding.is_equivalent_to(sharded.sharding, 3)
+    assert len(y.sharding.device_set) == 8
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_explicitly_sharded_input_under_nnx_jit_takes_the_key_of_the_stream():
+    layer = jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (8, 16))
+    expected = [
+        jdropout.dropout(jax.random.fold_in(layer.rngs.key[...], i), x, 0.5) for i in (0, 1)
+    ]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+        call = nnx.jit(lambda layer, x: layer(x))
+        for y in expected:
+            actual = call(layer, sharded)
+            assert jax.typeof(actual) == jax.typeof(sharded)
+            np.testing.assert_array_equal(actual, y)
+    assert int(layer.rngs.count[...]) == 2
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_attention_layers_keep_the_sharding_and_the_mask(framework):
+    """Batch over the devices: every device drops its own part of the whole mask."""
+    shape = (8, 4, 2, 4)
+    query, key, value = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
+    attention = getattr(jdropout, framework).dot_product_attention
+    ours = jax.jit(
+        lambda *x: attention(
+            *x, dropout_rng=jax.random.key(5), dropout_rate=0.5, broadcast_dropout=False
+        )
+    )
+    expected = ours(query, key, value)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put((query, key, value), NamedSharding(mesh, P("data")))
+        y = ours(*sharded)
+    assert y.sharding.spec[0] == "data"
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(y) == 0, np.asarray(expected) == 0)
+    assert jnp.isfinite(y).all()
