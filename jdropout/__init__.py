@@ -1,42 +1,42 @@
 """Dropout for JAX: nothing stored, the same bits everywhere, close to the speed of a copy."""
 
+from jdropout._alpha import alpha_dropout as alpha_dropout
+from jdropout._alpha import feature_alpha_dropout as feature_alpha_dropout
 from jdropout._attention import dot_product_attention as dot_product_attention
 from jdropout._audit import audit as audit
+from jdropout._concrete import concrete_dropout as concrete_dropout
+from jdropout._concrete import concrete_regularizer as concrete_regularizer
 from jdropout._drop_block import drop_block as drop_block
 from jdropout._drop_block import drop_block_gamma as drop_block_gamma
+from jdropout._drop_connect import drop_connect as drop_connect
+from jdropout._drop_connect import drop_connect_tree as drop_connect_tree
 from jdropout._dropout import dropout as dropout
 from jdropout._dropout import effective_rate as effective_rate
 from jdropout._dropout import keep_mask as keep_mask
-from jdropout._fused import bias_dropout_add as bias_dropout_add
-from jdropout._fused import dropout_add_norm as dropout_add_norm
-from jdropout._layers import layer_drop as layer_drop
-from jdropout._layers import zoneout as zoneout
-from jdropout._learned import concrete_dropout as concrete_dropout
-from jdropout._learned import concrete_regularizer as concrete_regularizer
-from jdropout._learned import standout as standout
-from jdropout._learned import variational_dense as variational_dense
-from jdropout._learned import variational_dropout as variational_dropout
-from jdropout._learned import variational_kl as variational_kl
-from jdropout._learned import variational_log_alpha as variational_log_alpha
-from jdropout._many import multi_sample as multi_sample
-from jdropout._many import r_drop_loss as r_drop_loss
-from jdropout._noise import alpha_dropout as alpha_dropout
-from jdropout._noise import feature_alpha_dropout as feature_alpha_dropout
+from jdropout._layer_drop import layer_drop as layer_drop
+from jdropout._monte_carlo import MCPrediction as MCPrediction
+from jdropout._monte_carlo import mc_predict as mc_predict
+from jdropout._multi_sample import multi_sample as multi_sample
 from jdropout._noise import gaussian_dropout as gaussian_dropout
 from jdropout._noise import gaussian_noise as gaussian_noise
 from jdropout._noise import uniform_noise as uniform_noise
-from jdropout._structured import drop_path as drop_path
-from jdropout._structured import drop_path_rates as drop_path_rates
-from jdropout._structured import embedding_dropout as embedding_dropout
-from jdropout._structured import locked_dropout as locked_dropout
-from jdropout._structured import spatial_dropout as spatial_dropout
+from jdropout._r_drop import r_drop_loss as r_drop_loss
+from jdropout._residual import bias_dropout_add as bias_dropout_add
+from jdropout._residual import dropout_add_norm as dropout_add_norm
+from jdropout._shared import drop_path as drop_path
+from jdropout._shared import drop_path_rates as drop_path_rates
+from jdropout._shared import embedding_dropout as embedding_dropout
+from jdropout._shared import locked_dropout as locked_dropout
+from jdropout._shared import spatial_dropout as spatial_dropout
+from jdropout._standout import standout as standout
+from jdropout._targeted import targeted_dropout as targeted_dropout
 from jdropout._tokens import patch_dropout as patch_dropout
 from jdropout._tokens import word_dropout as word_dropout
-from jdropout._uncertainty import MCPrediction as MCPrediction
-from jdropout._uncertainty import mc_predict as mc_predict
-from jdropout._weights import drop_connect as drop_connect
-from jdropout._weights import drop_connect_tree as drop_connect_tree
-from jdropout._weights import targeted_dropout as targeted_dropout
+from jdropout._variational import variational_dense as variational_dense
+from jdropout._variational import variational_dropout as variational_dropout
+from jdropout._variational import variational_kl as variational_kl
+from jdropout._variational import variational_log_alpha as variational_log_alpha
+from jdropout._zoneout import zoneout as zoneout
 
 __all__ = [
     "MCPrediction",

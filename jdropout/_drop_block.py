@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jdropout import _checks, _mask, _sites, _threshold
+from jdropout import _checks, _mask, _record, _threshold
+from jdropout._checks import as_integer
 from jdropout._typing import ArrayLike, Flag, Key, Rate
 
 
@@ -88,7 +89,7 @@ def drop_block(
     spatial = _checks.check_axes("spatial_axes", spatial_axes, len(shape))
     channel = _checks.check_axis("channel_axis", channel_axis, len(shape))
     _checks.check_apart("channel_axis", channel, "spatial_axes", spatial)
-    sizes = _checks.check_sizes("block_size", block_size, len(spatial))
+    sizes = _check_sizes("block_size", block_size, len(spatial))
     block = [1] * len(shape)
     for axis, size in zip(spatial, sizes, strict=True):
         block[axis] = max(1, min(size, shape[axis]))
@@ -100,7 +101,7 @@ def drop_block(
     reported = None if mask is None else mask._replace(threshold=None)  # it is that of gamma
     examples = [a for a in range(len(shape)) if a != channel and a not in spatial]
     batch = examples[0] if examples else None
-    site = _sites.site("drop_block", shape, checked, flag, reported, operands, batch)
+    site = _record.site("drop_block", shape, checked, flag, reported, operands, batch)
     if mask is None:
         return site.result(cast("jax.Array", x))
     if operands is None:
@@ -138,7 +139,7 @@ def drop_block_gamma(
       As for `drop_block`; equation 1 is the first order of this one in gamma.
     """
     sizes = _checks.check_shape("map_shape", map_shape)
-    block = _checks.check_sizes("block_size", block_size, len(sizes))
+    block = _check_sizes("block_size", block_size, len(sizes))
     fitting = tuple(min(a, b) for a, b in zip(block, sizes, strict=True))
     return _gamma(_checks.check_rate(rate), sizes, fitting)
 
@@ -303,3 +304,16 @@ def _unpack(packed: jax.Array, axis: int) -> jax.Array:
     return lax.reshape(
         mask, (*packed.shape[:axis], 8 * packed.shape[axis], *packed.shape[axis + 1 :])
     )
+
+
+def _check_sizes(name: str, sizes: Any, count: int) -> tuple[int, ...]:
+    """Returns one size of at least 1 for each of several axes; one number stands for all."""
+    if as_integer(sizes) is not None:
+        return (_checks.check_positive(name, sizes),) * count
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {sizes!r}.")
+    if len(sizes) != count:
+        raise ValueError(
+            f"{name} must be one number, or one for each of {count} axes, got {tuple(sizes)}."
+        )
+    return tuple(_checks.check_positive(name, size) for size in sizes)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _checks, _mask, _sites, _threshold
+from jdropout import _checks, _mask, _record, _threshold
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -100,7 +100,7 @@ def masked(
     mask, operands = _mask.describe(
         key, rate, deterministic, shape, broadcast_dims, start, global_shape, precision
     )
-    site = _sites.site(kind, shape, rate, deterministic, mask, operands, batch_axis)
+    site = _record.site(kind, shape, rate, deterministic, mask, operands, batch_axis)
     if mask is None:
         return site.result(cast("jax.Array", x))  # the very object, whatever array type it has
     if operands is None:
@@ -157,7 +157,7 @@ def keep_mask(
     mask, operands = _mask.describe(
         key, rate, False, shape, broadcast_dims, start, global_shape, precision
     )
-    site = _sites.site("mask", shape, rate, False, mask, operands)
+    site = _record.site("mask", shape, rate, False, mask, operands)
     if mask is None:
         return site.result(jnp.ones(shape, bool))
     if operands is None:

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdropout import _checks
 from jdropout._attention import dot_product_attention
-from jdropout._checks import check_amount, check_deterministic, check_fraction, check_rate
+from jdropout._checks import type_name
 from jdropout._typing import Rate
 
 
@@ -19,7 +20,7 @@ def check_module_rate(rate: Any, name: str = "rate") -> float:
             f"{rate.dtype}: as a module attribute it would become a leaf that an optimizer can "
             "train. For a scheduled rate call jdropout.dropout(key, x, rate) in the model."
         )
-    checked = check_rate(rate, name)
+    checked = _checks.check_rate(rate, name)
     assert isinstance(checked, float)  # arrays were turned away above
     return checked
 
@@ -39,14 +40,14 @@ def check_module_amount(name: str, amount: Any) -> float:
             f"{amount.dtype}: as a module attribute it would become a leaf that an optimizer can "
             f"train. Convert it with float({name})."
         )
-    checked = check_amount(name, amount)
+    checked = _checks.check_amount(name, amount)
     assert isinstance(checked, float)
     return checked
 
 
 def initial_logit(rate: Any, dtype: Any) -> jax.Array:
     """The logit of a rate to begin with."""
-    check_fraction("initial_rate", rate)
+    _checks.check_fraction("initial_rate", rate)
     return jnp.asarray(math.log(rate / (1 - rate)), dtype)
 
 
@@ -54,7 +55,7 @@ def check_module_flag(deterministic: Any) -> bool | jax.Array:
     """Returns a flag as a bool wherever its value is known, as Flax's own modules see it."""
     if isinstance(deterministic, int):  # Flax takes 0 and 1 as well
         deterministic = bool(deterministic)
-    flag = check_deterministic(deterministic)
+    flag = _checks.check_deterministic(deterministic)
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
@@ -134,3 +135,19 @@ def attention(
         is_causal=is_causal,
     )
     return output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def check_model(model: Any, kind: type) -> None:
+    if not isinstance(model, kind):
+        raise TypeError(
+            f"model must be a {kind.__module__.split('.')[1]} module, got {type_name(model)}. A "
+            "function is sampled by jdropout.mc_predict."
+        )
+
+
+def check_any_dropout(drops: bool) -> None:
+    if not drops:
+        raise ValueError(
+            "model must have a dropout layer with a rate above 0, for its masks to differ; it has "
+            "none. What drops by a function is sampled by jdropout.mc_predict."
+        )

@@ -1,8 +1,4 @@
-"""Noise from the uniform numbers of the mask law, and dropout for self-normalising networks.
-
-The uniform numbers are the same bits everywhere, as masks are. What is computed from them, such as
-a normal deviate, is the same up to the rounding of the backend's functions.
-"""
+"""Noise made of the mask law's uniform numbers."""
 
 import functools
 import math
@@ -15,12 +11,9 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtri
 
-from jdropout import _checks, _mask, _sites
+from jdropout import _checks, _mask, _record
+from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
-
-# Minus lambda times alpha of SELU: what its negative part tends to. Klambauer et al. (2017),
-# equation 14, to more digits.
-_SELU_FLOOR = -1.7580993408473766
 
 # Compiled on its own, its coefficients are no residuals.
 _ndtri = jax.jit(ndtri)
@@ -241,7 +234,7 @@ def noisy(
     if flag is not True and not (isinstance(strength, float) and strength == 0):
         mask, operands = _mask.describe_uniform(key, shape, broadcast_dims, start, global_shape)
         operands = operands._replace(deterministic=flag if isinstance(flag, jax.Array) else None)
-    site = _sites.site(kind, shape, rate, flag, mask, operands)
+    site = _record.site(kind, shape, rate, flag, mask, operands)
     if mask is not None and operands is not None:
         marked = site.operands(operands)
         return site.result(_combined(marked, x, strength, mask, sample, combine, evaluate, remade))
@@ -294,11 +287,6 @@ def noise_like(
     return _mask.placed_like(x, lambda operands: sample(_mask.uniform(operands, mask)), operands)
 
 
-def wide_dtype(dtype: np.dtype) -> np.dtype:
-    """That of the arithmetic."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def _cast(strength: Any, dtype: np.dtype) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), strength)
 
@@ -335,138 +323,3 @@ def quantile(
     half = jnp.where(upper, ~bits, bits)
     value = inverse((half.astype(dtype) + 0.5) * 2.0**-32)
     return jnp.where(upper, -value, value)
-
-
-# --- self-normalising networks ------------------------------------------------------------
-
-
-def alpha_dropout(
-    key: Key | None,
-    x: ArrayLike,
-    rate: Rate,
-    *,
-    deterministic: Flag = False,
-    broadcast_dims: Sequence[int] = (),
-    start: Sequence[Index] | None = None,
-    global_shape: Sequence[int] | None = None,
-    precision: int | None = None,
-) -> jax.Array:
-    """Dropout for SELU: sets elements to its negative floor, and keeps mean 0 and variance 1.
-
-    With ``r = effective_rate(rate)``, floor ``f = -1.7581`` and mask m, ``y = a * (x * m +
-    f * (1 - m)) + b`` where ``a = ((1 - r) * (1 + r * f**2)) ** -0.5`` and ``b = -a * r * f``. For
-    inputs of mean 0 and variance 1 the output has them too. The backward pass stores the key.
-
-    Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype; activations of SELU.
-      rate: probability of setting an element to the floor, as for `dropout`. At 1 the output is
-        exactly 0, the limit of the formula.
-      deterministic: whether to return `x` as it is; may be traced.
-      broadcast_dims: axes along which all elements share their fate.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
-
-    Returns:
-      An array of x's shape and dtype.
-
-    Raises:
-      TypeError: as for `dropout`, or if x is complex.
-      ValueError: as for `dropout`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jdropout
-      >>> x = jax.random.normal(jax.random.key(1), (1000, 1000))
-      >>> y = jdropout.alpha_dropout(jax.random.key(0), x, 0.1)
-      >>> print(f"{abs(y.mean()):.2f} {y.std():.2f}")
-      0.00 1.00
-
-    References:
-      Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
-      2017), section 3, "New dropout technique".
-    """
-    _checks.check_real("x", x)
-    flag = _checks.check_deterministic(deterministic)
-    shape = jnp.shape(x)
-    mask, operands = _mask.describe(
-        key, rate, flag, shape, broadcast_dims, start, global_shape, precision
-    )
-    site = _sites.site("alpha_dropout", shape, rate, flag, mask, operands)
-    if mask is None:
-        return site.result(cast("jax.Array", x))
-    if operands is None:
-        return site.result(jnp.zeros_like(x))
-    return site.result(_affine_alpha(site.operands(operands), x, mask))
-
-
-def feature_alpha_dropout(
-    key: Key | None,
-    x: ArrayLike,
-    rate: Rate,
-    *,
-    channel_axis: int = -1,
-    batch_axes: Sequence[int] = (0,),
-    deterministic: Flag = False,
-    start: Sequence[Index] | None = None,
-    global_shape: Sequence[int] | None = None,
-    precision: int | None = None,
-) -> jax.Array:
-    """`alpha_dropout` of whole channels.
-
-    Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of two axes or more, of a real floating-point dtype.
-      rate: as for `alpha_dropout`.
-      channel_axis: the axis of the channels, as for `spatial_dropout`.
-      batch_axes: axes along which decisions are independent as well.
-      deterministic: whether to return `x` as it is; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
-
-    Returns:
-      An array of x's shape and dtype.
-
-    Raises:
-      TypeError: as for `alpha_dropout`.
-      ValueError: if an axis does not exist, or as for `alpha_dropout`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jdropout
-      >>> jdropout.feature_alpha_dropout(jax.random.key(0), jnp.ones((1, 2, 4)), 0.5)
-      Array([[[-0.7791939,  1.6655988,  1.6655988,  1.6655988],
-              [-0.7791939,  1.6655988,  1.6655988,  1.6655988]]], dtype=float32)
-
-    References:
-      As for `alpha_dropout`.
-    """
-    return alpha_dropout(
-        key,
-        x,
-        rate,
-        deterministic=deterministic,
-        broadcast_dims=_checks.check_channels(channel_axis, batch_axes, jnp.ndim(x)),
-        start=start,
-        global_shape=global_shape,
-        precision=precision,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="mask")
-def _affine_alpha(operands: _mask.Operands, x: jax.Array, mask: _mask.Mask) -> jax.Array:
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def affine(operands: _mask.Operands, x: jax.Array) -> jax.Array:
-        wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-        inverse_keep = _mask.scale(operands, mask, wide)  # 1 where nothing is kept
-        rate = _mask.drop_probability(operands, mask, wide)
-        a = jnp.sqrt(inverse_keep / (1 + rate * _SELU_FLOOR**2))
-        b = -a * rate * _SELU_FLOOR
-        kept = _mask.keep_like(x, operands, mask)
-        y = a * jnp.where(kept, x.astype(wide), _SELU_FLOOR) + b
-        y = jnp.where(rate == 1, 0, y)  # and not where it is NaN
-        if operands.deterministic is not None:
-            y = jnp.where(operands.deterministic, x.astype(wide), y)
-        return y.astype(x.dtype)
-
-    return affine(_mask.with_words(operands), x)

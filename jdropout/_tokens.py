@@ -3,14 +3,15 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jdropout import _checks, _mask, _sites
+from jdropout import _checks, _mask, _record
+from jdropout._checks import as_array, as_integer, type_name
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -63,12 +64,12 @@ def word_dropout(
       methods for text classification" (ACL 2015), section 4.1; Bowman et al., "Generating
       sentences from a continuous space" (CoNLL 2016), section 3.1.
     """
-    array = _checks.check_tokens(tokens, replacement, protected)
+    array = _check_tokens(tokens, replacement, protected)
     flag = _checks.check_deterministic(deterministic)
     mask, operands = _mask.describe(
         key, rate, flag, array.shape, (), start, global_shape, precision
     )
-    site = _sites.site("word_dropout", array.shape, rate, flag, mask, operands)
+    site = _record.site("word_dropout", array.shape, rate, flag, mask, operands)
     if mask is None:
         return site.result(cast("jax.Array", tokens))
     if operands is not None:
@@ -147,21 +148,21 @@ def patch_dropout(
       using patch dropout" (WACV 2023), section 3.
     """
     array = _checks.check_any_array("x", x)
-    rate = _checks.check_fixed_rate(rate)
+    rate = _check_fixed_rate(rate)
     flag = _checks.check_static_flag(deterministic)
     token_axis = _checks.check_axis("axis", axis, array.ndim)
     length = array.shape[token_axis]
-    prefix = _checks.check_prefix(num_prefix_tokens, length)
+    prefix = _check_prefix(num_prefix_tokens, length)
     lead = array.shape[:token_axis]
     # In floating point 100 * (1 - 0.9) is below 10.
     count = max(1, math.floor(round((length - prefix) * (1 - rate), 6)))
     shape = (*lead, length - prefix)
     if flag or count == length - prefix:
-        site = _sites.site("patch_dropout", shape, rate, flag, None, None)
+        site = _record.site("patch_dropout", shape, rate, flag, None, None)
         everything = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (*lead, length))
         return site.result(cast("jax.Array", x)), everything
     mask, operands = _mask.describe_uniform(key, shape, (), None, None)
-    site = _sites.site("patch_dropout", shape, rate, flag, mask, operands)
+    site = _record.site("patch_dropout", shape, rate, flag, mask, operands)
     kept, indices = _gathered(
         site.operands(operands), array, mask, token_axis, prefix, count, ordered
     )
@@ -196,3 +197,45 @@ def _gathered(
         specs = (PartitionSpec(*lead, None, *trail), PartitionSpec(*lead, None))
         gathered = jax.sharding.auto_axes(gathered, axes=explicit, out_sharding=specs)
     return gathered(_mask.with_words(operands), x)
+
+
+def _check_tokens(tokens: Any, replacement: Any, protected: Any) -> jax.Array:
+    array = as_array("tokens", tokens)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"tokens must be an array of integers, got dtype {array.dtype}. Drop words before the "
+            "embedding, or use jdropout.dropout after it."
+        )
+    if not isinstance(protected, Sequence | frozenset | set | range):
+        raise TypeError(
+            f"protected must be a sequence of tokens, got {protected!r}. Write (token,) for one."
+        )
+    limits = jnp.iinfo(array.dtype)
+    for name, token in [("replacement", replacement), *(("protected", t) for t in protected)]:
+        number = as_integer(token)
+        if number is None:
+            raise TypeError(f"{name} must be an integer, got {token!r} of type {type_name(token)}.")
+        if not limits.min <= number <= limits.max:
+            raise ValueError(f"{name} {number} does not fit the tokens' dtype {array.dtype}.")
+    return array
+
+
+def _check_fixed_rate(rate: Any) -> float:
+    checked = _checks.check_rate(rate)
+    if isinstance(checked, jax.core.Tracer):
+        raise TypeError(
+            "rate must be a number here, since the shape of the result depends on it, got "
+            f"{checked!r}. Mark it as static, such as jax.jit(f, static_argnames=...)."
+        )
+    return float(checked)
+
+
+def _check_prefix(count: Any, length: int) -> int:
+    number = as_integer(count)
+    if number is None:
+        raise TypeError(f"num_prefix_tokens must be an integer, got {count!r}.")
+    if not 0 <= number < length:
+        raise ValueError(
+            f"num_prefix_tokens must be at least 0 and below the {length} tokens, got {number}."
+        )
+    return number

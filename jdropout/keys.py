@@ -14,7 +14,7 @@ The text of this law is in `docs/keys.md`; changing it is a new version.
 
 import functools
 import hashlib
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ import numpy as np
 from jax import lax
 
 from jdropout import _checks
+from jdropout._checks import as_integer, type_name
 from jdropout._law import MASK_TAG, absorb, key_words, like_key
 from jdropout._threefry import threefry2x32
 from jdropout._typing import Index, Key, Site, WordPair
 
 __all__ = ["at_site", "site_key", "step_key"]
-
 _INDEX_TAG = 0x6A646978  # "jdix"
 _WORDS_TAG = 0x6A647764  # "jdwd": further words of keys that have more than two
 _STEP_BIT = 0x80000000
@@ -102,7 +102,7 @@ def step_key(root: Key, *, step: Index, microbatch: Index = 0) -> jax.Array:
       As for `site_key`.
     """
     root = _checks.check_parent_key(root, "root")
-    high, low = _checks.check_count("step", step, bits=63)
+    high, low = _check_count("step", step, bits=63)
     index = _index_counter("microbatch", microbatch)
     return _descend(root, ((high | np.uint32(_STEP_BIT), low), index))
 
@@ -136,7 +136,7 @@ def at_site(key: Key, site: Site) -> jax.Array:
     """
     counters = tuple(
         _name_counter(part) if isinstance(part, str) else _index_counter("site", part)
-        for part in _checks.check_site(site)
+        for part in _check_site(site)
     )
     return _descend(_checks.check_parent_key(key, "key"), counters)
 
@@ -150,7 +150,7 @@ def _name_counter(name: str) -> WordPair:
 
 
 def _index_counter(name: str, index: Index) -> WordPair:
-    return cast("WordPair", (np.uint32(_INDEX_TAG), _checks.check_count(name, index, bits=32)[1]))
+    return cast("WordPair", (np.uint32(_INDEX_TAG), _check_count(name, index, bits=32)[1]))
 
 
 @jax.jit
@@ -167,3 +167,47 @@ def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
             lax.concatenate([word.reshape(1) for word in child[: words.size]], 0)
         )
     return like_key(words, key)
+
+
+def _check_count(name: str, count: Any, bits: int) -> WordPair:
+    """Returns an integer of at least 0 and below ``2**bits`` as two 32-bit words."""
+    if isinstance(count, jax.core.Tracer) and jnp.issubdtype(count.dtype, np.integer):
+        if count.ndim:
+            raise ValueError(
+                f"{name} must be a scalar, got an array of shape {count.shape}. "
+                "For several of them use jax.vmap."
+            )
+        low = count.astype(jnp.uint32)
+        if count.dtype.itemsize < 8:
+            return jnp.zeros_like(low), low
+        return lax.shift_right_logical(count, lax.full_like(count, 32)).astype(jnp.uint32), low
+    number = as_integer(count)
+    if number is None:
+        raise TypeError(
+            f"{name} must be an integer or an integer scalar array, got {count!r} of type "
+            f"{type_name(count)}."
+        )
+    if not 0 <= number < 2**bits:
+        raise ValueError(
+            f"{name} must be a whole number of at least 0 and below 2**{bits}, got {count!r}."
+        )
+    # NumPy scalars: an eager call hands them to its one compiled function as they are.
+    return cast("WordPair", (np.uint32(number >> 32), np.uint32(number & 0xFFFFFFFF)))
+
+
+def _check_site(site: Any) -> tuple[Any, ...]:
+    """Returns the parts of a site: names, and indices that are checked as counts later."""
+    parts = site if isinstance(site, tuple) else (site,)
+    if not parts:
+        raise ValueError(
+            "site must not be empty, got (). Name the dropout, such as site='hidden' or "
+            "site=('layer', 3)."
+        )
+    for part in parts:
+        traced = isinstance(part, jax.core.Tracer) and jnp.issubdtype(part.dtype, np.integer)
+        if not (isinstance(part, str) or traced or as_integer(part) is not None):
+            raise TypeError(
+                f"site must be a name, an index or a tuple of them, got {part!r} of type "
+                f"{type_name(part)}. Write it as a string or an integer, such as ('layer', 3)."
+            )
+    return parts

@@ -31,7 +31,7 @@ from jdropout._audit.values import (
     open_jaxpr,
     rows_equal,
 )
-from jdropout._sites import Frame, parse_mark
+from jdropout._record import Frame, parse_mark
 
 _UNCHANGED = {"copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier"}
 _UNCHANGED |= {"pcast", "pvary", "reshard", "sharding_constraint"}

@@ -3,7 +3,7 @@
 import os
 import re
 
-from jdropout import _sites
+from jdropout import _record
 from jdropout._audit.program import Program
 from jdropout._audit.report import AuditedSite
 from jdropout._audit.values import Place
@@ -22,8 +22,8 @@ def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSi
     own = [
         frame._replace(function=frame.function.rpartition("<locals>.")[-1])
         for frame in call.frames + place.frames
-        if not _sites.is_library(frame.file)
-    ] or [_sites.Frame("", 0, "")]
+        if not _record.is_library(frame.file)
+    ] or [_record.Frame("", 0, "")]
     return AuditedSite(
         path=call.path or own[0].function,
         location=f"{os.path.basename(own[0].file)}:{own[0].line}",
@@ -43,11 +43,11 @@ def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSi
     )
 
 
-def _as_call(place: Place) -> _sites.Call:
+def _as_call(place: Place) -> _record.Call:
     """A Bernoulli mask of another library in the form of a call of this one."""
     # The names of linen's modules are in the scope, wrapped in those of transformations.
     path = re.sub(r"\w+\(|\)", "", place.scope).strip("/")
-    return _sites.Call(
+    return _record.Call(
         kind="bernoulli",
         path=path,
         frames=place.frames,

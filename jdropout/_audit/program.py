@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdropout import _sites
+from jdropout import _record
 from jdropout._audit import dataflow
 from jdropout._audit.values import Place
 
@@ -18,7 +18,7 @@ _STEP = {"epoch", "global_step", "iteration", "step"}
 class Program(NamedTuple):
     """What the tracing of a function gave."""
 
-    calls: list[_sites.Call]
+    calls: list[_record.Call]
     places: list[Place]
     names: list[str]
     """Of the inputs: the traced leaves of the arguments."""
@@ -62,7 +62,7 @@ def _trace(arguments: _Arguments, traced: list[int]) -> Program:
 
     values = [arguments.leaves[i] for i in traced]
     names = [arguments.names[i] for i in traced]
-    with _sites.recorded() as calls, jax.debug_key_reuse(False):
+    with _record.recorded() as calls, jax.debug_key_reuse(False):
         closed = jax.make_jaxpr(flat)(*values)
     flow = dataflow.walk(closed, values)
     return Program(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jdropout._sites import Frame
+from jdropout._record import Frame
 
 _PROGRAM = os.path.join(os.path.dirname(__file__), "program.py")
 _SMALL = 4096

@@ -9,14 +9,10 @@ import jax.typing
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 
+from jdropout._concrete import concrete_dropout, concrete_regularizer
 from jdropout._flax import initial_logit
-from jdropout._learned import (
-    concrete_dropout,
-    concrete_regularizer,
-    variational_dense,
-    variational_kl,
-)
 from jdropout._typing import ArrayLike, Flag, Key
+from jdropout._variational import variational_dense, variational_kl
 from jdropout.linen._dropout import Layer
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import jax
 from flax import linen
 
+from jdropout._alpha import alpha_dropout, feature_alpha_dropout
 from jdropout._checks import check_amount, check_rate, check_rate_below_one
 from jdropout._flax import draws_noise
-from jdropout._noise import alpha_dropout, feature_alpha_dropout, gaussian_dropout, gaussian_noise
+from jdropout._noise import gaussian_dropout, gaussian_noise
 from jdropout._typing import Flag, Key
 from jdropout.linen._dropout import Dropping, Layer
 

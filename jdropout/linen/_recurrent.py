@@ -8,8 +8,8 @@ from flax import linen
 
 from jdropout import _checks
 from jdropout._flax import draws_any_mask, same_part
-from jdropout._layers import zoneout
 from jdropout._typing import Flag, Key
+from jdropout._zoneout import zoneout
 from jdropout.linen._dropout import Layer
 
 

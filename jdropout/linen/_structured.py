@@ -8,7 +8,7 @@ from flax import linen
 
 from jdropout._checks import check_static_flag
 from jdropout._drop_block import drop_block
-from jdropout._structured import drop_path, locked_dropout, spatial_dropout
+from jdropout._shared import drop_path, locked_dropout, spatial_dropout
 from jdropout._tokens import patch_dropout
 from jdropout._typing import Key
 from jdropout.linen._dropout import Dropping

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 from flax import linen
 
-from jdropout import _uncertainty
-from jdropout._checks import check_any_dropout, check_model
-from jdropout._flax import draws_mask
+from jdropout import _monte_carlo
+from jdropout._flax import check_any_dropout, check_model, draws_mask
+from jdropout._monte_carlo import MCPrediction
 from jdropout._typing import Key
-from jdropout._uncertainty import MCPrediction
 from jdropout.linen._dropout import Layer
 
 
@@ -81,7 +80,7 @@ def mc_predict(
       As for `jdropout.mc_predict`.
     """
     check_model(model, linen.Module)
-    return _uncertainty.mc_predict(
+    return _monte_carlo.mc_predict(
         _Sample(model, apply, rng_collection),
         key,
         variables,

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from flax import linen
 
-from jdropout import _checks, _trees
-from jdropout._structured import embedding_dropout
+from jdropout import _trees
+from jdropout._drop_connect import check_select, check_selected, drop_connect_tree
+from jdropout._shared import embedding_dropout
 from jdropout._typing import Flag, Key
-from jdropout._weights import drop_connect_tree
 from jdropout.keys import at_site
 from jdropout.linen._dropout import RateLayer
 
@@ -87,7 +87,7 @@ class DropConnect(RateLayer, linen.Module):
         if self.is_initializing():
             return self.module(*args, **kwargs)
         flag, key = self._resolve(deterministic, rng)
-        drop = _Drop(key, self.rate, _checks.check_select(self.select), flag)
+        drop = _Drop(key, self.rate, check_select(self.select), flag)
         y = _with_params(self, drop, self.module, lambda module: module(*args, **kwargs))
         drop.check_selected()
         return y
@@ -241,4 +241,4 @@ class _Drop:
             unmatched = [] if self.matched else None
         else:
             unmatched = [name for name in self.select if name not in self.matched]
-        _checks.check_selected(self.select, unmatched, self.paths)
+        check_selected(self.select, unmatched, self.paths)

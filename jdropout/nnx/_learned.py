@@ -8,14 +8,10 @@ import jax.typing
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
+from jdropout._concrete import concrete_dropout, concrete_regularizer
 from jdropout._flax import initial_logit
-from jdropout._learned import (
-    concrete_dropout,
-    concrete_regularizer,
-    variational_dense,
-    variational_kl,
-)
 from jdropout._typing import ArrayLike, Flag
+from jdropout._variational import variational_dense, variational_kl
 from jdropout.nnx._dropout import Layer, attach
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jdropout._alpha import alpha_dropout, feature_alpha_dropout
 from jdropout._checks import check_rate_below_one
 from jdropout._flax import check_module_amount, check_module_rate, draws_noise
-from jdropout._noise import alpha_dropout, feature_alpha_dropout, gaussian_dropout, gaussian_noise
+from jdropout._noise import gaussian_dropout, gaussian_noise
 from jdropout._typing import Flag
 from jdropout.nnx._dropout import Dropout, Layer, attach
 

@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 
 from jdropout._flax import check_module_rates, draws_any_mask, same_part
-from jdropout._layers import zoneout
 from jdropout._typing import Flag
+from jdropout._zoneout import zoneout
 from jdropout.nnx._dropout import Dropout
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout import _uncertainty
-from jdropout._checks import check_any_dropout, check_model
-from jdropout._flax import draws_mask
+from jdropout import _monte_carlo
+from jdropout._flax import check_any_dropout, check_model, draws_mask
+from jdropout._monte_carlo import MCPrediction
 from jdropout._typing import Key
-from jdropout._uncertainty import MCPrediction
 from jdropout.nnx._dropout import Layer
 from jdropout.nnx._model import set_site_keys
 
@@ -86,7 +85,7 @@ def mc_predict(
     drops = [_turn_on(node) for _, node in nnx.iter_graph(model)]
     check_any_dropout(any(drops))
     structure, state = nnx.split(model)
-    return _uncertainty.mc_predict(
+    return _monte_carlo.mc_predict(
         _Sample(structure, apply),
         key,
         state,

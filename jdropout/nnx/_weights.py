@@ -6,10 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout._checks import check_select
-from jdropout._structured import embedding_dropout
+from jdropout._drop_connect import check_select, drop_connect_tree
+from jdropout._shared import embedding_dropout
 from jdropout._typing import Flag
-from jdropout._weights import drop_connect_tree
 from jdropout.nnx._dropout import Dropout
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jdropout import _checks
 from jdropout.testing import _compare
+from jdropout.testing._checks import check_floating, check_like_input
 
 
 def assert_backward_uses_forward_mask(
@@ -51,8 +51,8 @@ def assert_backward_uses_forward_mask(
     References:
       Griewank and Walther, "Evaluating derivatives" (SIAM, 2008), section 3, for the two modes.
     """
-    x = _checks.check_floating(x)
-    dtype = _checks.check_like_input("fn(x)", jax.eval_shape(fn, x), x)
+    x = check_floating(x)
+    dtype = check_like_input("fn(x)", jax.eval_shape(fn, x), x)
     factors = _wide(fn(jnp.ones_like(x)))
     rounding = 4 * max(float(jnp.finfo(x.dtype).eps), float(jnp.finfo(dtype).eps))
 
@@ -62,8 +62,8 @@ def assert_backward_uses_forward_mask(
 
     vectors = {"ones": np.ones(x.shape), "other values": _other_values(x.shape)}
     for vector in (np.zeros(x.shape), *vectors.values()):
-        _checks.check_linear(wrong(fn(jnp.asarray(vector, x.dtype)), vector))
-    _checks.check_some_dropped(factors)
+        _check_linear(wrong(fn(jnp.asarray(vector, x.dtype)), vector))
+    _check_some_dropped(factors)
 
     def vjp(function: Callable[..., jax.Array], x: jax.Array, vector: jax.Array) -> jax.Array:
         return jax.vjp(function, x)[1](vector.astype(dtype))[0]
@@ -106,3 +106,23 @@ def _other_values(shape: tuple[int, ...]) -> np.ndarray:
 
 def _wide(x: jax.Array) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
+
+
+def _check_linear(wrong: np.ndarray) -> None:
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            "fn must be linear and elementwise with a fixed mask, fn(x) = fn(1) * x, which does "
+            f"not hold in {np.count_nonzero(wrong)} of {wrong.size} elements, first at {index}. "
+            "Pass the dropout alone, without the layers around it, and with a fixed key."
+        )
+
+
+def _check_some_dropped(factors: np.ndarray) -> None:
+    kept = np.count_nonzero(factors)
+    if kept in (0, factors.size):
+        raise ValueError(
+            f"fn keeps {kept} of {factors.size} elements, so that its mask cannot be told from "
+            "another. Pass a larger x and a rate such as 0.5, and switch dropout on "
+            "(deterministic=False)."
+        )

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdropout import _checks
+from jdropout._checks import type_name
 from jdropout._dropout import keep_mask
 from jdropout._typing import Index, Key, Rate
 from jdropout.testing import _compare
+from jdropout.testing._checks import check_any_leaves
 
 
 def mask_fingerprint(
@@ -101,7 +102,7 @@ def assert_reproducible(
       Bouthillier, Laurent and Vincent, "Unreproducible research is reproducible", ICML 2019, for
       what else changes from one training to the next.
     """
-    _checks.check_runs(runs)
+    _check_runs(runs)
     first: dict[str, _compare.Leaf] | None = None
     for run in range(1, runs + 1):
         if clear_caches:
@@ -109,6 +110,13 @@ def assert_reproducible(
         result = _compare.on_host(train())
         if first is None:
             first = result
-            _checks.check_any_leaves("train()", first)
+            check_any_leaves("train()", first)
         elif difference := _compare.difference(first, result, "in run 1"):
             raise AssertionError(f"train() is not reproducible: in run {run}, {difference}.")
+
+
+def _check_runs(runs: Any) -> None:
+    if isinstance(runs, bool) or not isinstance(runs, int | np.integer):
+        raise TypeError(f"runs must be an integer, got {runs!r} of type {type_name(runs)}.")
+    if runs < 2:
+        raise ValueError(f"runs must be at least 2, got {runs}: one run has nothing to equal.")

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _checks, _law
+from jdropout import _law
+from jdropout._checks import type_name
 
 
 class Leaf(NamedTuple):
@@ -60,7 +61,7 @@ def _leaf(name: str, leaf: Any) -> Leaf:
         gathered = jax.device_put(leaf, min(leaf.devices(), key=lambda device: device.id))
         words = np.array(_law.key_words(gathered))
         return Leaf(str(leaf.dtype), words.reshape(*leaf.shape, -1))
-    _checks.check_comparable(name, leaf)
+    _check_comparable(name, leaf)
     values = np.array(leaf)
     return Leaf(str(values.dtype), values)
 
@@ -76,3 +77,12 @@ def _differs(want: np.ndarray, got: np.ndarray, rtol: float | None) -> np.ndarra
     want, got = want.astype(wide), got.astype(wide)
     size = np.abs(want[np.isfinite(want)]).max(initial=0)
     return ~np.isclose(got, want, rtol=0, atol=rtol * size, equal_nan=True)
+
+
+def _check_comparable(name: str, leaf: Any) -> None:
+    kinds = jax.Array | np.ndarray | np.generic | bool | int | float | complex | str | bytes
+    if not isinstance(leaf, kinds) or np.asarray(leaf).dtype.hasobject:
+        raise TypeError(
+            f"{name} must be an array, a number or a string to be compared, got {type_name(leaf)}. "
+            "Return parameters and losses, for example nnx.state(model)."
+        )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jdropout import _checks
 from jdropout._typing import Key
 from jdropout.keys import site_key
+from jdropout.testing._checks import check_floating, check_like_input
 
 # Elements in one batch of keys: megabytes at most, and enough to keep the loop's cost small.
 _BATCH = 1 << 18
@@ -79,13 +80,13 @@ def assert_unbiased(
       Boucheron, Lugosi and Massart, "Concentration inequalities" (2013), corollary 2.11, for
       Bernstein's inequality; Srivastava et al., JMLR 15 (2014), section 10, for Gaussian dropout.
     """
-    x = _checks.check_factors_defined(_checks.check_floating(x))
+    x = _check_factors_defined(check_floating(x))
     key = _checks.check_key(key)
-    noise = _Noise.of_dropout(_checks.check_static_rate(rate))
+    noise = _Noise.of_dropout(_check_static_rate(rate))
     shared = _checks.check_broadcast_dims(broadcast_dims, x.ndim)
     _checks.check_fraction("tolerance", tolerance)
     _checks.check_fraction("false_alarm_rate", false_alarm_rate)
-    _checks.check_like_input("fn(key, x)", jax.eval_shape(fn, key, x), x)
+    check_like_input("fn(key, x)", jax.eval_shape(fn, key, x), x)
 
     fates = math.prod(size for axis, size in enumerate(x.shape) if axis not in shared)
     level = false_alarm_rate / 3
@@ -93,7 +94,7 @@ def assert_unbiased(
         math.ceil(noise.sample_size(tolerance / 2, level) / fates),
         math.ceil(noise.sample_size(0.5, level / x.size)),
     )
-    _checks.check_number_of_keys(calls, tolerance)
+    _check_number_of_keys(calls, tolerance)
     batch = min(calls, max(1, _BATCH // x.size))
     batches = -(-calls // batch)
     calls = batch * batches
@@ -187,3 +188,32 @@ def _deviations(
 
     sums, extreme = total(key, x)
     return sums, float(extreme)
+
+
+def _check_factors_defined(x: jax.Array) -> jax.Array:
+    if x.size == 0:
+        raise ValueError(f"x must have elements, got shape {x.shape}.")
+    if not bool(jnp.all(jnp.isfinite(x) & (x != 0))):
+        raise ValueError(
+            "x must be finite and without zeros, since results are divided by it. Pass "
+            "jnp.ones(shape), for example."
+        )
+    return x
+
+
+def _check_static_rate(rate: Any) -> float:
+    """Returns a static rate that leaves something to keep."""
+    rate = _checks.check_rate(rate)
+    if isinstance(rate, jax.Array):
+        raise TypeError("rate must be a Python number, got an array. Convert it with float(rate).")
+    if rate > 1 - 2**-16:
+        raise ValueError(f"rate must be below 1, got {rate}: where all is dropped no mean is x.")
+    return rate
+
+
+def _check_number_of_keys(number: int, tolerance: float) -> None:
+    if number > 2**30:
+        raise ValueError(
+            f"a tolerance of {tolerance} takes {number} keys, too many to count. Raise it, or pass "
+            "an x with more elements."
+        )

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdropout import _checks
+from jdropout._checks import is_real, type_name
 from jdropout.testing import _compare
+from jdropout.testing._checks import check_any_leaves
 
 
 def assert_sharding_invariant(
@@ -57,11 +58,11 @@ def assert_sharding_invariant(
     References:
       JAX, "Distributed arrays and automatic parallelization", for meshes and shardings.
     """
-    _checks.check_rtol(rtol)
-    _checks.check_mesh(mesh, devices)
+    _check_rtol(rtol)
+    _check_mesh(mesh, devices)
     mesh = _square_mesh(jax.devices() if devices is None else devices) if mesh is None else mesh
     placements = list(_placements(mesh, args))
-    _checks.check_any_placements(placements, mesh.shape)
+    _check_any_placements(placements, mesh.shape)
 
     def run(mesh: Mesh, placement: _Placement) -> dict[str, _compare.Leaf]:
         with jax.set_mesh(mesh):
@@ -71,7 +72,7 @@ def assert_sharding_invariant(
     one_device = mesh.devices.reshape(-1)[:1].reshape((1,) * mesh.devices.ndim)
     single = Mesh(one_device, mesh.axis_names, axis_types=mesh.axis_types)
     expected = run(single, _Placement((), {}))
-    _checks.check_any_leaves("fn", expected)
+    check_any_leaves("fn", expected)
     for placement in placements:
         where = placement.describe(mesh)
         try:
@@ -161,3 +162,37 @@ def _square_mesh(devices: Sequence[jax.Device]) -> Mesh:
 def _is_key(leaf: jax.Array | np.ndarray) -> bool:
     typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return typed or (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
+
+
+def _check_rtol(rtol: Any) -> None:
+    if rtol is not None and not is_real(rtol):
+        raise TypeError(f"rtol must be None or a number, got {rtol!r} of type {type_name(rtol)}.")
+    if rtol is not None and not 0 <= rtol < 1:
+        raise ValueError(
+            f"rtol must be in [0, 1), got {rtol}. Pass None to compare bits, or 1e-5 for sums in "
+            "float32."
+        )
+
+
+def _check_mesh(mesh: Any, devices: Any) -> None:
+    """Checks the two ways to say what devices to use, None being all."""
+    if mesh is not None and devices is not None:
+        raise ValueError("mesh and devices were both given. A mesh has its devices: pass one.")
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type_name(mesh)}.")
+    if devices is None:
+        devices = jax.devices() if mesh is None else mesh.devices.reshape(-1)
+    if len(devices) < 2:
+        raise ValueError(
+            f"a sharding needs at least 2 devices, got {len(devices)}. For eight on any CPU set "
+            "the environment variable XLA_FLAGS=--xla_force_host_platform_device_count=8 before "
+            "JAX starts, for example at the top of conftest.py."
+        )
+
+
+def _check_any_placements(placements: Any, sizes: Any) -> None:
+    if not placements:
+        raise ValueError(
+            f"args hold no array with an axis that the mesh {dict(sizes)} divides, so that nothing "
+            "can be sharded. Pass arrays with sizes that are multiples of 8, or fewer devices."
+        )

@@ -1,13 +1,13 @@
-"""What surrounds dropout in a transformer block, fused with it."""
+"""Dropout together with the bias, residual and norm around it."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _checks
+from jdropout._checks import as_array
 from jdropout._dropout import dropout
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
@@ -60,8 +60,8 @@ def bias_dropout_add(
       "Reducing activation recomputation in large transformer models" (2022), section 4.1, for
       what such layers store otherwise.
     """
-    x, residual = _checks.check_same_shape(x, residual)
-    bias = _checks.check_features("bias", bias, x)
+    x, residual = _check_same_shape(x, residual)
+    bias = _check_features("bias", bias, x)
     if bias is not None:
         x = x + bias.astype(x.dtype)
     dropped = dropout(
@@ -135,10 +135,10 @@ def dropout_add_norm(
       Ba, Kiros and Hinton, "Layer normalization" (2016), section 3; Zhang and Sennrich, "Root
       mean square layer normalization" (2019), section 4.
     """
-    x, residual = _checks.check_same_shape(x, residual)
-    _checks.check_norm(norm)
-    scale = _checks.check_features("scale", scale, x)
-    bias = _checks.check_features("bias", bias, x)
+    x, residual = _check_same_shape(x, residual)
+    _check_norm(norm)
+    scale = _check_features("scale", scale, x)
+    bias = _check_features("bias", bias, x)
     total = bias_dropout_add(
         key,
         x,
@@ -167,3 +167,34 @@ def _normalise(
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return y
+
+
+def _check_same_shape(x: Any, residual: Any) -> tuple[jax.Array, jax.Array]:
+    x, residual = as_array("x", x), as_array("residual", residual)
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"x and residual must have the same shape, got {x.shape} and {residual.shape}."
+        )
+    for name, array in (("x", x), ("residual", residual)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}.")
+    return x, residual
+
+
+def _check_features(name: str, vector: Any, x: jax.Array) -> jax.Array | None:
+    """Checks an optional vector along x's last axis; returns it with as many axes as x."""
+    if vector is None:
+        return None
+    vector = as_array(name, vector)
+    if vector.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name} must have the shape {x.shape[-1:]} of x's last axis, got {vector.shape}."
+        )
+    if not jnp.issubdtype(vector.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point array, got dtype {vector.dtype}.")
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def _check_norm(norm: Any) -> None:
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}.")

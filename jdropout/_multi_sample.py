@@ -1,6 +1,5 @@
-"""Many masks for one input: their average, and how far two of them disagree."""
+"""The average of a function over several masks."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -10,7 +9,8 @@ import numpy as np
 from jax import lax
 
 from jdropout import _checks
-from jdropout._typing import ArrayLike, Key
+from jdropout._dtypes import sum_dtype
+from jdropout._typing import Key
 from jdropout.keys import at_site
 
 _Result = TypeVar("_Result")
@@ -102,61 +102,5 @@ def multi_sample(
     return cast("_Result", jax.tree.map(lambda s, y: _mean(s, count, y), sums, shapes))
 
 
-def sum_dtype(y: Any) -> np.dtype:
-    """The dtype to add up arrays of the dtype of one."""
-    _checks.check_averaged(y.dtype)
-    return y.dtype if jnp.finfo(y.dtype).bits >= 32 else jnp.dtype(jnp.float32)
-
-
 def _mean(total: jax.Array, count: int, like: Any) -> jax.Array:
     return (total / np.asarray(count, total.dtype)).astype(like.dtype)
-
-
-def r_drop_loss(logits_a: ArrayLike, logits_b: ArrayLike, *, axis: int = -1) -> jax.Array:
-    """How far two passes with different masks disagree: R-Drop's regulariser.
-
-    ``(KL(a || b) + KL(b || a)) / 2`` of the distributions ``softmax(logits_a)`` and
-    ``softmax(logits_b)``, one number for each example, computed as half the sum of
-    ``(p_a - p_b) * (log p_a - log p_b)``, no term of which is negative. Equal logits give exactly
-    0 and gradient 0; large ones neither overflow nor give NaN. Both passes are differentiated.
-
-    The loss of R-Drop is ``cross_entropy(logits_a) + cross_entropy(logits_b) + alpha * r_drop``,
-    with two keys for the two passes over the same input.
-
-    Args:
-      logits_a: array of shape (..., classes, ...), of a real floating-point dtype.
-      logits_b: array of the same shape. A class whose logit is -inf in both has no part in it; in
-        one alone it makes the loss infinite.
-      axis: the axis of the classes.
-
-    Returns:
-      An array without that axis, float32 (float64 for 64-bit logits).
-
-    Raises:
-      TypeError: if logits are no floating-point arrays.
-      ValueError: if shapes differ, or the axis does not exist.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jdropout
-      >>> x, root = jnp.array([[2.0, 1.0, 0.0]]), jax.random.key(0)
-      >>> a, b = (jdropout.dropout(key, x, 0.5) for key in jax.random.split(root))
-      >>> print(jdropout.r_drop_loss(a, b), jdropout.r_drop_loss(a, a))
-      [0.09964201] [0.]
-
-    References:
-      Liang, Wu, Li, Wang, Meng, Qin, Chen, Zhang and Liu, "R-Drop: regularized dropout for neural
-      networks" (NeurIPS 2021), section 2.1, equations 2 to 4.
-    """
-    a, b = _checks.check_logits(logits_a, logits_b)
-    return _divergence(a, b, _checks.check_axis("axis", axis, a.ndim))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _divergence(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    wide = jnp.float64 if jnp.float64 in (a.dtype, b.dtype) else jnp.float32
-    log_a, log_b = (jax.nn.log_softmax(x.astype(wide), axis=axis) for x in (a, b))
-    # Where both are impossible their difference would be NaN, and so would its gradient.
-    impossible = jnp.isneginf(log_a) & jnp.isneginf(log_b)
-    difference = jnp.where(impossible, 0, log_a) - jnp.where(impossible, 0, log_b)
-    terms = (jnp.exp(log_a) - jnp.exp(log_b)) * difference
-    return jnp.where(jnp.isinf(difference), jnp.inf, terms).sum(axis) / 2

@@ -1,175 +1,24 @@
-"""Dropout whose probabilities are learned: for a layer, for every weight, or by a network.
-
-The noise is that of the law, as in `_noise`. The backward pass makes it again; beside the key it
-stores arguments of the call where what is differentiated needs them, and nothing else unless said.
-"""
+"""Variational dropout: a learned variance for every weight or activation."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from jdropout import _checks, _mask, _noise, _sites
+from jdropout import _checks, _mask, _noise, _record
+from jdropout._checks import is_real
+from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Flag, Index, Key
 
 # Molchanov, Ashukha and Vetrov (2017), equation 14.
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
+
+
 _MAX_LOG_ALPHA = 8.0
 _LEAST_SQUARE = 1e-16  # of a weight: the logarithm of 0 has no gradient
-
-
-def concrete_dropout(
-    key: Key | None,
-    x: ArrayLike,
-    logit: ArrayLike,
-    *,
-    temperature: float | jax.Array = 0.1,
-    deterministic: Flag = False,
-    broadcast_dims: Sequence[int] = (),
-    start: Sequence[Index] | None = None,
-    global_shape: Sequence[int] | None = None,
-) -> jax.Array:
-    """Dropout whose rate is learned by gradient descent, through a relaxed mask.
-
-    ``y = x * (1 - z) / (1 - p)`` with ``p = sigmoid(logit)`` the probability of dropping and
-    ``z = sigmoid((logit + log(u) - log(1 - u)) / temperature)`` for uniform u. As the temperature
-    falls, ``1 - z`` tends to ``keep_mask(key, p, x.shape, precision=32)``, and the mean of y to x:
-    for p from 0.05 to 0.5 it is less than 0.2 % off at temperature 0.1, and less than 6 % at 2 / 3.
-    To be trained with `concrete_regularizer`. The backward pass stores the key and the logit, and
-    x if the logit is differentiated.
-
-    Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype.
-      logit: log(p / (1 - p)), to be learned: a floating-point scalar, or an array with as many
-        axes as x, each of size 1 or of x's size, for example one logit a channel.
-      temperature: above 0; may be traced and differentiated. 0.1 is that of the paper, and 2 / 3
-        the one for whole channels.
-      deterministic: whether to return `x` as it is; may be traced.
-      broadcast_dims: axes along which all elements share their noise.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-
-    Returns:
-      An array of x's shape and dtype.
-
-    Raises:
-      TypeError: if x or the logit is not a real floating-point array, or as for `dropout`.
-      ValueError: if the logit does not broadcast to x, if the temperature is not above 0, or as
-        for `dropout`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> logit = jax.scipy.special.logit(0.1)  # to begin with
-      >>> y = concrete_dropout(jax.random.key(0), jnp.ones((1000, 1000)), logit)
-      >>> print(f"{y.mean():.3f} {(y < 0.5).mean():.3f}")
-      0.998 0.099
-
-    References:
-      Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), section 3 and equation 5; Maddison,
-      Mnih and Teh, "The concrete distribution" (ICLR 2017), for the relaxation.
-    """
-    _checks.check_real("x", x)
-    return _noise.noisy(
-        "concrete_dropout",
-        _logistic,
-        _relaxed,
-        key,
-        x,
-        (
-            _checks.check_parameter("logit", logit, jnp.shape(x)),
-            _checks.check_temperature(temperature),
-        ),
-        deterministic=deterministic,
-        broadcast_dims=broadcast_dims,
-        start=start,
-        global_shape=global_shape,
-    )
-
-
-def _logistic(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-    return _noise.quantile(lambda u: jnp.log(u) - jnp.log1p(-u), bits, dtype)
-
-
-def _relaxed(x: jax.Array, noise: jax.Array, strength: tuple[jax.Array, jax.Array]) -> jax.Array:
-    logit, temperature = strength
-    # log((1 - z) / (1 - p)): neither factor has to be a floating-point number.
-    return x * jnp.exp(jax.nn.softplus(logit) - jax.nn.softplus((logit + noise) / temperature))
-
-
-def concrete_regularizer(
-    logit: ArrayLike,
-    weight_sum_of_squares: ArrayLike,
-    num_inputs: int,
-    *,
-    weight_regularizer: float | jax.Array = 1e-6,
-    dropout_regularizer: float | jax.Array = 1e-5,
-) -> jax.Array:
-    """What is added to the loss of a layer with `concrete_dropout` on its inputs.
-
-    ``weight_regularizer * weight_sum_of_squares / (1 - p) + dropout_regularizer * num_inputs *
-    (p * log(p) + (1 - p) * log(1 - p))`` with ``p = sigmoid(logit)``: the first term wants a low
-    rate, and the entropy in the second a high one, the more so the fewer the samples. For N samples
-    and a prior of length scale l they are ``l**2 / N`` and ``2 / N`` where the loss is a mean of
-    squared errors times the precision of the noise, or half of each for a mean negative log
-    likelihood. Finite, with a finite gradient, for logits in float32 from -1e38 up to 88, where
-    1 / (1 - p) ends; the entropy is so for all.
-
-    Args:
-      logit: of the rate, as for `concrete_dropout`; any shape.
-      weight_sum_of_squares: sum of the squares of the weights that follow; a scalar, or one for
-        each logit.
-      num_inputs: how many numbers one logit drops, such as features or channels.
-      weight_regularizer: weight of the first term, at least 0.
-      dropout_regularizer: weight of the second term, at least 0.
-
-    Returns:
-      An array of the logit's shape, of its dtype or float32 if that is narrower.
-
-    Raises:
-      TypeError: if an argument is not a floating-point array or a number.
-      ValueError: if a regularizer is negative, or if num_inputs is below 1.
-
-    Example:
-      >>> import jax
-      >>> print(concrete_regularizer(jax.scipy.special.logit(0.1), 50.0, 128).round(6))
-      -0.000361
-
-    References:
-      Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), equations 2 to 4.
-    """
-    count = _checks.check_positive("num_inputs", num_inputs)
-    amounts = (
-        _checks.check_amount("weight_regularizer", weight_regularizer),
-        _checks.check_amount("dropout_regularizer", dropout_regularizer),
-    )
-    logit = _checks.check_floating_array("logit", logit)
-    squares = _checks.check_parameter("weight_sum_of_squares", weight_sum_of_squares, logit.shape)
-    return _concrete_cost(logit, squares, count, *amounts)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _concrete_cost(
-    logit: jax.Array,
-    squares: jax.Array,
-    count: int,
-    weight_regularizer: jax.Array,
-    dropout_regularizer: jax.Array,
-) -> jax.Array:
-    wide = _noise.wide_dtype(logit.dtype)
-    logit, squares, weight, dropout = (
-        jnp.asarray(a, wide) for a in (logit, squares, weight_regularizer, dropout_regularizer)
-    )
-    p, kept = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
-    negative_entropy = p * jax.nn.log_sigmoid(logit) + kept * jax.nn.log_sigmoid(-logit)
-    return weight * squares * (1 + jnp.exp(logit)) + dropout * count * negative_entropy
-
-
-# --- variational dropout ------------------------------------------------------------------
 
 
 def variational_dropout(
@@ -222,7 +71,7 @@ def variational_dropout(
       (NeurIPS 2015), section 3; Molchanov et al., as for `variational_dense`.
     """
     _checks.check_real("x", x)
-    limit = _checks.check_threshold(threshold)
+    limit = _check_threshold(threshold)
     return _noise.noisy(
         "variational_dropout",
         _noise.normal,
@@ -311,15 +160,15 @@ def variational_dense(
       Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
       2017), sections 4.1 and 4.3; Kingma, Salimans and Welling (NeurIPS 2015), section 2.3.
     """
-    x, weight, bias = _checks.check_dense(x, weight, bias)
+    x, weight, bias = _check_dense(x, weight, bias)
     log_alpha = _checks.check_parameter("log_alpha", log_alpha, weight.shape)
-    limit = _checks.check_threshold(threshold)
+    limit = _check_threshold(threshold)
     flag = _checks.check_deterministic(deterministic)
     shape = (*x.shape[:-1], weight.shape[-1])
     mask, operands = None, None
     if flag is not True:
         mask, operands = _mask.describe_uniform(key, shape, (), start, global_shape)
-    site = _sites.site("variational_dense", shape, None, flag, mask, operands)
+    site = _record.site("variational_dense", shape, None, flag, mask, operands)
     used = weight
     if flag is not False and limit is not None:
         used = jnp.where(flag & (log_alpha > limit), jnp.zeros_like(weight), weight)
@@ -334,7 +183,7 @@ def variational_dense(
 
 @jax.jit
 def _mean(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = jnp.matmul(x, weight, preferred_element_type=_noise.wide_dtype(x.dtype))
+    y = jnp.matmul(x, weight, preferred_element_type=wide_dtype(x.dtype))
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -342,7 +191,7 @@ def _mean(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
 @functools.partial(jax.checkpoint, prevent_cse=False)  # stores no squares
 def _variance(x: jax.Array, weight: jax.Array, log_alpha: jax.Array) -> jax.Array:
     # In float16 a square is soon 0 or infinite.
-    x, weight, log_alpha = (a.astype(_noise.wide_dtype(x.dtype)) for a in (x, weight, log_alpha))
+    x, weight, log_alpha = (a.astype(wide_dtype(x.dtype)) for a in (x, weight, log_alpha))
     return jnp.square(x) @ (jnp.exp(_clipped(log_alpha)) * jnp.square(weight))
 
 
@@ -388,7 +237,7 @@ def variational_log_alpha(weight: ArrayLike, log_variance: ArrayLike) -> jax.Arr
       Molchanov, Ashukha and Vetrov, as for `variational_dense`, section 4.1.
     """
     weight = _checks.check_floating_array("weight", weight)
-    wide = _noise.wide_dtype(weight.dtype)
+    wide = wide_dtype(weight.dtype)
     variance = _checks.check_parameter("log_variance", log_variance, weight.shape)
     return variance.astype(wide) - jnp.log(jnp.square(weight.astype(wide)) + _LEAST_SQUARE)
 
@@ -420,101 +269,39 @@ def variational_kl(log_alpha: ArrayLike) -> jax.Array:
       Molchanov, Ashukha and Vetrov, as for `variational_dense`, equation 14.
     """
     log_alpha = _checks.check_floating_array("log_alpha", log_alpha)
-    clipped = _clipped(log_alpha.astype(_noise.wide_dtype(log_alpha.dtype)))
+    clipped = _clipped(log_alpha.astype(wide_dtype(log_alpha.dtype)))
     return _K1 * jax.nn.sigmoid(-_K2 - _K3 * clipped) + 0.5 * jax.nn.softplus(-clipped)
 
 
-# --- standout -----------------------------------------------------------------------------
+def _check_threshold(threshold: Any) -> float | None:
+    if threshold is None:
+        return None
+    if not is_real(threshold) or math.isnan(threshold):
+        raise TypeError(
+            f"threshold must be None or a number, got {threshold!r}. It is a log_alpha, such as 3."
+        )
+    return float(threshold)
 
 
-def standout(
-    key: Key | None,
-    x: ArrayLike,
-    preactivation: ArrayLike,
-    *,
-    alpha: float | jax.Array = 1.0,
-    beta: float | jax.Array = 0.0,
-    deterministic: Flag = False,
-    start: Sequence[Index] | None = None,
-    global_shape: Sequence[int] | None = None,
-) -> jax.Array:
-    """Dropout in which every element has its own probability of being kept, by a network.
-
-    ``y = x * m`` with ``m ~ Bernoulli(q)``, ``q = sigmoid(alpha * preactivation + beta)``, and in
-    evaluation ``y = x * q``; nothing is divided. Kept is where the law's uniform number, of 32
-    bits, is below q, so that a constant q has the mask ``keep_mask(key, 1 - q, x.shape,
-    precision=32)``.
-
-    In training m is a constant: preactivation, alpha and beta have a gradient of zero through it.
-    In evaluation they have that of the product. The backward pass stores the key and the
-    preactivation, which a layer has anyway, and no mask.
-
-    Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype; activations.
-      preactivation: what decides on q, often the argument of the activation function: a
-        floating-point scalar, or an array with as many axes as x, each of size 1 or of x's size.
-      alpha: factor of the preactivation: a number, or a (traced) floating-point scalar.
-      beta: log(q / (1 - q)) at preactivation 0, likewise.
-      deterministic: whether to return the expectation; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-
-    Returns:
-      An array of x's shape and dtype.
-
-    Raises:
-      TypeError: if x or the preactivation is not a real floating-point array, or as for `dropout`.
-      ValueError: if the preactivation does not broadcast to x, or as for `dropout`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> a = jnp.array([[-2.0, -1.0, 1.0, 2.0]])
-      >>> print(standout(jax.random.key(0), jax.nn.relu(a), a))
-      [[0. 0. 1. 2.]]
-      >>> standout(None, jax.nn.relu(a), a, deterministic=True)
-      Array([[0.       , 0.       , 0.7310586, 1.761594 ]], dtype=float32)
-
-    References:
-      Ba and Frey, "Adaptive dropout for training deep neural networks" (NeurIPS 2013), sections 3
-      and 4.
-    """
+def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Checks what a dense layer is made of; returns the bias with as many axes as the output."""
     _checks.check_real("x", x)
-    return _noise.noisy(
-        "standout",
-        _as_bits,
-        _standing_out,
-        key,
-        x,
-        (
-            _checks.check_parameter("preactivation", preactivation, jnp.shape(x)),
-            _checks.check_scalar("alpha", alpha),
-            _checks.check_scalar("beta", beta),
-        ),
-        evaluate=_times_probability,
-        deterministic=deterministic,
-        start=start,
-        global_shape=global_shape,
-        remade=False,
-    )
-
-
-def _as_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-    return bits
-
-
-def _standing_out(x: jax.Array, bits: jax.Array, strength: Any) -> jax.Array:
-    # 2^32 is no uint32: there everything is kept.
-    threshold = jnp.round(lax.stop_gradient(_probability(strength)) * 2.0**32)
-    always = threshold >= 2.0**32
-    kept = always | (bits < jnp.where(always, 0, threshold).astype(jnp.uint32))
-    return jnp.where(kept, x, 0)
-
-
-def _times_probability(x: jax.Array, strength: Any) -> jax.Array:
-    return x * _probability(strength)
-
-
-def _probability(strength: Any) -> jax.Array:
-    preactivation, alpha, beta = strength
-    return jax.nn.sigmoid(alpha * preactivation + beta)
+    x, weight = jnp.asarray(x), _checks.check_floating_array("weight", weight)
+    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            "x and weight must have the shapes (..., inputs) and (inputs, outputs), got "
+            f"{x.shape} and {weight.shape}."
+        )
+    if bias is not None:
+        bias = _checks.check_floating_array("bias", bias)
+        if bias.shape != weight.shape[1:]:
+            raise ValueError(f"bias must have the shape {weight.shape[1:]}, got {bias.shape}.")
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is not None and array.dtype != x.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of x, {x.dtype}, got {array.dtype}. Convert it with "
+                f"{name}.astype(x.dtype)."
+            )
+    if bias is not None:
+        bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return x, weight, bias

@@ -13,7 +13,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 from jdropout import _checks
-from jdropout._many import sum_dtype
+from jdropout._dtypes import sum_dtype
 from jdropout._typing import Key
 from jdropout.keys import at_site
 
@@ -139,20 +139,20 @@ def mc_predict(
     """
     _checks.check_function("fn", fn)
     key = _checks.check_parent_key(key, "key")
-    count = _checks.check_num_samples(num_samples, static=return_samples)
+    count = _check_num_samples(num_samples, static=return_samples)
     size = BATCH_SIZE if batch_size is None else _checks.check_positive("batch_size", batch_size)
     if consistent:
-        _checks.check_examples(args)
+        _check_examples(args)
     if progress is not None:
         _checks.check_function("progress", progress)
     sampler = _Sampler.of(fn, consistent)
     if return_samples:
-        _checks.check_no_progress(progress)
+        _check_no_progress(progress)
         return _stack(sampler, key, args, count=count, size=size)
     if progress is None:
         moments = _add(sampler, key, args, None, 0, count, size=size)
     else:
-        _checks.check_concrete_for_progress((key, args, count))
+        _check_concrete_for_progress((key, args, count))
         moments = None
         for first in range(0, count, size):
             last = min(first + size, count)
@@ -197,7 +197,7 @@ class _Sampler:
 
         def row(example: Any) -> Any:
             y = fn(key, *shared, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example))
-            _checks.check_one_row(y)
+            _check_one_row(y)
             return jax.tree.map(lambda leaf: leaf[0], y)
 
         return jax.vmap(row)(examples)
@@ -288,7 +288,7 @@ class _Moments:
 
 
 def _no_moments(sample: Any) -> _Moments:
-    _checks.check_any_output(sample)
+    _check_any_output(sample)
     mean = jax.tree.map(lambda y: jnp.zeros_like(y, dtype=sum_dtype(y)), sample)
     squares = jax.tree.map(lambda y: jnp.zeros_like(y.real), mean)
     return _Moments(jnp.int32(0), mean, squares)
@@ -305,3 +305,69 @@ def _square(y: jax.Array) -> jax.Array:
 
 def _like(number: Any, array: jax.Array) -> jax.Array:
     return jnp.asarray(number, array.dtype)
+
+
+def _check_num_samples(count: Any, static: bool) -> Any:
+    """Returns a number of at least 2, as without it there is no variance."""
+    if isinstance(count, jax.core.Tracer):
+        if static:
+            raise ValueError(
+                "num_samples must be a Python integer with return_samples=True, since it is the "
+                "size of an axis; got a traced one. Make it static, or leave the samples out."
+            )
+        if count.ndim or not jnp.issubdtype(count.dtype, np.integer):
+            raise TypeError(
+                f"num_samples must be an integer scalar, got {count.dtype}{list(count.shape)}."
+            )
+        return count
+    number = _checks.check_positive("num_samples", count)
+    if not 2 <= number < 2**30:
+        raise ValueError(
+            f"num_samples must be at least 2, for there to be a variance, and below 2**30, got "
+            f"{number}."
+        )
+    return number
+
+
+def _check_examples(args: tuple[Any, ...]) -> None:
+    """With masks that are shared by all examples, the last argument must hold examples."""
+    leaves = jax.tree.leaves(args[-1]) if args else []
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "consistent=True needs the examples on the leading axis of the last argument after the "
+            f"key, got {f'arrays of shapes {shapes}' if args else 'no argument'}. Pass the inputs "
+            "last, such as mc_predict(fn, key, params, x, ...)."
+        )
+
+
+def _check_one_row(y: Any) -> None:
+    """Of one example, `fn` must return one row."""
+    for leaf in jax.tree.leaves(y):
+        if np.shape(leaf)[:1] != (1,):
+            raise ValueError(
+                "fn must return a leading axis of examples with consistent=True: one example, on "
+                f"an axis of size 1, gave shape {np.shape(leaf)}. Do what is over all examples, "
+                "such as a mean, after mc_predict."
+            )
+
+
+def _check_any_output(y: Any) -> None:
+    if not jax.tree.leaves(y):
+        raise TypeError(f"fn must return arrays, got {y!r}. Return what is to be averaged.")
+
+
+def _check_no_progress(progress: Any) -> None:
+    if progress is not None:
+        raise ValueError(
+            "progress cannot be told with return_samples=True, where all samples come from one "
+            "call. Leave out one of them."
+        )
+
+
+def _check_concrete_for_progress(values: Any) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+        raise ValueError(
+            "progress cannot be told under jax.jit or another transformation, where nothing is "
+            "computed yet. Leave it out, or call mc_predict outside."
+        )

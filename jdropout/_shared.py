@@ -1,10 +1,11 @@
 """Dropout whose mask is shared along axes: channels, time steps, examples, rows of a table."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdropout import _checks
 from jdropout._dropout import masked
@@ -280,7 +281,7 @@ def embedding_dropout(
       networks" (NeurIPS 2016), section 4.2; Merity et al. (ICLR 2018), section 4.3.
     """
     _checks.check_input(table, "table")
-    _checks.check_ndim("table", table, 2, "(vocabulary, features)")
+    _check_ndim("table", table, 2, "(vocabulary, features)")
     return masked(
         "embedding_dropout",
         key,
@@ -292,3 +293,8 @@ def embedding_dropout(
         global_shape=global_shape,
         precision=precision,
     )
+
+
+def _check_ndim(name: str, x: Any, ndim: int, axes: str) -> None:
+    if np.ndim(x) != ndim:
+        raise ValueError(f"{name} must have the axes {axes}, got shape {np.shape(x)}.")

@@ -1,0 +1,140 @@
+"""Checks of the arguments of attention."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdropout._checks import as_array
+
+
+def check_attention_inputs(
+    query: Any, key: Any, value: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
+        arrays[name] = x = as_array(name, x)
+        if x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+            raise TypeError(
+                f"{name} must be a float16, bfloat16, float32 or float64 array, got dtype "
+                f"{x.dtype}. Convert it with {name}.astype(jnp.bfloat16)."
+            )
+        if x.dtype != arrays["query"].dtype:
+            raise TypeError(
+                f"query, key and value must have the same dtype, got {arrays['query'].dtype} for "
+                f"query and {x.dtype} for {name}. Convert it with {name}.astype(query.dtype)."
+            )
+        if x.ndim not in (3, 4) or x.ndim != arrays["query"].ndim:
+            raise ValueError(
+                "query, key and value must all have the axes (batch, length, heads, features), or "
+                f"all but the batch, got shape {x.shape} for {name}. Reshape further batch axes "
+                "into one."
+            )
+    query, key, value = arrays.values()
+    shapes = f"got shapes {query.shape}, {key.shape} and {value.shape}"
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        raise ValueError(
+            f"query, key and value must have the same batch size, {shapes}. Repeat the smaller "
+            "with jnp.broadcast_to."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same number of features, {shapes}.")
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(f"key and value must have the same length and heads, {shapes}.")
+    if 0 in key.shape[-2:] or 0 in query.shape[-2:] or query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            "query, key and value must have heads and features, and query a multiple of the heads "
+            f"of key and value, {shapes}."
+        )
+    return query, key, value
+
+
+def check_logits_operand(name: str, x: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """Checks a bias or mask, which broadcasts to the attention matrix."""
+    if x is None:
+        return None
+    x = as_array(name, x)
+    if name == "mask" and x.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be boolean, True where a query may attend to a key, got dtype {x.dtype}. "
+            "Convert it with mask.astype(bool), or pass what is added to the logits as bias."
+        )
+    if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"bias must be a floating-point array, got dtype {x.dtype}. Pass booleans as mask."
+        )
+    fits = x.ndim == len(shape) and all(
+        size in (1, bound) for size, bound in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must have {len(shape)} axes and broadcast to {shape}, which is ([batch], "
+            f"heads, queries, keys), got shape {x.shape}. Insert axes of size 1."
+        )
+    return x
+
+
+def check_lengths(name: str, lengths: Any, batch: Sequence[int]) -> jax.Array | None:
+    if lengths is None:
+        return None
+    lengths = as_array(name, lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an array of integers, got dtype {lengths.dtype}.")
+    if lengths.shape != (math.prod(batch),):
+        raise ValueError(
+            f"{name} must have one length per example, shape ({math.prod(batch)},), got shape "
+            f"{lengths.shape}."
+        )
+    return lengths
+
+
+def check_window(window: Any) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = (window, window) if isinstance(window, int) else window
+    try:
+        before, after = (operator.index(size) for size in pair)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"local_window_size must be an integer or a pair of integers, got {window!r}. Write "
+            "(before, after), the numbers of keys on either side."
+        ) from None
+    if before < 0 or after < 0:
+        raise ValueError(
+            f"local_window_size must not be negative, got {window}. Write (before, after), the "
+            "numbers of keys on either side."
+        )
+    return before, after
+
+
+def check_scale(scale: Any) -> Any:
+    array = as_array("scale", scale)
+    if array.shape != () or not (
+        jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"scale must be a real scalar, got shape {array.shape} and dtype {array.dtype}. For "
+            "one scale per head or feature multiply the query by it."
+        )
+    return array
+
+
+def check_block_sizes(block_sizes: Any) -> tuple[int, int] | None:
+    if block_sizes is None:
+        return None
+    try:
+        rows, columns = (operator.index(size) for size in block_sizes)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"block_sizes must be None or a pair of integers, got {block_sizes!r}. Write "
+            "(queries, keys) of a block."
+        ) from None
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"block_sizes must be positive, got {block_sizes}. Write (queries, keys) of a block, "
+            "such as (512, 256)."
+        )
+    return rows, columns

@@ -1,0 +1,305 @@
+"""softmax"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jdropout import _mask
+from jdropout._attention._blocks import (
+    Inputs,
+    Plan,
+    allowed,
+    indices,
+    join,
+    start,
+    tile,
+    where_needed,
+)
+from jdropout._dtypes import wide_dtype
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def attention(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    sharding = jax.typeof(inputs.query).sharding
+    explicit = sharding.mesh.explicit_axes
+    if not explicit:
+        return _attention_in_groups(inputs, plan)
+    spec = sharding.spec
+    shardings = tuple(
+        jax.sharding.NamedSharding(sharding.mesh, jax.P(*axes))
+        for axes in ((*spec[:-1], None), spec[:-1])
+    )
+    attention = functools.partial(_attention_in_groups, plan=plan)
+    return jax.sharding.auto_axes(attention, axes=explicit, out_sharding=shardings)(inputs)
+
+
+def _attention_in_groups(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """Brings the axes into the order that `_attend` wants, and back."""
+    *batch, length, heads, features = inputs.query.shape
+    key_length, key_heads = inputs.key.shape[-3:-1]
+    batch_size, groups = math.prod(batch), heads // key_heads
+
+    def grouped(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        sizes = (1,) * (4 - x.ndim) + x.shape
+        head_sizes = (1, 1) if sizes[1] == 1 else (key_heads, groups)
+        return x.reshape(sizes[0], *head_sizes, *sizes[2:])
+
+    def features_first(x: jax.Array) -> jax.Array:
+        return x.reshape(batch_size, key_length, key_heads, x.shape[-1]).transpose(0, 2, 3, 1)
+
+    query = inputs.query.reshape(batch_size, length, key_heads, groups, features)
+    inputs = inputs._replace(
+        query=query.transpose(0, 2, 3, 1, 4),
+        key=features_first(inputs.key),
+        value=features_first(inputs.value),
+        bias=grouped(inputs.bias),
+        mask=grouped(inputs.mask),
+        scale=jnp.asarray(inputs.scale, inputs.dtype),
+        dropout=None if inputs.dropout is None else _mask.with_words(inputs.dropout),
+    )
+    output, residual = _attend(plan, _varying(inputs))
+    output, residual = (jnp.moveaxis(x, 3, 1) for x in (output, residual))
+    shape = (*batch, length, heads)
+    return output.reshape(*shape, output.shape[-1]), residual.reshape(shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """Output (B, K, G, T, V), and log-sum-exp (B, K, G, T)."""
+    return _forward(plan, inputs)
+
+
+@functools.partial(_attend.defjvp, symbolic_zeros=True)
+def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
+    (inputs,), (dots,) = primals, tangents
+    output, residual = _attend(plan, inputs)
+    named = {name: getattr(dots, name) for name in ("query", "key", "value", "bias", "scale")}
+    dots = {
+        # Cotangents are summed over the blocks in this dtype.
+        name: dot.astype(inputs.dtype)
+        for name, dot in named.items()
+        if dot is not None and not isinstance(dot, SymbolicZero)
+    }
+    # By jax.jvp of a linear map: JAX 0.8 cannot transpose a loop that a custom rule binds itself.
+    tangent = functools.partial(_tangent, plan, inputs, output, residual)
+    zeros = jax.tree.map(jnp.zeros_like, dots)
+    return (output, residual), jax.jvp(tangent, (zeros,), (dots,))[1]
+
+
+def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The online softmax: block by block along the keys, for a block of queries at a time."""
+    tiles = tile(plan, inputs._asdict())
+    zero = _zero(inputs)
+    batch_shape = inputs.query.shape[:3]
+    row_shape = (*batch_shape, plan.rows.block_size)
+
+    def row(_: None, xs: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        i, in_row, in_cells = xs
+
+        def column(carry: Any, xs: Any) -> tuple[Any, None]:
+            j, in_column, in_cell = xs
+            block = in_row | in_column | in_cell
+
+            def visit(carry: Any) -> Any:
+                total, maximum, weighted = carry
+                logits = _logits(plan, inputs, block, i, j)
+                new_maximum = jnp.maximum(maximum, logits.max(-1))
+                shift = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
+                weights = jnp.exp(logits - shift[..., None])
+                decay = jnp.exp(maximum - shift)
+                total = total * decay + weights.sum(-1)
+                weights = _drop(plan, inputs, i, j, weights)
+                products = _product(
+                    "bkgts,bkvs->bkgtv", weights, block["value"], plan, inputs.dtype
+                )
+                return total, new_maximum, weighted * decay[..., None] + products
+
+            return where_needed(plan, inputs, i, j, visit, lambda carry: carry, carry), None
+
+        start = (
+            jnp.zeros(row_shape, inputs.dtype) + zero,
+            jnp.full(row_shape, -jnp.inf, inputs.dtype) + zero,
+            jnp.zeros((*row_shape, inputs.value.shape[2]), inputs.dtype) + zero,
+        )
+        columns = (indices(plan.columns), tiles.columns, in_cells)
+        (total, maximum, weighted), _ = lax.scan(column, start, columns)
+        some = total > 0
+        total = jnp.where(some, total, 1)
+        output = weighted * (_dropout_scale(plan, inputs) / total)[..., None]
+        residual = jnp.where(some, maximum + jnp.log(total), -jnp.inf)
+        return None, (output.astype(inputs.query.dtype), residual)
+
+    rows = (indices(plan.rows), tiles.rows, tiles.cells)
+    _, (output, residual) = lax.scan(row, None, rows)
+    return join(plan.rows, output), join(plan.rows, residual)
+
+
+def _tangent(
+    plan: Plan,
+    inputs: Inputs,
+    output: jax.Array,
+    residual: jax.Array,
+    dots: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The derivative along ``dots``, linear in them.
+
+    With logits s, probabilities P, mask and scale of dropout M and r = sum_j(P ds):
+    d(output) = sum_j (M P ds) v + (M P) dv - output r, and d(log-sum-exp) = r.
+    """
+    constants = {"output": output, "residual": residual}
+    tiles = tile(plan, inputs._asdict() | constants)
+    dot_tiles = tile(plan, dots)
+    zero = _zero(inputs)
+    row_shape = (*inputs.query.shape[:3], plan.rows.block_size)
+    nothing = (
+        jnp.zeros((*row_shape, inputs.value.shape[2]), inputs.dtype) + zero,
+        jnp.zeros(row_shape, inputs.dtype) + zero,
+    )
+    linear_product = functools.partial(_linear_product, plan=plan, dtype=inputs.query.dtype)
+
+    @_remade
+    def row(xs: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
+        i, (in_row, in_cells), (dots_in_row, dots_in_cells) = xs
+
+        @_remade
+        def column(xs: Any, in_row: Any, dots_in_row: Any) -> tuple[jax.Array, jax.Array]:
+            j, in_column, in_cell, dots_in_column, dots_in_cell = xs
+            block = in_row | in_column | in_cell
+            dot = dots_in_row | dots_in_column | dots_in_cell | {"scale": dots.get("scale")}
+
+            def visit(dot: Any) -> tuple[jax.Array, jax.Array]:
+                logits = _logits(plan, inputs, block, i, j)
+                shift = jnp.where(block["residual"] == -jnp.inf, 0, block["residual"])
+                weights = jnp.exp(logits - shift[..., None])
+                logits_dot = jnp.zeros_like(weights)
+                if "query" in dot:
+                    product = linear_product("bkgth,bkhs->bkgts", dot["query"], block["key"])
+                    logits_dot += product * inputs.scale
+                if "key" in dot:
+                    product = linear_product("bkgth,bkhs->bkgts", block["query"], dot["key"])
+                    logits_dot += product * inputs.scale
+                if "bias" in dot:
+                    logits_dot += dot["bias"]
+                if dot["scale"] is not None:
+                    logits_dot += dot["scale"] * _query_key(plan, inputs, block)
+                weights_dot = weights * logits_dot
+                total_dot = weights_dot.sum(-1)
+                weights_dot = _drop(plan, inputs, i, j, weights_dot)
+                output_dot = linear_product("bkgts,bkvs->bkgtv", weights_dot, block["value"])
+                if "value" in dot:
+                    weights = _drop(plan, inputs, i, j, weights)
+                    output_dot += linear_product("bkgts,bkvs->bkgtv", weights, dot["value"])
+                return output_dot, total_dot
+
+            return where_needed(plan, inputs, i, j, visit, lambda dot: nothing, dot)
+
+        def add(carry: Any, xs: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, column(xs, in_row, dots_in_row)), None
+
+        xs = (indices(plan.columns), columns[0], in_cells, columns[1], dots_in_cells)
+        (output_dot, total_dot), _ = lax.scan(add, nothing, xs)
+        output_dot = output_dot * _dropout_scale(plan, inputs)
+        output_dot -= in_row["output"].astype(inputs.dtype) * total_dot[..., None]
+        return output_dot.astype(inputs.query.dtype), total_dot
+
+    columns = (tiles.columns, dot_tiles.columns)
+    rows = (
+        indices(plan.rows),
+        (tiles.rows, tiles.cells),
+        (dot_tiles.rows, dot_tiles.cells),
+    )
+    _, (output_dot, residual_dot) = lax.scan(lambda _, xs: (None, row(xs, columns)), None, rows)
+    return join(plan.rows, output_dot), join(plan.rows, residual_dot)
+
+
+_remade = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+def _logits(plan: Plan, inputs: Inputs, block: dict[str, jax.Array], i: Any, j: Any) -> jax.Array:
+    """Logits of a block, -inf where a query must not attend."""
+    logits = _query_key(plan, inputs, block) * inputs.scale
+    if "bias" in block:
+        logits = logits + block["bias"].astype(inputs.dtype)
+    conditions = allowed(plan, inputs, i, j)
+    if "mask" in block:
+        conditions.append(block["mask"])
+    if not conditions:
+        return logits
+    together = functools.reduce(jnp.logical_and, conditions)
+    return jnp.where(together, logits, -jnp.inf)
+
+
+def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.Array:
+    return _product("bkgth,bkhs->bkgts", block["query"], block["key"], plan, inputs.dtype)
+
+
+def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax.Array:
+    """Applies dropout's mask, but not its scale, to a block of five axes."""
+    if plan.mask is None:
+        return weights
+    assert inputs.dropout is not None
+    lead = plan.mask.full_shape[:-2]
+    shape = (*lead, plan.rows.block_size, plan.columns.block_size)
+    operands, mask = _mask.tile(
+        inputs.dropout, plan.mask, shape, start(plan, inputs), (0,) * len(lead) + (i, j)
+    )
+    kept = _mask.keep(operands, mask).reshape(weights.shape)
+    return jnp.where(kept, weights, 0)
+
+
+def _dropout_scale(plan: Plan, inputs: Inputs) -> Any:
+    if plan.mask is None:
+        return np.ones((), inputs.dtype)
+    assert inputs.dropout is not None
+    return _mask.scale(inputs.dropout, plan.mask, inputs.dtype)
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Array:
+    """A product with sums in ``dtype``; a floating-point ``x`` is rounded to y's dtype before."""
+    return jnp.einsum(
+        subscripts,
+        x.astype(y.dtype),
+        y,
+        precision=plan.precision,
+        preferred_element_type=dtype,
+    )
+
+
+def _linear_product(
+    subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.dtype
+) -> jax.Array:
+    """A product whose transposes have operands of ``dtype`` too, for the sake of matrix units."""
+    product = _product(subscripts, x.astype(dtype), y.astype(dtype), plan, dtype)
+    return product.astype(wide_dtype(dtype))
+
+
+def _varying(inputs: Inputs) -> Inputs:
+    """Lets the differentiable inputs vary over the same devices of a `shard_map`.
+
+    JAX would do so where they meet, which is inside of the branches of a condition that varies
+    too, and the transpose is a collective that some devices then never reach.
+    """
+    zero = _zero(inputs)
+    return inputs._replace(
+        query=inputs.query + zero.astype(inputs.query.dtype),
+        key=inputs.key + zero.astype(inputs.key.dtype),
+        value=inputs.value + zero.astype(inputs.value.dtype),
+        bias=None if inputs.bias is None else inputs.bias + zero.astype(inputs.bias.dtype),
+        scale=inputs.scale + zero,
+    )
+
+
+def _zero(inputs: Inputs) -> jax.Array:
+    """A zero that varies over the devices of a `shard_map` as a function of the inputs does."""
+    zeros = [
+        lax.full_like(leaf, 0, shape=(), dtype=inputs.dtype) for leaf in jax.tree.leaves(inputs)
+    ]
+    return functools.reduce(jnp.add, zeros)

@@ -1,0 +1,172 @@
+"""Zoneout: units of a recurrent network's state that miss an update."""
+
+import functools
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jdropout import _checks, _mask, _record, _threshold, _trees
+from jdropout._checks import describe_array
+from jdropout._dropout import effective_rate
+from jdropout._dtypes import wide_dtype
+from jdropout._typing import Flag, Key, Rate
+
+_Tree = TypeVar("_Tree")
+
+
+def zoneout(
+    key: Key | None,
+    old: _Tree,
+    new: _Tree,
+    rate: Rate | Any,
+    *,
+    deterministic: Flag = False,
+    precision: int | None = None,
+) -> _Tree:
+    """Keeps units of a recurrent network's state as they were, at random.
+
+    ``y = m * new + (1 - m) * old`` with ``m ~ Bernoulli(1 - r)`` and ``r = effective_rate(rate)``:
+    a unit that is dropped misses the update. Evaluation takes the expectation
+    ``r * old + (1 - r) * new``, computed in float32 (float64 for 64-bit states) and rounded once.
+    The backward pass stores the key alone.
+
+    The mask of a single array is that of ``keep_mask(key, rate, shape)``. In a tree every array has
+    the key ``jdropout.keys.at_site(key, path)``; for an LSTM's pair (c, h) the paths are 0 and 1.
+
+    Args:
+      key: a PRNG key, as for `dropout`; a new one for every time step, such as
+        ``at_site(key, t)``. May be None in evaluation as well.
+      old: the state before the step: an array of any shape, of a floating-point or complex dtype,
+        or a tree of them.
+      new: the state after the step, of the same structure, shapes and dtypes.
+      rate: probability of keeping the old value, as for `dropout`; or a tree of rates of the
+        state's structure, as the paper has 0.5 for cells and 0.05 for hidden units. A static 0
+        gives `new` itself, and 1 `old` itself.
+      deterministic: whether to take the expectation; may be traced.
+      precision: bits of the rate, as for `dropout`.
+
+    Returns:
+      A state like `new`.
+
+    Raises:
+      TypeError: as for `dropout`.
+      ValueError: if the states or rates do not fit, or as for `dropout`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> old, new = jnp.zeros((2, 8)), jnp.ones((2, 8))
+      >>> jdropout.zoneout(jax.random.key(0), old, new, 0.5)
+      Array([[0., 1., 1., 0., 1., 1., 1., 0.],
+             [1., 1., 1., 1., 1., 1., 0., 0.]], dtype=float32)
+      >>> jdropout.zoneout(None, old[0], new[0], 0.25, deterministic=True)
+      Array([0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75], dtype=float32)
+
+    References:
+      Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations" (ICLR
+      2017), section 3.2 and equations 5 to 7.
+    """
+    flag = _checks.check_deterministic(deterministic)
+    _check_states(old, new)
+    structure = jax.tree.structure(new)
+    rates = _check_rate_for_each(rate, structure)
+    states = [
+        _zoned_out(_trees.leaf_key(key, site, rate, flag, precision), a, b, rate, flag, precision)
+        for (site, a), b, rate in zip(
+            _trees.leaves_with_sites(old), jax.tree.leaves(new), rates, strict=True
+        )
+    ]
+    return cast("_Tree", jax.tree.unflatten(structure, states))
+
+
+def _zoned_out(
+    key: Key | None,
+    old: jax.Array,
+    new: jax.Array,
+    rate: Rate,
+    flag: bool | jax.Array,
+    precision: int | None,
+) -> jax.Array:
+    shape = jnp.shape(new)
+    mask, operands = _mask.describe(key, rate, flag, shape, (), None, None, precision)
+    fixed = None if isinstance(rate, jax.Array) else effective_rate(rate, precision=precision)
+    if fixed in (0, 1):
+        site = _record.site("zoneout", shape, rate, flag, mask, None)
+        return site.result(new if fixed == 0 else old)  # the very object
+    site = _record.site("zoneout", shape, rate, flag, mask, operands)
+    if mask is None or operands is None:
+        dropped = rate if fixed is None else fixed
+        return site.result(_expected(old, new, dropped, fixed is None, precision))
+    return site.result(_mixed(site.operands(operands), old, new, mask))
+
+
+@functools.partial(jax.jit, static_argnames="mask")
+def _mixed(operands: _mask.Operands, old: jax.Array, new: jax.Array, mask: _mask.Mask) -> jax.Array:
+    """The mask is made again in the backward pass, as in `jdropout.dropout`."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def mixed(operands: _mask.Operands, old: jax.Array, new: jax.Array) -> jax.Array:
+        y = lax.select(_mask.keep_like(new, operands, mask), new, old)
+        if operands.rate is None and operands.deterministic is None:
+            return y
+        dropped = _mask.drop_probability(operands, mask, wide_dtype(new))
+        if operands.deterministic is not None:
+            flag = jnp.broadcast_to(operands.deterministic, y.shape)
+            y = lax.select(flag, _expectation(old, new, dropped), y)
+        return jnp.where(jnp.isnan(dropped), jnp.full_like(y, jnp.nan), y)
+
+    return mixed(_mask.with_words(operands), old, new)
+
+
+@functools.partial(jax.jit, static_argnames=("traced", "precision"))
+def _expected(
+    old: jax.Array, new: jax.Array, dropped: Any, traced: bool, precision: int | None
+) -> jax.Array:
+    """``dropped`` is an effective rate, or a traced one that is not yet rounded to its bits."""
+    if traced:
+        rate = dropped
+        dropped = _threshold.traced_drop_probability(_threshold.traced_threshold(rate, precision))
+        dropped = jnp.where((rate >= 0) & (rate <= 1), dropped, jnp.nan)
+    return _expectation(old, new, jnp.asarray(dropped, wide_dtype(new)))
+
+
+def _expectation(old: jax.Array, new: jax.Array, dropped: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(new):
+        real, imag = (_expectation(part(old), part(new), dropped) for part in (lax.real, lax.imag))
+        return lax.complex(real, imag)
+    y = dropped * old.astype(dropped.dtype) + (1 - dropped) * new.astype(dropped.dtype)
+    # At both ends what has no weight may be infinite.
+    y = jnp.where(dropped == 0, new.astype(y.dtype), y)
+    return jnp.where(dropped == 1, old.astype(y.dtype), y).astype(new.dtype)
+
+
+def _check_states(old: Any, new: Any) -> None:
+    """Checks two states of a recurrent network, which are trees of arrays of one kind."""
+    structures: list[Any] = [jax.tree.structure(state) for state in (old, new)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"old and new must have the same structure, got {structures[0]} and {structures[1]}."
+        )
+    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        _checks.check_input(a, "old")
+        _checks.check_input(b, "new")
+        kinds = describe_array(a), describe_array(b)
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"old and new must have the same shape and dtype, got {kinds[0]} and {kinds[1]}. "
+                "Convert one with .astype, or broadcast it."
+            )
+
+
+def _check_rate_for_each(rate: Any, structure: Any) -> list[Any]:
+    """Returns a rate for each leaf of a structure: one for all, or a tree of them."""
+    leaves, given = jax.tree.flatten(rate)
+    if given == structure:
+        return leaves
+    if not jax.tree_util.treedef_is_leaf(given):
+        raise ValueError(
+            f"rate must be one rate, or a tree of them with the structure {structure} of the "
+            f"state, got {given}."
+        )
+    return leaves * structure.num_leaves

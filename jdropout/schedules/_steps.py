@@ -1,0 +1,99 @@
+"""What a schedule is, and how it counts steps."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdropout import _checks
+from jdropout._checks import type_name
+from jdropout._typing import ArrayLike, Rate
+
+Schedule: TypeAlias = Callable[[ArrayLike], jax.Array]
+"""From a step to a rate: a float32 scalar in [0, 1], for `jdropout.dropout` and its like.
+
+A step is a number, or a (traced) scalar array, of an integer or floating-point type. Integers
+are compared as integers, never rounded to float32. A step below 0 counts as 0.
+"""
+
+
+def since(step: ArrayLike, begin: int) -> jax.Array:
+    """The number of steps since `begin`: int32, or float32 for a fractional step.
+
+    The step is clipped to [0, MAX_STEP] first. Whole parts are subtracted as integers: the sign
+    is exact, though float32 does not hold all integers above 2**24.
+    """
+    step = check_step(step)
+    fractional = jnp.issubdtype(step.dtype, jnp.floating)
+    if step.dtype.itemsize < 4:  # too narrow for the bounds
+        step = step.astype(jnp.float32 if fractional else jnp.int32)
+    step = step.clip(0, MAX_STEP)
+    whole = step.astype(jnp.int32)
+    since = jnp.asarray(whole - np.int32(begin))
+    if not fractional:
+        return since
+    return since.astype(jnp.float32) + (step - whole.astype(step.dtype)).astype(jnp.float32)
+
+
+def as_float32(name: str, rate: Rate) -> np.float32 | jax.Array:
+    checked = _checks.check_rate(rate, name)
+    return checked.astype(jnp.float32) if isinstance(checked, jax.Array) else np.float32(checked)
+
+
+MAX_STEP = 2**31 - 128
+"""The largest float32 that int32 holds: in both, counting stops there."""
+
+
+def check_step(step: Any) -> jax.Array | np.ndarray:
+    array = step if isinstance(step, jax.Array) else np.asarray(step)
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
+        raise TypeError(f"step must be a number, got {step!r} of dtype {array.dtype}.")
+    if array.shape != ():
+        raise ValueError(
+            f"step must be a scalar, got an array of shape {array.shape}. For the rates of many "
+            "steps use jax.vmap(schedule)(steps)."
+        )
+    if isinstance(array, np.ndarray) and array != array:
+        raise ValueError(f"step must be a number, got {step}. Count the steps from 0.")
+    return array
+
+
+def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 0) -> int:
+    """Returns a number of steps, to follow those ``before``."""
+    try:
+        number = operator.index(num_steps)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {num_steps!r} of type {type_name(num_steps)}. Convert "
+            f"it with int({name})."
+        ) from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+    if before + number > MAX_STEP:
+        raise ValueError(
+            f"{name} must end at step {MAX_STEP} at the latest, which is as far as int32 and "
+            f"float32 can count, got {number}{f' after {before}' if before else ''}."
+        )
+    return number
+
+
+def check_boundaries(boundaries: Any, of: str, count: int) -> tuple[int, ...]:
+    """Returns the steps at which one of ``count`` pieces ends and the next begins."""
+    if not isinstance(boundaries, Sequence | np.ndarray | jax.Array):
+        raise TypeError(
+            f"boundaries must be a sequence of steps, got {boundaries!r}. Write [step] for one."
+        )
+    steps = tuple(
+        check_num_steps(step, f"boundaries[{index}]") for index, step in enumerate(boundaries)
+    )
+    if len(steps) != count - 1:
+        raise ValueError(
+            f"boundaries must be one less than {of}, got {len(steps)} for {count}: a step for "
+            "every change from one to the next."
+        )
+    if list(steps) != sorted(set(steps)):
+        raise ValueError(f"boundaries must increase, got {steps}. Sort them.")
+    return steps

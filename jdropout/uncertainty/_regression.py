@@ -1,0 +1,234 @@
+"""Likelihoods of regression, and the precision of its noise."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdropout import _checks
+from jdropout._checks import is_real, type_name
+from jdropout._dtypes import wide_dtype
+from jdropout._typing import ArrayLike, Rate
+from jdropout.uncertainty._logs import check_has_samples, log_mean
+
+
+def gaussian_log_likelihood(
+    samples: ArrayLike,
+    y: ArrayLike,
+    precision: ArrayLike,
+    *,
+    sample_axis: int = 0,
+    output_axes: Sequence[int] = (),
+) -> jax.Array:
+    """The log-likelihood of a regression's targets under the mean of the samples' Gaussians.
+
+    ``log(mean over t of N(y; f_t, 1 / precision))``, which is ``logsumexp over t of
+    (-precision / 2 * (y - f_t)**2) - log(samples) - log(2 * pi) / 2 + log(precision) / 2``: a
+    mixture of as many Gaussians as there are samples. `gaussian_nll` takes one Gaussian of the
+    same mean and variance instead.
+
+    Args:
+      samples: array of predictions f_t, of a real floating-point dtype.
+      y: array of targets, in the shape of the samples without their axis.
+      precision: that of the noise, one over its variance, above 0: a number, or an array with axes
+        of y's sizes or 1, such as one for each output. See `model_precision`. A traced one that
+        is below 0 gives NaN.
+      sample_axis: the axis of the samples.
+      output_axes: axes of y whose elements are predicted together: of these the densities are
+        multiplied before the mean, since one mask made them all. The result is not the sum of
+        the elements' own.
+
+    Returns:
+      An array of y's shape without the output axes, float32 (float64 for 64-bit samples or y).
+
+    Raises:
+      TypeError: if samples, y or the precision are not floating-point numbers.
+      ValueError: if y has another shape, an axis does not exist or has size 0, or a precision that
+        is known is not above 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jdropout.uncertainty import gaussian_log_likelihood
+      >>> samples, y = jnp.array([[0.0, 1.0], [2.0, 1.0]]), jnp.array([2.0, 1.0])
+      >>> [f"{likelihood:.4f}" for likelihood in gaussian_log_likelihood(samples, y, 4.0)]
+      ['-0.9186', '-0.2258']
+      >>> print(f"{gaussian_log_likelihood(samples, y, 4.0, output_axes=(0,)):.4f}")
+      -1.1444
+
+    References:
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
+      deep learning", ICML 2016, equation 8, which is that of one output.
+    """
+    f = _checks.check_floating_array("samples", samples)
+    sample_axis = _checks.check_axis("sample_axis", sample_axis, f.ndim)
+    check_has_samples(f.shape[sample_axis])
+    shape = f.shape[:sample_axis] + f.shape[sample_axis + 1 :]
+    target = _check_target(y, shape, "samples without their axis")
+    axes = _checks.check_axes("output_axes", output_axes, target.ndim)
+    tau = _check_above_zero("precision", precision, shape)
+    return _gaussian_log_likelihood(f, target, tau, sample_axis, axes)
+
+
+def gaussian_nll(mean: ArrayLike, variance: ArrayLike, y: ArrayLike) -> jax.Array:
+    """The negative log-likelihood of targets under Gaussians of given moments.
+
+    ``(y - mean)**2 / (2 * variance) + log(variance) / 2 + log(2 * pi) / 2``, for each element.
+
+    For Monte Carlo dropout the variance is that of the samples plus that of the noise, one over the
+    `model_precision`: ``samples.var(0) + 1 / precision``. That of the samples alone says how far
+    the masks disagree, not how far the target is. It needs no samples, only their moments.
+
+    Args:
+      mean: array of predictive means, of a real floating-point dtype.
+      variance: predictive variance, above 0: a number, or an array with axes of the mean's sizes
+        or 1. A traced one that is below 0 gives NaN.
+      y: array of targets, of the mean's shape.
+
+    Returns:
+      An array of the mean's shape, float32 (float64 for a 64-bit mean or y).
+
+    Raises:
+      TypeError: if an argument is no floating-point array.
+      ValueError: if y has another shape, or a variance that is known is not above 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jdropout import uncertainty
+      >>> samples, precision = jnp.array([0.0, 2.0]), 4.0
+      >>> variance = samples.var() + 1 / precision
+      >>> print(f"{uncertainty.gaussian_nll(samples.mean(), variance, jnp.array(2.0)):.4f}")
+      1.4305
+
+    References:
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
+      deep learning", ICML 2016, section 4, for the variance.
+    """
+    center = _checks.check_floating_array("mean", mean)
+    target = _check_target(y, center.shape, "mean")
+    return _gaussian_nll(center, _check_above_zero("variance", variance, center.shape), target)
+
+
+def model_precision(
+    rate: Rate, *, length_scale: float, weight_decay: float, num_examples: int
+) -> float | jax.Array:
+    """The precision of the noise that a regression with dropout and weight decay assumes.
+
+    ``tau = p * length_scale**2 / (2 * num_examples * weight_decay)`` with ``p = 1 - rate``, the
+    probability of keeping. ``1 / tau`` is the variance of the noise, which a prediction's variance
+    has in addition to that of the samples.
+
+    The weight decay is the factor of the weights' squared norm, without a half, in a loss whose
+    other term is half the squared error, summed over outputs and averaged over examples:
+    ``sum((y - f)**2) / (2 * num_examples) + weight_decay * sum(w**2)``. From other conventions:
+
+    - a squared error without the half: pass half of its weight decay;
+    - a gradient to which ``d * w`` is added, as by ``optax.add_decayed_weights(d)`` before plain
+      gradient descent: pass ``d / 2``; decoupled from an adaptive step, as in ``optax.adamw``, it
+      is no such term;
+    - a mean over outputs as well: multiply by their number.
+
+    The masks of the formula are zeros and ones. Where dropout also scales by ``1 / p``, as
+    `jdropout.dropout` does, its weights are those of the layer over p, and its weight decay that of
+    the layer times ``p**2``. The published experiments leave this factor out; it can also be seen
+    as a part of the length scale, which is chosen anyway, by the likelihood of held-out data.
+
+    Args:
+      rate: probability of dropping, in [0, 1): a number, or a (traced) floating-point scalar.
+      length_scale: the prior of the weights has the variance ``1 / length_scale**2``; above 0.
+      weight_decay: the weight decay lambda, as above; above 0.
+      num_examples: number of the examples in training, at least 1.
+
+    Returns:
+      A float for a static rate; a float32 scalar for an array.
+
+    Raises:
+      TypeError: if an argument is no number, or `num_examples` no integer.
+      ValueError: if the rate is outside [0, 1), or another number not above 0.
+
+    Example:
+      >>> from jdropout import uncertainty
+      >>> uncertainty.model_precision(0.5, length_scale=1.0, weight_decay=1e-4, num_examples=1000)
+      2.5
+
+    References:
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
+      deep learning", ICML 2016, equations 1, 4 and 7.
+    """
+    checked = _check_rate_that_keeps(_checks.check_rate(rate))
+    scale = _check_positive_number("length_scale", length_scale)
+    decay = _check_positive_number("weight_decay", weight_decay)
+    factor = scale**2 / (2 * _checks.check_positive("num_examples", num_examples) * decay)
+    if isinstance(checked, jax.Array):
+        return (1 - checked.astype(jnp.float32)) * factor
+    return (1 - checked) * factor
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _gaussian_log_likelihood(
+    samples: jax.Array,
+    y: jax.Array,
+    precision: jax.Array,
+    sample_axis: int,
+    output_axes: tuple[int, ...],
+) -> jax.Array:
+    dtype = wide_dtype(samples, y)
+    tau = jnp.broadcast_to(precision.astype(dtype), y.shape)
+    f = jnp.moveaxis(samples, sample_axis, 0).astype(dtype)
+    errors = jnp.square(y[None].astype(dtype) - f)
+    exponents = (-tau[None] / 2 * errors).sum([axis + 1 for axis in output_axes])
+    factors = (jnp.log(tau) - math.log(2 * math.pi)).sum(output_axes) / 2
+    return log_mean(exponents) + factors
+
+
+@jax.jit
+def _gaussian_nll(mean: jax.Array, variance: jax.Array, y: jax.Array) -> jax.Array:
+    dtype = wide_dtype(mean, y)
+    variance = jnp.broadcast_to(variance.astype(dtype), y.shape)
+    errors = jnp.square(y.astype(dtype) - mean.astype(dtype))
+    return (errors / variance + jnp.log(variance) + math.log(2 * math.pi)) / 2
+
+
+def _check_target(y: Any, shape: tuple[int, ...], source: str) -> jax.Array:
+    array = _checks.check_floating_array("y", y)
+    if array.shape != shape:
+        raise ValueError(
+            f"y must have the shape {shape}, which is that of {source}, got {array.shape}. "
+            "Reshape or broadcast it."
+        )
+    return array
+
+
+def _check_above_zero(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a number, or an array that broadcasts to a shape, above 0 if it is known."""
+    array = _checks.check_parameter(name, float(value) if is_real(value) else value, shape)
+    if not isinstance(array, jax.core.Tracer) and array.size:
+        lowest = float(array.min())
+        if not lowest > 0:  # also catches NaN
+            raise ValueError(
+                f"{name} must be above 0, got {lowest}. The variance of a prediction is that of "
+                "its samples plus that of the noise, which is 1 / precision."
+            )
+    return array
+
+
+def _check_positive_number(name: str, value: Any) -> float:
+    if not is_real(value):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {type_name(value)}. Convert it with "
+            f"float({name})."
+        )
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}.")
+    return float(value)
+
+
+def _check_rate_that_keeps(rate: float | jax.Array) -> float | jax.Array:
+    if not isinstance(rate, jax.core.Tracer) and float(rate) == 1:
+        raise ValueError(
+            "rate must be below 1, got 1: where all is dropped there is no precision. Pass the "
+            "rate that the network was trained with."
+        )
+    return rate
