@@ -1,13 +1,15 @@
 """Alpha dropout, for self-normalising networks."""
 
-import functools
 from collections.abc import Sequence
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks, _mask, _record
+from jdropout import _checks
+from jdropout._draw import Draw
+from jdropout._dtypes import wide_dtype
+from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 # Minus lambda times alpha of SELU: what its negative part tends to. Klambauer et al. (2017),
@@ -62,17 +64,28 @@ def alpha_dropout(
       2017), section 3, "New dropout technique".
     """
     _checks.check_real("x", x)
-    flag = _checks.check_deterministic(deterministic)
-    shape = jnp.shape(x)
-    mask, operands = _mask.describe(
-        key, rate, flag, shape, broadcast_dims, start, global_shape, precision
+    draw = new_draw(
+        "alpha_dropout",
+        key,
+        rate,
+        deterministic,
+        jnp.shape(x),
+        broadcast_dims=broadcast_dims,
+        start=start,
+        global_shape=global_shape,
+        precision=precision,
     )
-    site = _record.site("alpha_dropout", shape, rate, flag, mask, operands)
-    if mask is None:
-        return site.result(cast("jax.Array", x))
-    if operands is None:
-        return site.result(jnp.zeros_like(x))
-    return site.result(_affine_alpha(site.operands(operands), x, mask))
+    return cast("jax.Array", draw.apply(_masked_affine, x))
+
+
+def _masked_affine(draw: Draw, x: jax.Array) -> jax.Array:
+    wide = wide_dtype(x)
+    inverse_keep = draw.scale(wide)  # 1 where nothing is kept
+    rate = draw.drop_probability(wide)
+    a = jnp.sqrt(inverse_keep / (1 + rate * _SELU_FLOOR**2))
+    b = -a * rate * _SELU_FLOOR
+    y = a * jnp.where(draw.keep_like(x), x.astype(wide), _SELU_FLOOR) + b
+    return jnp.where(rate == 1, 0, y).astype(x.dtype)
 
 
 def feature_alpha_dropout(
@@ -126,22 +139,3 @@ def feature_alpha_dropout(
         global_shape=global_shape,
         precision=precision,
     )
-
-
-@functools.partial(jax.jit, static_argnames="mask")
-def _affine_alpha(operands: _mask.Operands, x: jax.Array, mask: _mask.Mask) -> jax.Array:
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def affine(operands: _mask.Operands, x: jax.Array) -> jax.Array:
-        wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-        inverse_keep = _mask.scale(operands, mask, wide)  # 1 where nothing is kept
-        rate = _mask.drop_probability(operands, mask, wide)
-        a = jnp.sqrt(inverse_keep / (1 + rate * _SELU_FLOOR**2))
-        b = -a * rate * _SELU_FLOOR
-        kept = _mask.keep_like(x, operands, mask)
-        y = a * jnp.where(kept, x.astype(wide), _SELU_FLOOR) + b
-        y = jnp.where(rate == 1, 0, y)  # and not where it is NaN
-        if operands.deterministic is not None:
-            y = jnp.where(operands.deterministic, x.astype(wide), y)
-        return y.astype(x.dtype)
-
-    return affine(_mask.with_words(operands), x)

@@ -4,7 +4,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jdropout import _checks, _mask, _record, _threshold
+from jdropout import _checks, _threshold
 from jdropout._checks import as_integer
+from jdropout._draw import Draw
+from jdropout._dropout import select_scaled
+from jdropout._dtypes import wide_dtype
+from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Key, Rate
 
 
@@ -96,18 +100,25 @@ def drop_block(
     corners = tuple(max(n - size + 1, 0) for n, size in zip(shape, block, strict=True))
 
     gamma = _gamma(checked, tuple(shape[a] for a in spatial), tuple(block[a] for a in spatial))
-    shared = [channel] if shared_channels else []
-    mask, operands = _mask.describe(key, gamma, flag, corners, shared, None, None, precision)
-    reported = None if mask is None else mask._replace(threshold=None)  # it is that of gamma
     examples = [a for a in range(len(shape)) if a != channel and a not in spatial]
-    batch = examples[0] if examples else None
-    site = _record.site("drop_block", shape, checked, flag, reported, operands, batch)
-    if mask is None:
-        return site.result(cast("jax.Array", x))
-    if operands is None:
-        return site.result(jnp.zeros_like(x))
-    blocks = _Blocks(mask, tuple(block), channel, scale == "realised")
-    return site.result(_without_blocks(site.operands(operands), x, blocks))
+    draw = new_draw(
+        "drop_block",
+        key,
+        gamma,
+        flag,
+        corners,
+        broadcast_dims=[channel] if shared_channels else [],
+        precision=precision,
+        batch_axis=examples[0] if examples else None,
+        reported_rate=checked,
+        reported_shape=shape,
+    )
+    return cast(
+        "jax.Array",
+        draw.apply(
+            _without_blocks, x, size=tuple(block), channel=channel, realised=scale == "realised"
+        ),
+    )
 
 
 def drop_block_gamma(
@@ -201,84 +212,67 @@ def _coverage(sizes: tuple[int, ...], block: tuple[int, ...]) -> tuple[np.ndarra
     return counts, np.array(list(together.values()), np.float64) / max(1, math.prod(sizes))
 
 
-class _Blocks(NamedTuple):
-    """All that is static about a call."""
+def _without_blocks(
+    draw: Draw, x: jax.Array, *, size: tuple[int, ...], channel: int, realised: bool
+) -> jax.Array:
+    """The draw is one of corners: True where no block begins.
 
-    corners: _mask.Mask
-    """True where no block begins."""
-    size: tuple[int, ...]
-    """Of a block, along every axis of x."""
-    channel_axis: int
-    realised: bool
-
-
-@functools.partial(jax.jit, static_argnames="blocks")
-def _without_blocks(operands: _mask.Operands, x: jax.Array, blocks: _Blocks) -> jax.Array:
-    """The mask is made again in the backward pass, as in `jdropout.dropout`."""
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def without_blocks(operands: _mask.Operands, x: jax.Array) -> jax.Array:
-        wide = jnp.dtype(jnp.float64 if jnp.finfo(x.dtype).bits == 64 else jnp.float32)
-        kept = _mask.placed_like(x, lambda ops: _outside(ops, x.shape, blocks), operands)
-        factor = _expected_scale(operands, x.shape, blocks, wide)
-        if blocks.realised:
-            fraction = functools.partial(_kept_fraction, shape=x.shape, blocks=blocks, dtype=wide)
-            kept_fraction = _mask.placed_like(x, fraction, operands, PartitionSpec())
-            realised = 1 / jnp.where(kept_fraction > 0, kept_fraction, 1)
-            factor = jnp.where(jnp.isnan(factor), factor, realised)  # of a rate outside [0, 1]
-        return _mask.select_scaled(kept, x, factor)
-
-    return without_blocks(_mask.with_words(operands), x)
+    ``size`` is the block's, along every axis of x.
+    """
+    wide = wide_dtype(x)
+    outside = functools.partial(_outside, shape=x.shape, size=size, channel=channel)
+    if realised:
+        own = (*x.shape[:channel], draw.description.block[channel], *x.shape[channel + 1 :])
+        fraction = functools.partial(
+            _kept_fraction, shape=own, size=size, channel=channel, dtype=wide
+        )
+        kept_fraction = draw.placed_like(x, fraction, PartitionSpec())
+        factor = 1 / jnp.where(kept_fraction > 0, kept_fraction, 1)
+    else:
+        factor = _expected_scale(draw, x.shape, size, wide)
+    return select_scaled(draw.placed_like(x, outside), x, factor)
 
 
 def _expected_scale(
-    operands: _mask.Operands, shape: tuple[int, ...], blocks: _Blocks, dtype: np.dtype
+    draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], dtype: np.dtype
 ) -> jax.Array:
     """The inverse of the kept fraction that is expected with gamma as it is rounded."""
-    windowed = [axis for axis, size in enumerate(blocks.size) if size > 1]
+    windowed = [axis for axis, length in enumerate(size) if length > 1]
     counts, weights = _coverage(
-        tuple(shape[axis] for axis in windowed), tuple(blocks.size[axis] for axis in windowed)
+        tuple(shape[axis] for axis in windowed), tuple(size[axis] for axis in windowed)
     )
-    if operands.rate is None:
-        assert blocks.corners.threshold is not None
-        free = float(_threshold.keep_probability(blocks.corners.threshold))
+    if draw.rate is None:
+        free = float(_threshold.keep_probability(draw.threshold()))
         kept = float(weights @ free**counts)
-        factor = jnp.asarray(1 / kept if kept else 1.0, dtype)
-    else:
-        gamma = _mask.drop_probability(operands, blocks.corners, dtype)
-        powers = jnp.exp(counts.astype(dtype) * jnp.log1p(-gamma))
-        traced_kept = (weights.astype(dtype) * powers).sum()
-        factor = 1 / jnp.where(traced_kept == 0, 1, traced_kept)
-    if operands.deterministic is not None:
-        factor = jnp.where(operands.deterministic, jnp.ones_like(factor), factor)
-    return factor
+        return jnp.asarray(1 / kept if kept else 1.0, dtype)
+    gamma = draw.drop_probability(dtype)
+    powers = jnp.exp(counts.astype(dtype) * jnp.log1p(-gamma))
+    traced_kept = (weights.astype(dtype) * powers).sum()
+    return 1 / jnp.where(traced_kept == 0, 1, traced_kept)
 
 
 def _kept_fraction(
-    operands: _mask.Operands, shape: tuple[int, ...], blocks: _Blocks, dtype: np.dtype
+    draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], channel: int, dtype: np.dtype
 ) -> jax.Array:
     """Counted without repeated channels; XLA finds that the mask is the one of `_outside`."""
-    channel = blocks.channel_axis
-    own = (*shape[:channel], blocks.corners.shape[channel], *shape[channel + 1 :])
-    kept = _outside(operands, own, blocks)
+    kept = _outside(draw, shape, size, channel)
     # Integers first: a sum of ones in float32 ends at 2^24.
     counts = kept.sum(axis=tuple(range(1, kept.ndim)), dtype=jnp.uint32)
     return counts.astype(dtype).sum() / max(1, kept.size)
 
 
-def _outside(operands: _mask.Operands, shape: tuple[int, ...], blocks: _Blocks) -> jax.Array:
+def _outside(draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], channel: int) -> jax.Array:
     """True where an element lies in no block."""
     # Not broadcast: where channels share their blocks the window slides over one channel.
-    corners = blocks.corners._replace(full_shape=blocks.corners.shape)
-    free = _mask.keep(operands, corners)
-    channel, channels = blocks.channel_axis, corners.shape[blocks.channel_axis]
+    free = draw.of_shape(draw.description.block).keep()
+    channels = free.shape[channel]
     if channels > 1:  # a window over eight channels at once: less time, and a bit per element
         free = _pack(free, channel)
     whole = True if free.dtype == jnp.bool_ else np.uint8(0xFF)
-    for axis, size in enumerate(blocks.size):  # one axis at a time: the window is a box
-        if size > 1:
-            window = [size if a == axis else 1 for a in range(free.ndim)]
-            padding = [(size - 1, size - 1) if a == axis else (0, 0) for a in range(free.ndim)]
+    for axis, length in enumerate(size):  # one axis at a time: the window is a box
+        if length > 1:
+            window = [length if a == axis else 1 for a in range(free.ndim)]
+            padding = [(length - 1, length - 1) if a == axis else (0, 0) for a in range(free.ndim)]
             strides = (1,) * free.ndim
             free = lax.reduce_window(free, whole, lax.bitwise_and, window, strides, padding)
     if channels > 1:

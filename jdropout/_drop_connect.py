@@ -133,10 +133,11 @@ def drop_connect_tree(
     leaves = _trees.leaves_with_sites(params)
     paths = ["/".join(map(str, site)) for site, _ in leaves]
     _check_paths(paths)
-    chosen = _chosen(wanted, paths)
+    found = [matches(wanted, path) for path in paths]
+    check_selected(wanted, set().union(*found), paths)
     dropped = []
-    for path, (site, leaf) in zip(paths, leaves, strict=True):
-        if path not in chosen:
+    for path, names, (site, leaf) in zip(paths, found, leaves, strict=True):
+        if not names:
             dropped.append(leaf)
             continue
         _checks.check_input(leaf, f"params {path!r}")
@@ -149,14 +150,11 @@ def drop_connect_tree(
     return cast("_Tree", jax.tree.unflatten(jax.tree.structure(params), dropped))
 
 
-def _chosen(select: Any, paths: list[str]) -> set[str]:
+def matches(select: Any, path: str) -> set[str]:
+    """The names that select a path: those that it ends with; a predicate has an empty name."""
     if callable(select):
-        chosen = {path for path in paths if select(path)}
-        check_selected(select, [] if chosen else None, paths)
-        return chosen
-    matches = {name: {path for path in paths if f"/{path}".endswith(f"/{name}")} for name in select}
-    check_selected(select, [name for name in select if not matches[name]], paths)
-    return set().union(*matches.values())
+        return {""} if select(path) else set()
+    return {name for name in select if f"/{path}".endswith(f"/{name}")}
 
 
 def check_select(select: Any) -> Any:
@@ -184,10 +182,11 @@ def _check_paths(paths: Sequence[str]) -> None:
         )
 
 
-def check_selected(select: Any, unmatched: Sequence[str] | None, paths: Sequence[str]) -> None:
-    """``unmatched`` are the names that select nothing; None if a predicate selects nothing."""
-    if unmatched is None or unmatched or select == ():
-        what = f"{select!r}" if not unmatched else ", ".join(map(repr, unmatched))
+def check_selected(select: Any, found: set[str], paths: Sequence[str]) -> None:
+    """Checks that each name selects something, or that a predicate does; `found` are those."""
+    unmatched = [name for name in select if name not in found] if not callable(select) else []
+    if unmatched or not found:
+        what = ", ".join(map(repr, unmatched)) or f"{select!r}"
         raise ValueError(
             f"select must select parameters, but {what} selects none of {_listed(paths)}. "
             "Use the names that these paths end with."

@@ -7,8 +7,12 @@ from typing import cast, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jdropout import _checks, _mask, _record, _threshold
+from jdropout import _checks, _threshold
+from jdropout._draw import Draw
+from jdropout._dtypes import wide_dtype
+from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -93,19 +97,38 @@ def masked(
     scaled: bool = True,
     batch_axis: int | None = 0,
 ) -> jax.Array:
-    """What `dropout` and its like have in common; ``kind`` is their name in an audit."""
+    """Dropout with some more options; ``kind`` is the name of the function in an audit."""
     _checks.check_input(x)
-    deterministic = _checks.check_deterministic(deterministic)
-    shape = jnp.shape(x)
-    mask, operands = _mask.describe(
-        key, rate, deterministic, shape, broadcast_dims, start, global_shape, precision
+    draw = new_draw(
+        kind,
+        key,
+        rate,
+        deterministic,
+        jnp.shape(x),
+        broadcast_dims=broadcast_dims,
+        start=start,
+        global_shape=global_shape,
+        precision=precision,
+        batch_axis=batch_axis,
     )
-    site = _record.site(kind, shape, rate, deterministic, mask, operands, batch_axis)
-    if mask is None:
-        return site.result(cast("jax.Array", x))  # the very object, whatever array type it has
-    if operands is None:
-        return site.result(jnp.zeros_like(x))
-    return site.result(_masked_scale(site.operands(operands), x, mask, scaled))
+    return cast("jax.Array", draw.apply(_masked_scale, x, scaled=scaled))
+
+
+def _masked_scale(draw: Draw, x: jax.Array, *, scaled: bool) -> jax.Array:
+    """Maps x to m * x / keep, or to m * x. It is linear: its only residual is the draw."""
+    wide = wide_dtype(x)
+    factor = draw.scale(wide) if scaled else jnp.ones((), wide)
+    return select_scaled(draw.keep_like(x), x, factor)
+
+
+def select_scaled(kept: jax.Array, x: jax.Array, factor: jax.Array) -> jax.Array:
+    """``x * factor`` where kept, else 0, in the factor's dtype and then rounded to x's."""
+    if jnp.iscomplexobj(x):  # a complex product would turn an infinite part into NaN
+        product = lax.complex(lax.real(x) * factor, lax.imag(x) * factor)
+    else:
+        product = x.astype(factor.dtype) * factor
+    # Select before rounding: XLA:CPU has no bfloat16 select, and would round twice.
+    return lax.select(kept, product, jnp.zeros_like(product)).astype(x.dtype)
 
 
 def keep_mask(
@@ -153,16 +176,18 @@ def keep_mask(
       The mask law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random
       numbers: as easy as 1, 2, 3" (SC 2011), for its cipher.
     """
-    shape = _checks.check_shape("shape", shape)
-    mask, operands = _mask.describe(
-        key, rate, False, shape, broadcast_dims, start, global_shape, precision
+    draw = new_draw(
+        "mask",
+        key,
+        rate,
+        False,
+        _checks.check_shape("shape", shape),
+        broadcast_dims=broadcast_dims,
+        start=start,
+        global_shape=global_shape,
+        precision=precision,
     )
-    site = _record.site("mask", shape, rate, False, mask, operands)
-    if mask is None:
-        return site.result(jnp.ones(shape, bool))
-    if operands is None:
-        return site.result(jnp.zeros(shape, bool))
-    return site.result(_jitted_keep(site.operands(operands), mask))
+    return cast("jax.Array", draw.apply(Draw.keep, kept=Draw.keep, dropped=Draw.keep))
 
 
 @overload
@@ -203,31 +228,3 @@ def effective_rate(rate: Rate, *, precision: int | None = None) -> float | jax.A
 @functools.partial(jax.jit, static_argnums=1)
 def _traced_effective_rate(rate: jax.Array, precision: int | None) -> jax.Array:
     return _threshold.traced_drop_probability(_threshold.traced_threshold(rate, precision))
-
-
-@functools.partial(jax.jit, static_argnames=("mask", "scaled"))
-def _masked_scale(
-    operands: _mask.Operands, x: jax.Array, mask: _mask.Mask, scaled: bool
-) -> jax.Array:
-    """The linear map x -> m * x / keep, or x -> m * x. Its only residuals are the operands.
-
-    `jax.checkpoint` makes the backward pass recompute the mask; unlike a custom_vjp it keeps
-    forward mode, batching and higher orders. prevent_cse=False lets XLA share the packed mask
-    between the passes where it sees both, at 1 bit per element.
-    """
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def masked_scale(operands: _mask.Operands, x: jax.Array) -> jax.Array:
-        wide = jnp.dtype(jnp.float64 if jnp.finfo(x.dtype).bits == 64 else jnp.float32)
-        scale = _mask.scale(operands, mask, wide)
-        if not scaled:
-            scale = jnp.where(jnp.isnan(scale), scale, 1)  # of a traced rate outside [0, 1]
-        return _mask.select_scaled(_mask.keep_like(x, operands, mask), x, scale)
-
-    # The words, not the key: before JAX 0.10 a residual key of one branch breaks lax.cond.
-    return masked_scale(_mask.with_words(operands), x)
-
-
-@functools.partial(jax.jit, static_argnames="mask")
-def _jitted_keep(operands: _mask.Operands, mask: _mask.Mask) -> jax.Array:
-    return _mask.keep(_mask.with_words(operands), mask)

@@ -1,7 +1,8 @@
 """What the nnx and linen modules share."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,28 @@ import jax.numpy as jnp
 from jdropout import _checks
 from jdropout._attention import dot_product_attention
 from jdropout._checks import type_name
-from jdropout._typing import Rate
+from jdropout._typing import Key, Rate
+
+
+class Applied(NamedTuple):
+    """A function of this library, and where a layer finds its arguments."""
+
+    function: Callable[..., Any]
+    options: tuple[str, ...] = ()
+    """Names of the options, which are names of attributes of the layer too."""
+    amount: str = "rate"
+    """Name of the attribute with the rate, or with the strength of noise."""
+
+
+class FunctionLayer:
+    """A layer that applies a function of this library, which its class names."""
+
+    _applies: ClassVar[Applied]
+
+    def _drop(self, key: Key | None, x: Any, flag: bool | jax.Array) -> Any:
+        function, names, amount = self._applies
+        options = {name: getattr(self, name) for name in names}
+        return function(key, x, getattr(self, amount), deterministic=flag, **options)
 
 
 def check_module_rate(rate: Any, name: str = "rate") -> float:

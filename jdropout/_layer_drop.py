@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _checks, _mask, _record
+from jdropout import _checks
 from jdropout._checks import describe_array
+from jdropout._draw import Draw, Outcome
+from jdropout._new_draw import new_draw
 from jdropout._typing import Flag, Key, Rate
 
 _Tree = TypeVar("_Tree")
@@ -77,33 +79,33 @@ def layer_drop(
       2020), section 3.
     """
     _checks.check_function("layer", layer)
-    flag = _checks.check_deterministic(deterministic)
-    mask, operands = _mask.describe(key, rate, flag, (), (), None, None, precision)
-    site = _record.site("layer_drop", (), rate, flag, mask, operands)
-    if mask is None:
+    draw = new_draw("layer_drop", key, rate, deterministic, (), precision=precision)
+    if draw.outcome is Outcome.KEPT:
         y = layer(x)
         _check_layer_result(x, y)
-        return _marked(site, y)
-    if operands is None:
-        return _marked(site, x)
-    kept, factor = _decision(site.operands(operands), mask)
+        return cast("_Tree", draw.result(y))
+    if draw.outcome is Outcome.DROPPED:
+        return cast("_Tree", draw.result(x))
+    kept, factor = draw.apply(_decision, kept=_certain)
 
     def run(x: _Tree) -> _Tree:
         y = layer(x)
         _check_layer_result(x, y)
-        certain = mask.threshold is not None and not unbiased
+        certain = draw.rate is None and not unbiased
         scale = functools.partial(_scaled_update, factor=factor, unbiased=unbiased)
         return y if certain else cast("_Tree", jax.tree.map(scale, x, y))
 
     arrays = jax.tree.map(functools.partial(_checks.check_any_array, "x"), x)
-    return cast("_Tree", lax.cond(site.result(kept), run, lambda x: x, arrays))
+    return cast("_Tree", lax.cond(kept, run, lambda x: x, arrays))
 
 
-@functools.partial(jax.jit, static_argnames="mask")
-def _decision(operands: _mask.Operands, mask: _mask.Mask) -> tuple[jax.Array, jax.Array]:
+def _decision(draw: Draw) -> tuple[jax.Array, jax.Array]:
     """Whether to keep, and the factor of what is kept."""
-    operands = _mask.with_words(operands)
-    return _mask.keep(operands, mask), _mask.scale(operands, mask, jnp.result_type(float))
+    return draw.keep(), draw.scale(jnp.result_type(float))
+
+
+def _certain(draw: Draw) -> tuple[jax.Array, jax.Array]:
+    return jnp.array(True), jnp.ones((), jnp.result_type(float))
 
 
 def _scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool) -> jax.Array:
@@ -116,15 +118,6 @@ def _scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool
     x, z = x.astype(wide), y.astype(wide)
     scaled = (x + (z - x) * factor.astype(wide)).astype(y.dtype)
     return jnp.where(factor == 1, y, scaled)  # exact where nothing is ever dropped
-
-
-def _marked(site: _record.Site, y: _Tree) -> _Tree:
-    """Marks the first array: one mark stands for the call."""
-    leaves, structure = jax.tree.flatten(y)
-    if not leaves:
-        return y
-    first = site.result(leaves[0])
-    return y if first is leaves[0] else jax.tree.unflatten(structure, [first, *leaves[1:]])
 
 
 def _check_layer_result(x: Any, y: Any) -> None:

@@ -1,6 +1,5 @@
 """Noise made of the mask law's uniform numbers."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
@@ -11,8 +10,10 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtri
 
-from jdropout import _checks, _mask, _record
+from jdropout import _checks
+from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
+from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 # Compiled on its own, its coefficients are no residuals.
@@ -190,101 +191,102 @@ def uniform_noise(
     )
 
 
+# Both are functions of modules, since compiled programs are cached by them.
+Sample: TypeAlias = Callable[[jax.Array, np.dtype], jax.Array]
 Combine: TypeAlias = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Evaluate: TypeAlias = Callable[[jax.Array, Any], jax.Array]
 
 
 def noisy(
     kind: str,
-    sample: Callable[[jax.Array, np.dtype], jax.Array],
+    sample: Sample,
     combine: Combine,
     key: Key | None,
     x: ArrayLike,
     strength: Any,
     *,
-    evaluate: Callable[[jax.Array, Any], jax.Array] | None = None,
+    evaluate: Evaluate | None = None,
     rate: float | jax.Array | None = None,
     deterministic: Flag,
     broadcast_dims: Sequence[int] = (),
     start: Sequence[Index] | None,
     global_shape: Sequence[int] | None,
-    remade: bool = True,
+    remake: bool = True,
 ) -> jax.Array:
-    """What all functions that add or multiply noise have in common.
+    """Combines x with noise, in float32 or float64, and rounds once.
 
     Args:
       kind: the name of the function in an audit.
-      sample: from the uniform numbers, uint32, and a dtype to the noise.
-      combine: from x, the noise and the strength, all in float32 or float64, to the result.
-      key: as for `dropout`.
-      x: as for `dropout`, checked here.
-      strength: what is traced, and may be differentiated, besides x: a pytree, checked already.
-      evaluate: from x and the strength to the result where deterministic; None for x itself.
-      rate: the rate, if there is one.
-      deterministic: as for `dropout`, and so are the others.
+      sample: maps uniform numbers, uint32, and a dtype to the noise.
+      combine: maps x, the noise and the strength to the result.
+      key: a PRNG key.
+      x: the input; checked here.
+      strength: a pytree of what else may be traced and differentiated; checked already.
+      evaluate: maps x and the strength to the result where deterministic; None for x itself.
+      rate: the rate that an audit reports, if there is one.
+      deterministic: the flag.
       broadcast_dims: axes that share noise.
-      start: of the block.
-      global_shape: of the whole.
-      remade: whether the noise is made again in the backward pass in any case. Else the compiler
-        may keep what was made of it, which is well where that is a mask.
+      start: index of x's first element in the whole array.
+      global_shape: shape of the whole array.
+      remake: whether the backward pass has to make the noise again. If False, XLA may keep what was
+        made of it, which is small where it is a mask.
     """
     _checks.check_real("x", x)
-    flag = _checks.check_deterministic(deterministic)
-    shape = jnp.shape(x)
-    mask, operands = None, None
-    if flag is not True and not (isinstance(strength, float) and strength == 0):
-        mask, operands = _mask.describe_uniform(key, shape, broadcast_dims, start, global_shape)
-        operands = operands._replace(deterministic=flag if isinstance(flag, jax.Array) else None)
-    site = _record.site(kind, shape, rate, flag, mask, operands)
-    if mask is not None and operands is not None:
-        marked = site.operands(operands)
-        return site.result(_combined(marked, x, strength, mask, sample, combine, evaluate, remade))
-    if evaluate is not None:
-        return site.result(_evaluated(x, strength, evaluate))
-    return site.result(cast("jax.Array", x))  # the very object, whatever array type it has
+    draw = new_draw(
+        kind,
+        key,
+        UNIFORM,
+        deterministic,
+        jnp.shape(x),
+        broadcast_dims=broadcast_dims,
+        start=start,
+        global_shape=global_shape,
+        off=isinstance(strength, float) and strength == 0,
+        reported_rate=rate,
+    )
+    y = draw.apply(
+        _combined,
+        x,
+        strength,
+        kept=_evaluated if evaluate else None,
+        remake=remake,
+        sample=sample,
+        combine=combine,
+        evaluate=evaluate,
+    )
+    return cast("jax.Array", y)
 
 
-@functools.partial(jax.jit, static_argnames=("mask", "sample", "combine", "evaluate", "remade"))
 def _combined(
-    operands: _mask.Operands,
+    draw: Draw,
     x: jax.Array,
     strength: Any,
-    mask: _mask.Mask,
-    sample: Callable[[jax.Array, np.dtype], jax.Array],
+    *,
+    sample: Sample,
     combine: Combine,
-    evaluate: Callable[[jax.Array, Any], jax.Array] | None,
-    remade: bool,
+    evaluate: Evaluate | None,
 ) -> jax.Array:
-    """Noise is made again in the backward pass; unlike a mask, it is too large to be shared."""
-
-    @functools.partial(jax.checkpoint, prevent_cse=remade)
-    def combined(operands: _mask.Operands, x: jax.Array, strength: Any) -> jax.Array:
-        wide = wide_dtype(x.dtype)
-        noise = noise_like(x, operands, mask, lambda bits: sample(bits, wide))
-        y = combine(x.astype(wide), noise, _cast(strength, wide)).astype(x.dtype)
-        if operands.deterministic is None:
-            return y
-        evaluated = x if evaluate is None else _evaluated(x, strength, evaluate)
-        return lax.select(operands.deterministic, evaluated, y)
-
-    return combined(_mask.with_words(operands), x, strength)
+    wide = wide_dtype(x)
+    noise = noise_like(x, draw, sample)
+    return combine(x.astype(wide), noise, _cast(strength, wide)).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="evaluate")
 def _evaluated(
-    x: jax.Array, strength: Any, evaluate: Callable[[jax.Array, Any], jax.Array]
+    draw: Draw,
+    x: jax.Array,
+    strength: Any,
+    *,
+    sample: Sample,
+    combine: Combine,
+    evaluate: Evaluate,
 ) -> jax.Array:
-    wide = wide_dtype(x.dtype)
+    wide = wide_dtype(x)
     return evaluate(x.astype(wide), _cast(strength, wide)).astype(x.dtype)
 
 
-def noise_like(
-    x: jax.Array,
-    operands: _mask.Operands,
-    mask: _mask.Mask,
-    sample: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    """What is sampled from the uniform numbers, with the explicit sharding of x."""
-    return _mask.placed_like(x, lambda operands: sample(_mask.uniform(operands, mask)), operands)
+def noise_like(x: jax.Array, draw: Draw, sample: Sample) -> jax.Array:
+    """Noise of x's shape, explicit sharding and wide dtype."""
+    return draw.placed_like(x, lambda draw: sample(draw.uniform(), wide_dtype(x)))
 
 
 def _cast(strength: Any, dtype: np.dtype) -> Any:

@@ -14,12 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
-
-from jdropout import _law, _threshold
-from jdropout._mask import Mask, Operands
 
 
 class Frame(NamedTuple):
@@ -79,82 +75,34 @@ def recorded() -> Iterator[list[Call]]:
         _calls.reset(token)
 
 
-class Site:
-    """A call that is not audited: marks nothing."""
-
-    def operands(self, operands: Operands) -> Operands:
-        return operands
-
-    def result(self, y: jax.Array) -> jax.Array:
-        return y
+def recording() -> bool:
+    return _calls.get() is not None
 
 
-class _AuditedSite(Site):
-    def __init__(self, call: int) -> None:
-        self.call = call
-        self.has_key = False
+def record(**facts: Any) -> int:
+    """Records a call; returns its number in the audit.
 
-    def operands(self, operands: Operands) -> Operands:
-        self.has_key = True
-        words = self.mark(_law.key_words(operands.key), "key")
-        starts = [self.mark(leaf, "start") for leaf in jax.tree.leaves(operands.origin)]
-        # The words need the starts, so that no transformation drops the marks of these.
-        words, *_ = lax.optimization_barrier((words, *starts))
-        return operands._replace(key=words)
-
-    def result(self, y: jax.Array) -> jax.Array:
-        return self.mark(y, "result" if self.has_key else "without")
-
-    def mark(self, value: jax.Array, kind: str) -> jax.Array:
-        return checkpoint_name(value, f"{_PREFIX}/{self.call}/{kind}/{np.ndim(value)}")
-
-
-_NOT_AUDITED = Site()
-
-
-def site(
-    kind: str,
-    shape: tuple[int, ...],
-    rate: Any,
-    deterministic: bool | jax.Array,
-    mask: Mask | None,
-    operands: Operands | None,
-    batch_axis: int | None = 0,
-) -> Site:
-    """Records a call if an audit is going on, and returns what marks its key and its result."""
+    Args:
+      **facts: the fields of `Call`, but for those that are read off the stack here.
+    """
     calls = _calls.get()
-    if calls is None:
-        return _NOT_AUDITED
+    assert calls is not None  # see recording()
     frames = list(_frames(sys._getframe(1)))
-    static = not isinstance(rate, jax.Array)
-    threshold = None if mask is None else mask.threshold
-    effective: float | None
-    if threshold is not None:
-        effective = float(1 - _threshold.keep_probability(threshold))
-    elif not static or rate is None:
-        effective = None
-    else:
-        effective = 0.0 if mask is None else float(rate)
     call = Call(
-        kind=kind,
         path=_module_path([_owner(frame) for frame in frames]),
         frames=tuple(
             Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
             for frame in frames
         ),
-        shape=shape,
-        rate=None if rate is None or not static else float(rate),
-        effective_rate=effective,
-        deterministic=None if isinstance(deterministic, jax.Array) else deterministic,
-        shared_axes=()
-        if mask is None
-        else tuple(a for a, size in enumerate(shape) if size > 1 and mask.shape[a] == 1),
-        batch_axis=batch_axis,
-        located=operands is not None and operands.origin is not None,
-        stored_bytes=0 if operands is None or mask is None else _bytes(operands, mask),
+        **facts,
     )
     calls.append(call)
-    return _AuditedSite(len(calls) - 1)
+    return len(calls) - 1
+
+
+def mark(value: jax.Array, call: int, kind: str) -> jax.Array:
+    """Names a value in the jaxpr: `parse_mark` reads the name."""
+    return checkpoint_name(value, f"{_PREFIX}/{call}/{kind}/{np.ndim(value)}")
 
 
 def parse_mark(name: str) -> Mark | None:
@@ -177,13 +125,6 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None and frame.f_globals.get("__name__") != "jdropout._audit.program":
         yield frame
         frame = frame.f_back
-
-
-def _bytes(operands: Operands, mask: Mask) -> int:
-    stored = jax.tree.leaves(operands._replace(key=_law.key_words(operands.key)))
-    total = sum(np.size(leaf) * leaf.dtype.itemsize for leaf in stored)
-    unused = operands.origin is not None and not mask.layout.wide  # the high word
-    return total - 4 if unused else total
 
 
 def _owner(frame: FrameType) -> Any:

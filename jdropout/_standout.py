@@ -80,7 +80,7 @@ def standout(
         deterministic=deterministic,
         start=start,
         global_shape=global_shape,
-        remade=False,
+        remake=False,
     )
 
 

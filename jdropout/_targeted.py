@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _mask, _record
+from jdropout import _checks
 from jdropout._checks import is_real, type_name
+from jdropout._draw import Draw
+from jdropout._dtypes import wide_dtype
+from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Key, Rate
 
 
@@ -72,7 +75,6 @@ def targeted_dropout(
       targeted dropout" (2019), sections 3 and 4.
     """
     _checks.check_input(w, "w")
-    flag = _checks.check_deterministic(deterministic)
     fraction = _check_target_fraction(target_fraction)
     shape = jnp.shape(w)
     if unit_axis is None:
@@ -82,46 +84,26 @@ def targeted_dropout(
     else:
         axis = _checks.check_axis("unit_axis", unit_axis, len(shape))
         members = shape[axis]
-    shared = [] if unit_axis is None else [a for a in range(len(shape)) if a != axis]
     count = math.floor(round(fraction * members, 6))  # 0.29 * 100 is 28.999999999999996
-    mask, operands = _mask.describe(key, rate, flag, shape, shared, None, None, precision)
-    if count == 0 and not isinstance(rate, jax.Array):
-        mask, operands = None, None
-    site = _record.site("targeted_dropout", shape, rate, flag, mask, operands, None)
-    if mask is None:
-        return site.result(cast("jax.Array", w))
-    if operands is None:
-        return site.result(_pruned(w, axis, count, unit_axis is not None))
-    return site.result(
-        _thinned(site.operands(operands), w, mask, axis, count, unit_axis is not None)
+    whole = unit_axis is not None
+    draw = new_draw(
+        "targeted_dropout",
+        key,
+        rate,
+        deterministic,
+        shape,
+        broadcast_dims=[a for a in range(len(shape)) if a != axis] if whole else [],
+        precision=precision,
+        off=count == 0 and not isinstance(rate, jax.Array),
+        batch_axis=None,
     )
+    thinned = draw.apply(_thinned, w, dropped=_thinned, axis=axis, count=count, whole=whole)
+    return cast("jax.Array", thinned)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _pruned(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def pruned(w: jax.Array) -> jax.Array:
-        return lax.select(_candidates(w, axis, count, whole), jnp.zeros_like(w), w)
-
-    return pruned(w)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _thinned(
-    operands: _mask.Operands, w: jax.Array, mask: _mask.Mask, axis: int, count: int, whole: bool
-) -> jax.Array:
-    """Mask and candidates are made again in the backward pass, as in `jdropout.dropout`."""
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def thinned(operands: _mask.Operands, w: jax.Array) -> jax.Array:
-        kept = _mask.keep_like(w, operands, mask) | ~_candidates(w, axis, count, whole)
-        y = lax.select(kept, w, jnp.zeros_like(w))
-        rate = operands.rate
-        if rate is None:
-            return y
-        return jnp.where((rate >= 0) & (rate <= 1), y, jnp.full_like(y, jnp.nan))
-
-    return thinned(_mask.with_words(operands), w)
+def _thinned(draw: Draw, w: jax.Array, *, axis: int, count: int, whole: bool) -> jax.Array:
+    kept = draw.keep_like(w) | ~_candidates(w, axis, count, whole)
+    return lax.select(kept, w, jnp.zeros_like(w))
 
 
 def _candidates(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
@@ -136,8 +118,7 @@ def _candidates(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
 
 
 def _smallest(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
-    wide = jnp.float64 if jnp.finfo(w.dtype).bits == 64 else jnp.float32
-    size = jnp.abs(w) if jnp.iscomplexobj(w) else jnp.abs(w.astype(wide))
+    size = jnp.abs(w) if jnp.iscomplexobj(w) else jnp.abs(w.astype(wide_dtype(w)))
     others = tuple(a for a in range(w.ndim) if a != axis)
     if whole:
         norms = jnp.square(size).sum(others, keepdims=True)

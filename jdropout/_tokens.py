@@ -1,6 +1,5 @@
 """Dropout of tokens: words that are replaced, and patches that are left out."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -10,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jdropout import _checks, _mask, _record
+from jdropout import _checks
 from jdropout._checks import as_array, as_integer, type_name
+from jdropout._draw import Draw, Outcome
+from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -65,35 +66,30 @@ def word_dropout(
       sentences from a continuous space" (CoNLL 2016), section 3.1.
     """
     array = _check_tokens(tokens, replacement, protected)
-    flag = _checks.check_deterministic(deterministic)
-    mask, operands = _mask.describe(
-        key, rate, flag, array.shape, (), start, global_shape, precision
+    draw = new_draw(
+        "word_dropout",
+        key,
+        rate,
+        deterministic,
+        array.shape,
+        start=start,
+        global_shape=global_shape,
+        precision=precision,
     )
-    site = _record.site("word_dropout", array.shape, rate, flag, mask, operands)
-    if mask is None:
-        return site.result(cast("jax.Array", tokens))
-    if operands is not None:
-        operands = site.operands(operands)
-    spared = np.array(list(protected), array.dtype)
+    if draw.outcome is Outcome.KEPT:
+        return cast("jax.Array", draw.result(tokens))  # the very object that was given
     value = np.asarray(replacement, array.dtype)
-    return site.result(_replaced(operands, array, value, spared, mask))
+    spared = np.array(list(protected), array.dtype)
+    return cast("jax.Array", draw.apply(_replaced, array, value, spared, dropped=_replaced))
 
 
-@functools.partial(jax.jit, static_argnames="mask")
 def _replaced(
-    operands: _mask.Operands | None,
-    tokens: jax.Array,
-    replacement: jax.Array,
-    protected: jax.Array,
-    mask: _mask.Mask,
+    draw: Draw, tokens: jax.Array, replacement: jax.Array, protected: jax.Array
 ) -> jax.Array:
-    if operands is None:
-        kept = jnp.zeros_like(tokens, bool)
-    else:
-        kept = _mask.keep_like(tokens, _mask.with_words(operands), mask)
-        if operands.rate is not None:  # integers have no NaN
-            valid = (operands.rate >= 0) & (operands.rate <= 1)
-            kept &= valid if operands.deterministic is None else valid | operands.deterministic
+    kept = draw.keep_like(tokens)
+    valid = draw.valid()
+    if valid is not None:  # integers have no NaN
+        kept &= valid
     if protected.size:
         alternatives = protected.reshape((1,) * tokens.ndim + (-1,))
         kept |= (tokens[..., None] == alternatives).any(axis=-1)
@@ -156,32 +152,29 @@ def patch_dropout(
     lead = array.shape[:token_axis]
     # In floating point 100 * (1 - 0.9) is below 10.
     count = max(1, math.floor(round((length - prefix) * (1 - rate), 6)))
-    shape = (*lead, length - prefix)
-    if flag or count == length - prefix:
-        site = _record.site("patch_dropout", shape, rate, flag, None, None)
-        everything = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (*lead, length))
-        return site.result(cast("jax.Array", x)), everything
-    mask, operands = _mask.describe_uniform(key, shape, (), None, None)
-    site = _record.site("patch_dropout", shape, rate, flag, mask, operands)
-    kept, indices = _gathered(
-        site.operands(operands), array, mask, token_axis, prefix, count, ordered
+    draw = new_draw(
+        "patch_dropout",
+        key,
+        UNIFORM,
+        flag,
+        (*lead, length - prefix),
+        off=count == length - prefix,
+        reported_rate=rate,
     )
-    return site.result(kept), indices
+    if draw.outcome is Outcome.KEPT:
+        everything = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (*lead, length))
+        return cast("jax.Array", draw.result(x)), everything
+    chosen = draw.apply(
+        _gathered, array, axis=token_axis, prefix=prefix, count=count, ordered=bool(ordered)
+    )
+    return cast("tuple[jax.Array, jax.Array]", chosen)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _gathered(
-    operands: _mask.Operands,
-    x: jax.Array,
-    mask: _mask.Mask,
-    axis: int,
-    prefix: int,
-    count: int,
-    ordered: bool,
+    draw: Draw, x: jax.Array, *, axis: int, prefix: int, count: int, ordered: bool
 ) -> tuple[jax.Array, jax.Array]:
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # the indices are made again
-    def gathered(operands: _mask.Operands, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        order = jnp.argsort(_mask.uniform(operands, mask), axis=-1, stable=True)
+    def gathered(draw: Draw, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        order = jnp.argsort(draw.uniform(), axis=-1, stable=True)
         chosen = order[..., :count].astype(jnp.int32)
         if ordered:
             chosen = jnp.sort(chosen, axis=-1)
@@ -196,7 +189,7 @@ def _gathered(
         lead, trail = sharding.spec[:axis], sharding.spec[axis + 1 :]
         specs = (PartitionSpec(*lead, None, *trail), PartitionSpec(*lead, None))
         gathered = jax.sharding.auto_axes(gathered, axes=explicit, out_sharding=specs)
-    return gathered(_mask.with_words(operands), x)
+    return gathered(draw, x)
 
 
 def _check_tokens(tokens: Any, replacement: Any, protected: Any) -> jax.Array:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jdropout import _mask
+from jdropout._new_draw import draws
 from jdropout._typing import Key, Rate
 from jdropout.keys import at_site
 
@@ -32,11 +32,9 @@ def leaf_key(
     precision: int | None,
 ) -> Key | None:
     """The key of a leaf, if a mask is drawn; a tree that is a single array has the key itself."""
-    if not site:
+    if not site or not draws(rate, deterministic, precision):
         return key
-    # A mask of any shape tells whether a key is needed, and complains if it is missing.
-    _, operands = _mask.describe(key, rate, deterministic, (), (), None, None, precision)
-    return None if operands is None else at_site(operands.key, site)
+    return None if key is None else at_site(key, site)  # the leaf says that it is missing
 
 
 def _part(entry: Any) -> str | int:

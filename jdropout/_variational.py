@@ -3,14 +3,16 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks, _mask, _noise, _record
+from jdropout import _checks, _noise
 from jdropout._checks import is_real
+from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
+from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key
 
 # Molchanov, Ashukha and Vetrov (2017), equation 14.
@@ -164,21 +166,21 @@ def variational_dense(
     log_alpha = _checks.check_parameter("log_alpha", log_alpha, weight.shape)
     limit = _check_threshold(threshold)
     flag = _checks.check_deterministic(deterministic)
-    shape = (*x.shape[:-1], weight.shape[-1])
-    mask, operands = None, None
-    if flag is not True:
-        mask, operands = _mask.describe_uniform(key, shape, (), start, global_shape)
-    site = _record.site("variational_dense", shape, None, flag, mask, operands)
+    draw = new_draw(
+        "variational_dense",
+        key,
+        UNIFORM,
+        flag,
+        (*x.shape[:-1], weight.shape[-1]),
+        start=start,
+        global_shape=global_shape,
+    )
     used = weight
     if flag is not False and limit is not None:
         used = jnp.where(flag & (log_alpha > limit), jnp.zeros_like(weight), weight)
-    y = _mean(x, used, bias)
-    if mask is not None and operands is not None:
-        variance = _variance(x, weight, log_alpha)
-        if isinstance(flag, jax.Array):
-            variance = jnp.where(flag, 0, variance)
-        y = _plus_deviate(site.operands(operands), y, variance, mask)
-    return site.result(y.astype(x.dtype))
+    mean = _mean(x, used, bias)
+    variance = None if flag is True else _variance(x, weight, log_alpha)
+    return cast("jax.Array", draw.apply(_plus_deviate, mean, variance, remake=True)).astype(x.dtype)
 
 
 @jax.jit
@@ -195,18 +197,10 @@ def _variance(x: jax.Array, weight: jax.Array, log_alpha: jax.Array) -> jax.Arra
     return jnp.square(x) @ (jnp.exp(_clipped(log_alpha)) * jnp.square(weight))
 
 
-@functools.partial(jax.jit, static_argnames="mask")
-def _plus_deviate(
-    operands: _mask.Operands, mean: jax.Array, variance: jax.Array, mask: _mask.Mask
-) -> jax.Array:
-    @jax.checkpoint  # the noise is not kept for the backward pass
-    def deviate(operands: _mask.Operands, variance: jax.Array) -> jax.Array:
-        sample = functools.partial(_noise.normal, dtype=variance.dtype)
-        noise = _noise.noise_like(variance, operands, mask, sample)
-        positive = variance > 0  # at 0 a square root has no gradient
-        return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)) * noise, 0)
-
-    return mean + deviate(_mask.with_words(operands), variance)
+def _plus_deviate(draw: Draw, mean: jax.Array, variance: jax.Array) -> jax.Array:
+    noise = _noise.noise_like(variance, draw, _noise.normal)
+    positive = variance > 0  # at 0 a square root has no gradient
+    return mean + jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)) * noise, 0)
 
 
 def variational_log_alpha(weight: ArrayLike, log_variance: ArrayLike) -> jax.Array:

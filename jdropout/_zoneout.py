@@ -1,16 +1,17 @@
 """Zoneout: units of a recurrent network's state that miss an update."""
 
-import functools
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _checks, _mask, _record, _threshold, _trees
+from jdropout import _checks, _trees
 from jdropout._checks import describe_array
+from jdropout._draw import Draw
 from jdropout._dropout import effective_rate
 from jdropout._dtypes import wide_dtype
+from jdropout._new_draw import new_draw
 from jdropout._typing import Flag, Key, Rate
 
 _Tree = TypeVar("_Tree")
@@ -88,57 +89,30 @@ def _zoned_out(
     flag: bool | jax.Array,
     precision: int | None,
 ) -> jax.Array:
-    shape = jnp.shape(new)
-    mask, operands = _mask.describe(key, rate, flag, shape, (), None, None, precision)
     fixed = None if isinstance(rate, jax.Array) else effective_rate(rate, precision=precision)
-    if fixed in (0, 1):
-        site = _record.site("zoneout", shape, rate, flag, mask, None)
-        return site.result(new if fixed == 0 else old)  # the very object
-    site = _record.site("zoneout", shape, rate, flag, mask, operands)
-    if mask is None or operands is None:
-        dropped = rate if fixed is None else fixed
-        return site.result(_expected(old, new, dropped, fixed is None, precision))
-    return site.result(_mixed(site.operands(operands), old, new, mask))
+    never_mixed = fixed in (0, 1)
+    if never_mixed and isinstance(flag, jax.Array):
+        flag = False  # it makes no difference
+    draw = new_draw("zoneout", key, rate, flag, jnp.shape(new), precision=precision)
+    if never_mixed:
+        return cast("jax.Array", draw.result(old if fixed else new))  # the very object
+    return cast("jax.Array", draw.apply(_mixed, new, old, kept=_expectation))
 
 
-@functools.partial(jax.jit, static_argnames="mask")
-def _mixed(operands: _mask.Operands, old: jax.Array, new: jax.Array, mask: _mask.Mask) -> jax.Array:
-    """The mask is made again in the backward pass, as in `jdropout.dropout`."""
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def mixed(operands: _mask.Operands, old: jax.Array, new: jax.Array) -> jax.Array:
-        y = lax.select(_mask.keep_like(new, operands, mask), new, old)
-        if operands.rate is None and operands.deterministic is None:
-            return y
-        dropped = _mask.drop_probability(operands, mask, wide_dtype(new))
-        if operands.deterministic is not None:
-            flag = jnp.broadcast_to(operands.deterministic, y.shape)
-            y = lax.select(flag, _expectation(old, new, dropped), y)
-        return jnp.where(jnp.isnan(dropped), jnp.full_like(y, jnp.nan), y)
-
-    return mixed(_mask.with_words(operands), old, new)
+def _mixed(draw: Draw, new: jax.Array, old: jax.Array) -> jax.Array:
+    return lax.select(draw.keep_like(new), new, old)
 
 
-@functools.partial(jax.jit, static_argnames=("traced", "precision"))
-def _expected(
-    old: jax.Array, new: jax.Array, dropped: Any, traced: bool, precision: int | None
-) -> jax.Array:
-    """``dropped`` is an effective rate, or a traced one that is not yet rounded to its bits."""
-    if traced:
-        rate = dropped
-        dropped = _threshold.traced_drop_probability(_threshold.traced_threshold(rate, precision))
-        dropped = jnp.where((rate >= 0) & (rate <= 1), dropped, jnp.nan)
-    return _expectation(old, new, jnp.asarray(dropped, wide_dtype(new)))
-
-
-def _expectation(old: jax.Array, new: jax.Array, dropped: jax.Array) -> jax.Array:
+def _expectation(draw: Draw, new: jax.Array, old: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(new):
-        real, imag = (_expectation(part(old), part(new), dropped) for part in (lax.real, lax.imag))
-        return lax.complex(real, imag)
-    y = dropped * old.astype(dropped.dtype) + (1 - dropped) * new.astype(dropped.dtype)
-    # At both ends what has no weight may be infinite.
-    y = jnp.where(dropped == 0, new.astype(y.dtype), y)
-    return jnp.where(dropped == 1, old.astype(y.dtype), y).astype(new.dtype)
+        parts = (_expectation(draw, part(new), part(old)) for part in (lax.real, lax.imag))
+        return lax.complex(*parts)
+    wide = wide_dtype(new)
+    dropped = draw.drop_probability(wide)
+    y = dropped * old.astype(wide) + (1 - dropped) * new.astype(wide)
+    # Avoids 0 * inf where a state has no weight.
+    y = jnp.where(dropped == 0, new.astype(wide), y)
+    return jnp.where(dropped == 1, old.astype(wide), y).astype(new.dtype)
 
 
 def _check_states(old: Any, new: Any) -> None:

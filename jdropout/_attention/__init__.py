@@ -1,13 +1,14 @@
 """Attention with dropout in blocks: memory is linear in the lengths."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks, _mask, _record
+from jdropout import _checks
 from jdropout._attention._arguments import (
     check_attention_inputs,
     check_block_sizes,
@@ -18,6 +19,8 @@ from jdropout._attention._arguments import (
 )
 from jdropout._attention._blocks import Inputs, Plan, cut, default_block_sizes
 from jdropout._attention._softmax import attention
+from jdropout._draw import Outcome
+from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -169,21 +172,18 @@ def dot_product_attention(
     window = check_window(local_window_size)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
     rows, columns = check_block_sizes(block_sizes) or default_block_sizes(query)
-    flag = _checks.check_deterministic(deterministic)
-    described, operands = _mask.describe(
+    draw = new_draw(
+        "attention",
         dropout_key,
         dropout_rate,
-        flag,
+        deterministic,
         shape,
-        dropout_broadcast_dims,
-        start,
-        global_shape,
-        dropout_precision,
+        broadcast_dims=dropout_broadcast_dims,
+        start=start,
+        global_shape=global_shape,
+        precision=dropout_precision,
         prefix="dropout_",
     )
-    site = _record.site("attention", shape, dropout_rate, flag, described, operands)
-    if operands is not None:
-        operands = site.operands(operands)
     first, _ = _checks.check_block(start, global_shape, shape)
     first = first or (0,) * len(shape)
 
@@ -193,7 +193,6 @@ def dot_product_attention(
         start=tuple(None if isinstance(index, jax.Array) else int(index) for index in first),
         is_causal=bool(is_causal),
         window=window,
-        mask=None if operands is None else described,
         precision=precision,
     )
     inputs = Inputs(
@@ -206,10 +205,13 @@ def dot_product_attention(
         query_lengths=query_seq_lengths,
         key_lengths=key_value_seq_lengths,
         start=tuple(index if isinstance(index, jax.Array) else None for index in first),
-        dropout=None if operands is None else operands._replace(origin=None),
+        # Every block finds its own place.
+        dropout=dataclasses.replace(draw.marked(), origin=None)
+        if draw.outcome is Outcome.DRAWN
+        else None,
     )
     output, residual = attention(inputs, plan)
-    if described is not None and operands is None:
-        output = jnp.zeros_like(output)  # rate 1
-    output = site.result(output)
+    if draw.outcome is Outcome.DROPPED:
+        output = jnp.zeros_like(output)
+    output = cast("jax.Array", draw.result(output))
     return (output, residual) if return_residual else output

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _mask
+from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import Index
 
@@ -41,7 +41,6 @@ class Plan(NamedTuple):
     """Position of the first probability in the whole matrix; None where it is traced."""
     is_causal: bool
     window: tuple[int, int] | None
-    mask: _mask.Mask | None
     precision: Any
 
 
@@ -62,7 +61,7 @@ class Inputs(NamedTuple):
     key_lengths: jax.Array | None
     start: tuple[Any, ...]
     """Traced positions, None where they are static."""
-    dropout: _mask.Operands | None
+    dropout: Draw | None
 
     @property
     def dtype(self) -> np.dtype:

@@ -10,7 +10,6 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jdropout import _mask
 from jdropout._attention._blocks import (
     Inputs,
     Plan,
@@ -63,7 +62,7 @@ def _attention_in_groups(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Arr
         bias=grouped(inputs.bias),
         mask=grouped(inputs.mask),
         scale=jnp.asarray(inputs.scale, inputs.dtype),
-        dropout=None if inputs.dropout is None else _mask.with_words(inputs.dropout),
+        dropout=None if inputs.dropout is None else inputs.dropout.with_words(),
     )
     output, residual = _attend(plan, _varying(inputs))
     output, residual = (jnp.moveaxis(x, 3, 1) for x in (output, residual))
@@ -133,7 +132,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         (total, maximum, weighted), _ = lax.scan(column, start, columns)
         some = total > 0
         total = jnp.where(some, total, 1)
-        output = weighted * (_dropout_scale(plan, inputs) / total)[..., None]
+        output = weighted * (_dropout_scale(inputs) / total)[..., None]
         residual = jnp.where(some, maximum + jnp.log(total), -jnp.inf)
         return None, (output.astype(inputs.query.dtype), residual)
 
@@ -206,7 +205,7 @@ def _tangent(
 
         xs = (indices(plan.columns), columns[0], in_cells, columns[1], dots_in_cells)
         (output_dot, total_dot), _ = lax.scan(add, nothing, xs)
-        output_dot = output_dot * _dropout_scale(plan, inputs)
+        output_dot = output_dot * _dropout_scale(inputs)
         output_dot -= in_row["output"].astype(inputs.dtype) * total_dot[..., None]
         return output_dot.astype(inputs.query.dtype), total_dot
 
@@ -243,23 +242,18 @@ def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.A
 
 def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax.Array:
     """Applies dropout's mask, but not its scale, to a block of five axes."""
-    if plan.mask is None:
+    if inputs.dropout is None:
         return weights
-    assert inputs.dropout is not None
-    lead = plan.mask.full_shape[:-2]
+    lead = inputs.dropout.description.shape[:-2]
     shape = (*lead, plan.rows.block_size, plan.columns.block_size)
-    operands, mask = _mask.tile(
-        inputs.dropout, plan.mask, shape, start(plan, inputs), (0,) * len(lead) + (i, j)
-    )
-    kept = _mask.keep(operands, mask).reshape(weights.shape)
-    return jnp.where(kept, weights, 0)
+    tile = inputs.dropout.tile(shape, start(plan, inputs), (0,) * len(lead) + (i, j))
+    return jnp.where(tile.keep().reshape(weights.shape), weights, 0)
 
 
-def _dropout_scale(plan: Plan, inputs: Inputs) -> Any:
-    if plan.mask is None:
+def _dropout_scale(inputs: Inputs) -> Any:
+    if inputs.dropout is None:
         return np.ones((), inputs.dtype)
-    assert inputs.dropout is not None
-    return _mask.scale(inputs.dropout, plan.mask, inputs.dtype)
+    return inputs.dropout.poisoned(inputs.dropout.scale(inputs.dtype))
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Array:

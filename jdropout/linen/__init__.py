@@ -7,25 +7,25 @@ except ImportError as error:
         "jdropout.linen needs Flax. Install it with: pip install 'jdropout[flax]'"
     ) from error
 
+from jdropout.linen._alpha import AlphaDropout as AlphaDropout
+from jdropout.linen._alpha import FeatureAlphaDropout as FeatureAlphaDropout
 from jdropout.linen._attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
 from jdropout.linen._attention import dot_product_attention as dot_product_attention
+from jdropout.linen._concrete import ConcreteDropout as ConcreteDropout
+from jdropout.linen._drop_block import DropBlock as DropBlock
+from jdropout.linen._drop_connect import DropConnect as DropConnect
 from jdropout.linen._dropout import Dropout as Dropout
-from jdropout.linen._learned import ConcreteDropout as ConcreteDropout
-from jdropout.linen._learned import VariationalDense as VariationalDense
+from jdropout.linen._embedding_dropout import EmbeddingDropout as EmbeddingDropout
 from jdropout.linen._model import with_site_keys as with_site_keys
-from jdropout.linen._noise import AlphaDropout as AlphaDropout
-from jdropout.linen._noise import FeatureAlphaDropout as FeatureAlphaDropout
+from jdropout.linen._monte_carlo import mc_predict as mc_predict
 from jdropout.linen._noise import GaussianDropout as GaussianDropout
 from jdropout.linen._noise import GaussianNoise as GaussianNoise
-from jdropout.linen._recurrent import Zoneout as Zoneout
-from jdropout.linen._structured import DropBlock as DropBlock
-from jdropout.linen._structured import DropPath as DropPath
-from jdropout.linen._structured import LockedDropout as LockedDropout
-from jdropout.linen._structured import PatchDropout as PatchDropout
-from jdropout.linen._structured import SpatialDropout as SpatialDropout
-from jdropout.linen._uncertainty import mc_predict as mc_predict
-from jdropout.linen._weights import DropConnect as DropConnect
-from jdropout.linen._weights import EmbeddingDropout as EmbeddingDropout
+from jdropout.linen._shared import DropPath as DropPath
+from jdropout.linen._shared import LockedDropout as LockedDropout
+from jdropout.linen._shared import SpatialDropout as SpatialDropout
+from jdropout.linen._tokens import PatchDropout as PatchDropout
+from jdropout.linen._variational import VariationalDense as VariationalDense
+from jdropout.linen._zoneout import Zoneout as Zoneout
 
 __all__ = [
     "AlphaDropout",

@@ -7,7 +7,7 @@ from flax import linen
 
 from jdropout._checks import check_rate
 from jdropout._dropout import dropout
-from jdropout._flax import check_module_flag, draws_mask
+from jdropout._flax import Applied, FunctionLayer, check_module_flag, draws_mask
 from jdropout._typing import Flag, Key
 
 
@@ -43,7 +43,7 @@ class Layer:
         return flag is not True
 
 
-class RateLayer(Layer):
+class RateLayer(FunctionLayer, Layer):
     """A layer with a rate."""
 
     rate: Any
@@ -79,10 +79,12 @@ class Dropout(RateLayer, linen.Dropout):
       JMLR 15 (2014), section 4.
     """
 
+    _applies = Applied(dropout, ("broadcast_dims",))
+
     @linen.compact
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
-    ) -> jax.Array:
+    ) -> Any:
         """Drops and scales; the identity if deterministic.
 
         Args:
@@ -99,9 +101,7 @@ class Dropout(RateLayer, linen.Dropout):
           TypeError: if the rate is not a number, or the input's dtype an integer.
         """
         flag, key = self._resolve(deterministic, rng)
-        return dropout(
-            key, inputs, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims
-        )
+        return self._drop(key, inputs, flag)
 
 
 class Dropping(RateLayer, linen.Module):
@@ -131,7 +131,3 @@ class Dropping(RateLayer, linen.Module):
         """
         flag, key = self._resolve(deterministic, rng)
         return self._drop(key, inputs, flag)
-
-    @linen.nowrap
-    def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:
-        raise NotImplementedError

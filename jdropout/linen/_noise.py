@@ -1,13 +1,13 @@
-"""linen modules of noise, and of dropout for self-normalising networks."""
+"""Noise as linen modules."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import linen
 
-from jdropout._alpha import alpha_dropout, feature_alpha_dropout
 from jdropout._checks import check_amount, check_rate, check_rate_below_one
-from jdropout._flax import draws_noise
+from jdropout._flax import Applied, FunctionLayer, draws_noise
 from jdropout._noise import gaussian_dropout, gaussian_noise
 from jdropout._typing import Flag, Key
 from jdropout.linen._dropout import Dropping, Layer
@@ -36,13 +36,9 @@ class GaussianDropout(Dropping):
       As for `jdropout.gaussian_dropout`.
     """
 
-    broadcast_dims: Sequence[int] = ()
+    _applies = Applied(gaussian_dropout, ("broadcast_dims",))
 
-    @linen.nowrap
-    def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> jax.Array:
-        return gaussian_dropout(
-            key, x, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims
-        )
+    broadcast_dims: Sequence[int] = ()
 
     @linen.nowrap
     def _draws(self, flag: bool | jax.Array) -> bool:
@@ -53,7 +49,7 @@ class GaussianDropout(Dropping):
         check_rate_below_one(check_rate(self.rate))
 
 
-class GaussianNoise(Layer, linen.Module):
+class GaussianNoise(FunctionLayer, Layer, linen.Module):
     """`jdropout.gaussian_noise` as a module: adds normal noise.
 
     Random streams and flags are those of `Dropout`.
@@ -76,6 +72,8 @@ class GaussianNoise(Layer, linen.Module):
       As for `jdropout.gaussian_noise`.
     """
 
+    _applies = Applied(gaussian_noise, ("broadcast_dims",), amount="stddev")
+
     stddev: float
     deterministic: bool | None = None
     rng_collection: str = "dropout"
@@ -84,7 +82,7 @@ class GaussianNoise(Layer, linen.Module):
     @linen.compact
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
-    ) -> jax.Array:
+    ) -> Any:
         """Adds noise; the identity if deterministic.
 
         Args:
@@ -100,9 +98,7 @@ class GaussianNoise(Layer, linen.Module):
           TypeError: as for `Dropout`.
         """
         flag, key = self._resolve(deterministic, rng)
-        return gaussian_noise(
-            key, inputs, self.stddev, deterministic=flag, broadcast_dims=self.broadcast_dims
-        )
+        return self._drop(key, inputs, flag)
 
     @linen.nowrap
     def _draws(self, flag: bool | jax.Array) -> bool:
@@ -111,76 +107,3 @@ class GaussianNoise(Layer, linen.Module):
     @linen.nowrap
     def _check_attributes(self) -> None:
         check_amount("stddev", self.stddev)
-
-
-class AlphaDropout(Dropping):
-    """`jdropout.alpha_dropout` as a module: dropout for SELU.
-
-    Call, random streams and flags are those of `Dropout`.
-
-    Attributes:
-      rate: probability of setting an element to the floor of SELU, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      broadcast_dims: axes along which all elements share their fate.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jdropout.linen
-      >>> layer = jdropout.linen.AlphaDropout(0.1, deterministic=False)
-      >>> x = jax.random.normal(jax.random.key(1), (1000, 1000))
-      >>> y = layer.apply({}, x, rngs={"dropout": jax.random.key(0)})
-      >>> print(f"{abs(y.mean()):.2f} {y.std():.2f}")
-      0.00 1.00
-
-    References:
-      As for `jdropout.alpha_dropout`.
-    """
-
-    broadcast_dims: Sequence[int] = ()
-
-    @linen.nowrap
-    def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> jax.Array:
-        return alpha_dropout(
-            key, x, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims
-        )
-
-
-class FeatureAlphaDropout(Dropping):
-    """`jdropout.feature_alpha_dropout` as a module: `AlphaDropout` of whole channels.
-
-    Call, random streams and flags are those of `Dropout`.
-
-    Attributes:
-      rate: as for `AlphaDropout`.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      channel_axis: the axis of the channels, -1 by default.
-      batch_axes: axes along which decisions are independent as well, (0,) by default.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jdropout.linen
-      >>> layer = jdropout.linen.FeatureAlphaDropout(0.5, deterministic=False)
-      >>> y = layer.apply({}, jnp.ones((1, 2, 8)), rngs={"dropout": jax.random.key(0)})
-      >>> y.round(2)[..., :4]
-      Array([[[ 1.67, -0.78, -0.78, -0.78],
-              [ 1.67, -0.78, -0.78, -0.78]]], dtype=float32)
-
-    References:
-      As for `jdropout.alpha_dropout`.
-    """
-
-    channel_axis: int = -1
-    batch_axes: Sequence[int] = (0,)
-
-    @linen.nowrap
-    def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> jax.Array:
-        return feature_alpha_dropout(
-            key,
-            x,
-            self.rate,
-            channel_axis=self.channel_axis,
-            batch_axes=self.batch_axes,
-            deterministic=flag,
-        )

@@ -7,27 +7,27 @@ except ImportError as error:
         "jdropout.nnx needs Flax. Install it with: pip install 'jdropout[flax]'"
     ) from error
 
+from jdropout.nnx._alpha import AlphaDropout as AlphaDropout
+from jdropout.nnx._alpha import FeatureAlphaDropout as FeatureAlphaDropout
 from jdropout.nnx._attention import MultiHeadAttention as MultiHeadAttention
 from jdropout.nnx._attention import dot_product_attention as dot_product_attention
+from jdropout.nnx._concrete import ConcreteDropout as ConcreteDropout
+from jdropout.nnx._drop_block import DropBlock as DropBlock
+from jdropout.nnx._drop_connect import DropConnect as DropConnect
 from jdropout.nnx._dropout import Dropout as Dropout
-from jdropout.nnx._learned import ConcreteDropout as ConcreteDropout
-from jdropout.nnx._learned import VariationalDense as VariationalDense
+from jdropout.nnx._embedding_dropout import EmbeddingDropout as EmbeddingDropout
 from jdropout.nnx._model import replace_dropout as replace_dropout
 from jdropout.nnx._model import set_rate as set_rate
 from jdropout.nnx._model import set_site_keys as set_site_keys
-from jdropout.nnx._noise import AlphaDropout as AlphaDropout
-from jdropout.nnx._noise import FeatureAlphaDropout as FeatureAlphaDropout
+from jdropout.nnx._monte_carlo import mc_predict as mc_predict
 from jdropout.nnx._noise import GaussianDropout as GaussianDropout
 from jdropout.nnx._noise import GaussianNoise as GaussianNoise
-from jdropout.nnx._recurrent import Zoneout as Zoneout
-from jdropout.nnx._structured import DropBlock as DropBlock
-from jdropout.nnx._structured import DropPath as DropPath
-from jdropout.nnx._structured import LockedDropout as LockedDropout
-from jdropout.nnx._structured import PatchDropout as PatchDropout
-from jdropout.nnx._structured import SpatialDropout as SpatialDropout
-from jdropout.nnx._uncertainty import mc_predict as mc_predict
-from jdropout.nnx._weights import DropConnect as DropConnect
-from jdropout.nnx._weights import EmbeddingDropout as EmbeddingDropout
+from jdropout.nnx._shared import DropPath as DropPath
+from jdropout.nnx._shared import LockedDropout as LockedDropout
+from jdropout.nnx._shared import SpatialDropout as SpatialDropout
+from jdropout.nnx._tokens import PatchDropout as PatchDropout
+from jdropout.nnx._variational import VariationalDense as VariationalDense
+from jdropout.nnx._zoneout import Zoneout as Zoneout
 
 __all__ = [
     "AlphaDropout",

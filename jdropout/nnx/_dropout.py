@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from jdropout._dropout import dropout
-from jdropout._flax import check_module_flag, check_module_rate, draws_mask
+from jdropout._flax import Applied, FunctionLayer, check_module_flag, check_module_rate, draws_mask
 from jdropout._typing import Flag
 
 
@@ -85,7 +85,7 @@ def attach(
     layer.rngs = nnx.data(source.rngs)
 
 
-class Dropout(Layer, nnx.Dropout):
+class Dropout(FunctionLayer, Layer, nnx.Dropout):
     """`flax.nnx.Dropout` with the mask law of this library.
 
     Constructor, call, attributes and random streams are Flax's own (it is a subclass, so
@@ -118,6 +118,8 @@ class Dropout(Layer, nnx.Dropout):
       Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
       JMLR 15 (2014), section 4.
     """
+
+    _applies = Applied(dropout, ("broadcast_dims",))
 
     def __init__(
         self,
@@ -161,10 +163,6 @@ class Dropout(Layer, nnx.Dropout):
         """
         flag, key = self._resolve(deterministic, rngs)
         return self._drop(key, inputs, flag)
-
-    def _drop(self, key: jax.Array | None, x: jax.Array, flag: bool | jax.Array) -> Any:
-        """The function of this layer; to be overridden."""
-        return dropout(key, x, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims)
 
     def _draws(self, flag: bool | jax.Array) -> bool:
         return draws_mask(self.rate, flag)

@@ -1,4 +1,4 @@
-"""nnx modules of noise, and of dropout for self-normalising networks."""
+"""Noise as nnx modules."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout._alpha import alpha_dropout, feature_alpha_dropout
 from jdropout._checks import check_rate_below_one
-from jdropout._flax import check_module_amount, check_module_rate, draws_noise
+from jdropout._flax import (
+    Applied,
+    FunctionLayer,
+    check_module_amount,
+    check_module_rate,
+    draws_noise,
+)
 from jdropout._noise import gaussian_dropout, gaussian_noise
 from jdropout._typing import Flag
 from jdropout.nnx._dropout import Dropout, Layer, attach
@@ -42,10 +47,7 @@ class GaussianDropout(Dropout):
       As for `jdropout.gaussian_dropout`.
     """
 
-    def _drop(self, key: jax.Array | None, x: jax.Array, flag: bool | jax.Array) -> jax.Array:
-        return gaussian_dropout(
-            key, x, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims
-        )
+    _applies = Applied(gaussian_dropout, ("broadcast_dims",))
 
     def _draws(self, flag: bool | jax.Array) -> bool:
         return draws_noise(self.rate, flag)
@@ -55,7 +57,7 @@ class GaussianDropout(Dropout):
         return check_rate_below_one(check_module_rate(rate))
 
 
-class GaussianNoise(Layer):
+class GaussianNoise(FunctionLayer, Layer):
     """`jdropout.gaussian_noise` as a module: adds normal noise.
 
     It has no rate, and so is no `flax.nnx.Dropout`; flags, views and streams work as there.
@@ -84,6 +86,7 @@ class GaussianNoise(Layer):
     """
 
     _arguments = "stddev"
+    _applies = Applied(gaussian_noise, ("broadcast_dims",), amount="stddev")
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class GaussianNoise(Layer):
         *,
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> Any:
         """Adds noise; the identity if deterministic.
 
         Args:
@@ -120,101 +123,7 @@ class GaussianNoise(Layer):
           TypeError: as for `Dropout`.
         """
         flag, key = self._resolve(deterministic, rngs)
-        return gaussian_noise(
-            key, inputs, self.stddev, deterministic=flag, broadcast_dims=self.broadcast_dims
-        )
+        return self._drop(key, inputs, flag)
 
     def _draws(self, flag: bool | jax.Array) -> bool:
         return draws_noise(self.stddev, flag)
-
-
-class AlphaDropout(Dropout):
-    """`jdropout.alpha_dropout` as a module: dropout for SELU.
-
-    Call, random streams and flags are those of `Dropout`, and so is the constructor.
-
-    Args:
-      rate: probability of setting an element to the floor of SELU, a number in [0, 1].
-      broadcast_dims: axes along which all elements share their fate.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
-
-    Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import jdropout.nnx
-      >>> x = jax.random.normal(jax.random.key(1), (1000, 1000))
-      >>> y = jdropout.nnx.AlphaDropout(0.1, rngs=nnx.Rngs(0))(x)
-      >>> print(f"{abs(y.mean()):.2f} {y.std():.2f}")
-      0.00 1.00
-
-    References:
-      As for `jdropout.alpha_dropout`.
-    """
-
-    def _drop(self, key: jax.Array | None, x: jax.Array, flag: bool | jax.Array) -> jax.Array:
-        return alpha_dropout(
-            key, x, self.rate, deterministic=flag, broadcast_dims=self.broadcast_dims
-        )
-
-
-class FeatureAlphaDropout(Dropout):
-    """`jdropout.feature_alpha_dropout` as a module: `AlphaDropout` of whole channels.
-
-    Call, random streams and flags are those of `Dropout`.
-
-    Args:
-      rate: as for `AlphaDropout`.
-      channel_axis: the axis of the channels.
-      batch_axes: axes along which decisions are independent as well.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
-
-    Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import jdropout.nnx
-      >>> layer = jdropout.nnx.FeatureAlphaDropout(0.5, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((1, 2, 8))).round(2)[..., 2:6]
-      Array([[[ 1.67,  1.67, -0.78, -0.78],
-              [ 1.67,  1.67, -0.78, -0.78]]], dtype=float32)
-
-    References:
-      As for `jdropout.alpha_dropout`.
-    """
-
-    def __init__(
-        self,
-        rate: float,
-        *,
-        channel_axis: int = -1,
-        batch_axes: Sequence[int] = (0,),
-        deterministic: bool | None = False,
-        rng_collection: str = "dropout",
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-    ) -> None:
-        super().__init__(
-            rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
-        )
-        self.channel_axis = channel_axis
-        self.batch_axes = tuple(batch_axes)
-
-    def _drop(self, key: jax.Array | None, x: jax.Array, flag: bool | jax.Array) -> jax.Array:
-        return feature_alpha_dropout(
-            key,
-            x,
-            self.rate,
-            channel_axis=self.channel_axis,
-            batch_axes=self.batch_axes,
-            deterministic=flag,
-        )

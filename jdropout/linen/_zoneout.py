@@ -1,4 +1,4 @@
-"""linen modules that wrap a recurrent cell and drop its updates."""
+"""Zoneout around a linen cell."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""nnx modules whose probabilities are learned."""
+"""Concrete dropout as an nnx module."""
 
 from typing import Any
 
@@ -6,17 +6,11 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 
 from jdropout._concrete import concrete_dropout, concrete_regularizer
 from jdropout._flax import initial_logit
 from jdropout._typing import ArrayLike, Flag
-from jdropout._variational import variational_dense, variational_kl
 from jdropout.nnx._dropout import Layer, attach
-
-_KERNEL_INIT = nnx.initializers.lecun_normal()
-_BIAS_INIT = nnx.initializers.zeros_init()
-_LOG_ALPHA_INIT = nnx.initializers.constant(-4.0)
 
 
 class ConcreteDropout(Layer):
@@ -138,112 +132,3 @@ class ConcreteDropout(Layer):
             weight_regularizer=weight_regularizer,
             dropout_regularizer=dropout_regularizer,
         )
-
-
-class VariationalDense(Layer):
-    """A dense layer with noisy weights, whose variances are learned: `jdropout.variational_dense`.
-
-    Parameters are ``kernel``, ``log_alpha`` and ``bias``, whose dtypes and initialisation work as
-    in `flax.nnx.Linear`. It has no rate, and so is no `flax.nnx.Dropout`; flags, views and streams
-    work as there. Add `kl` to the loss, divided by the number of samples where that is a mean.
-
-    Args:
-      in_features: number of inputs.
-      out_features: number of outputs.
-      use_bias: whether to add a bias.
-      threshold: log_alpha above which evaluation sets a weight to 0; None for never.
-      dtype: of the computation; inferred by default.
-      param_dtype: of the parameters.
-      kernel_init: initializer of the kernel.
-      bias_init: initializer of the bias.
-      log_alpha_init: initializer of log_alpha.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: an `nnx.Rngs`, for the parameters; the stream of the noise is forked from it.
-
-    Raises:
-      TypeError: if ``rngs`` has another type.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import jdropout.nnx
-      >>> layer = jdropout.nnx.VariationalDense(4, 8, rngs=nnx.Rngs(0))
-      >>> y = layer(jnp.ones((2, 4)))
-      >>> loss = (y**2).mean() + layer.kl() / 1000
-      >>> layer(jnp.ones((2, 4)), deterministic=True).shape
-      (2, 8)
-
-    References:
-      As for `jdropout.variational_dense` and `jdropout.variational_kl`.
-    """
-
-    _arguments = "in_features, out_features"
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        use_bias: bool = True,
-        threshold: float | None = 3.0,
-        dtype: jax.typing.DTypeLike | None = None,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: Any = _KERNEL_INIT,
-        bias_init: Any = _BIAS_INIT,
-        log_alpha_init: Any = _LOG_ALPHA_INIT,
-        deterministic: bool | None = False,
-        rng_collection: str = "dropout",
-        rngs: nnx.Rngs,
-    ) -> None:
-        shape = (in_features, out_features)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.log_alpha = nnx.Param(log_alpha_init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.data(
-            nnx.Param(bias_init(rngs.params(), shape[1:], param_dtype)) if use_bias else None
-        )
-        self.threshold = threshold
-        self.dtype = dtype
-        attach(self, deterministic, rng_collection, rngs)
-
-    def __call__(
-        self,
-        inputs: jax.Array,
-        *,
-        deterministic: Flag | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-    ) -> jax.Array:
-        """The dense layer, with noise in training and without what is pruned in evaluation.
-
-        Args:
-          inputs: array of shape (..., in_features).
-          deterministic: as for `Dropout`.
-          rngs: as for `Dropout`.
-
-        Returns:
-          An array of shape (..., out_features).
-
-        Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
-        """
-        flag, key = self._resolve(deterministic, rngs)
-        bias = None if self.bias is None else self.bias[...]
-        inputs, kernel, bias = promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return variational_dense(
-            key,
-            inputs,
-            kernel,
-            self.log_alpha[...],
-            bias,
-            threshold=self.threshold,
-            deterministic=flag,
-        )
-
-    def kl(self) -> jax.Array:
-        """The divergence of all weights from the prior: the sum of `jdropout.variational_kl`.
-
-        Returns:
-          A scalar, in float32 or float64.
-        """
-        return variational_kl(self.log_alpha[...]).sum()

@@ -1,4 +1,4 @@
-"""nnx modules that wrap a recurrent cell and drop its updates."""
+"""Zoneout around an nnx cell."""
 
 from collections.abc import Sequence
 from typing import Any

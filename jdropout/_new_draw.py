@@ -1,0 +1,141 @@
+"""Turns the arguments of a function that draws into a `Draw`: the checks are made here, once."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jdropout import _checks, _law, _record, _threshold
+from jdropout._draw import Description, Draw, Outcome
+from jdropout._typing import Flag, Index, Key, Rate
+
+UNIFORM: Any = object()
+"""In the place of a rate: a draw of uniform numbers, which has none."""
+
+
+def new_draw(
+    kind: str,
+    key: Key | None,
+    rate: Rate,
+    deterministic: Flag,
+    shape: tuple[int, ...],
+    *,
+    broadcast_dims: Sequence[int] = (),
+    start: Sequence[Index] | None = None,
+    global_shape: Sequence[int] | None = None,
+    precision: int | None = None,
+    off: bool = False,
+    batch_axis: int | None = 0,
+    reported_rate: Rate | None = None,
+    reported_shape: tuple[int, ...] | None = None,
+    prefix: str = "",
+) -> Draw:
+    """Checks the arguments of a function that draws, and describes the draw.
+
+    Args:
+      kind: name of the function, for an audit.
+      key: a PRNG key; not looked at where nothing is drawn.
+      rate: the rate of a mask, or UNIFORM.
+      deterministic: the flag.
+      shape: shape of the array that the mask is for.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of the first element in the whole mask.
+      global_shape: shape of the whole mask.
+      precision: bits of the rate.
+      off: whether nothing can be dropped, whatever the rate is.
+      batch_axis: the axis of the examples, for an audit; None if there is none.
+      reported_rate: the rate that an audit reports, where it is another one.
+      reported_shape: the shape that an audit reports, where it is another one.
+      prefix: prefix of the names of ``rate`` and ``key`` in errors.
+    """
+    flag = _checks.check_deterministic(deterministic)
+    checked = None if rate is UNIFORM else _checks.check_rate(rate, f"{prefix}rate")
+    precision = _checks.check_precision(precision)
+    static_rate = None if isinstance(checked, jax.Array) else checked
+    threshold = None if static_rate is None else _threshold.static_threshold(static_rate, precision)
+    shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
+    first, whole = _checks.check_block(start, global_shape, shape)
+
+    outcome = _outcome(threshold, flag, off)
+    drawn = outcome is Outcome.DRAWN
+    if outcome is not Outcome.KEPT:
+        _checks.check_static_shape(shape)
+    origin = None
+    if drawn:
+        key = _checks.check_key(key, f"{prefix}key")
+        block, whole = (
+            tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
+            for sizes in (shape, whole)
+        )
+        layout, origin = _layout(whole) if first is None else _law.locate(whole, block, first)
+        description = Description(outcome, shape, block, whole, layout, threshold, precision)
+    else:
+        description = Description(outcome, shape, threshold=threshold, precision=precision)
+    draw = Draw(
+        key=key if drawn else None,
+        rate=checked if isinstance(checked, jax.Array) else None,
+        deterministic=flag if drawn and isinstance(flag, jax.Array) else None,
+        origin=origin,
+        description=description,
+    )
+    if not _record.recording():
+        return draw
+    reported = checked if reported_rate is None else reported_rate
+    call = _record.record(
+        kind=kind,
+        shape=shape if reported_shape is None else reported_shape,
+        rate=None if reported is None or isinstance(reported, jax.Array) else float(reported),
+        effective_rate=_effective_rate(draw, reported, derived=reported_rate is not None),
+        deterministic=None if isinstance(flag, jax.Array) else flag,
+        shared_axes=()
+        if outcome is Outcome.KEPT
+        else tuple(axis for axis in sorted(shared) if shape[axis] > 1),
+        batch_axis=batch_axis,
+        located=origin is not None,
+        stored_bytes=_stored_bytes(draw) if drawn else 0,
+    )
+    return dataclasses.replace(draw, call=call)
+
+
+def draws(rate: Rate, deterministic: bool | jax.Array, precision: int | None) -> bool:
+    """Whether a function with a rate draws a mask, and needs a key."""
+    if isinstance(rate, jax.Array):
+        return deterministic is not True
+    threshold = _threshold.static_threshold(float(rate), precision)
+    return _outcome(threshold, deterministic, off=False) is Outcome.DRAWN
+
+
+def _outcome(threshold: _threshold.Threshold | None, flag: bool | jax.Array, off: bool) -> Outcome:
+    kept = None if threshold is None else _threshold.keep_probability(threshold)
+    if flag is True or kept == 1 or off:
+        return Outcome.KEPT
+    return Outcome.DROPPED if kept == 0 and flag is False else Outcome.DRAWN
+
+
+@functools.lru_cache(maxsize=1024)  # takes longer than all else that an eager call does in Python
+def _layout(whole: tuple[int, ...]) -> tuple[_law.Layout, _law.Origin | None]:
+    return _law.locate(whole, whole, None)
+
+
+def _effective_rate(draw: Draw, reported: Rate | None, derived: bool) -> float | None:
+    """The effective rate that an audit reports; `derived` if the mask's rate follows from it."""
+    if reported is None or isinstance(reported, jax.Array):
+        return None
+    if draw.outcome is Outcome.KEPT:
+        return 0.0
+    threshold = draw.description.threshold
+    if derived or threshold is None:
+        return float(reported)
+    return float(1 - _threshold.keep_probability(threshold))
+
+
+def _stored_bytes(draw: Draw) -> int:
+    assert draw.key is not None
+    stored = jax.tree.leaves(dataclasses.replace(draw, key=_law.key_words(draw.key)))
+    total = sum(np.size(leaf) * leaf.dtype.itemsize for leaf in stored)
+    layout = draw.description.layout
+    unused = draw.origin is not None and layout is not None and not layout.wide  # the high word
+    return total - 4 if unused else total
