@@ -36,6 +36,7 @@ def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
     if not number:
         raise TypeError(
             f"{name} must be a number in [0, 1], got {rate!r} of type {type_name(rate)}."
+            " Pass a Python float such as 0.1, or a floating-point scalar array."
         )
     if not 0 <= rate <= 1:  # also catches NaN
         raise ValueError(_rate_range(rate, name))
@@ -160,7 +161,9 @@ def check_shape(name: str, shape: Any) -> tuple[int, ...]:
             f"{name} must be a sequence of integers, got {shape!r}. Write (n,) for one axis."
         ) from None
     if any(size < 0 for size in sizes):
-        raise ValueError(f"{name} must not have a negative size, got {sizes}.")
+        raise ValueError(
+            f"{name} must not have a negative size, got {sizes}. Use sizes of at least 0."
+        )
     return sizes
 
 
@@ -205,6 +208,7 @@ def check_block(
         raise ValueError(
             f"start {first}, global_shape {whole} and the block's shape {shape} must have the "
             "same number of axes."
+            " Give one index and one size for every axis."
         )
     for axis, (index, size, bound) in enumerate(zip(first, shape, whole, strict=True)):
         lowest = index if isinstance(index, int) else 0
@@ -249,7 +253,10 @@ def check_axis(name: str, axis: Any, rank: int) -> int:
     """Returns an axis, counted from the front."""
     number = as_integer(axis)
     if number is None:
-        raise TypeError(f"{name} must be an integer, got {axis!r} of type {type_name(axis)}.")
+        raise TypeError(
+            f"{name} must be an integer, got {axis!r} of type {type_name(axis)}."
+            " Negative axes count from the end."
+        )
     if not -rank <= number < rank:
         raise ValueError(
             f"{name} is {number}, but the array has {rank} axes. Use {-rank} to {rank - 1}."
@@ -263,21 +270,29 @@ def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
         raise TypeError(f"{name} must be a sequence of axes, got {axes!r}. Write (axis,) for one.")
     counted = tuple(check_axis(name, axis, rank) for axis in axes)
     if len(set(counted)) != len(counted):
-        raise ValueError(f"{name} names an axis twice, got {tuple(axes)} of {rank} axes.")
+        raise ValueError(
+            f"{name} names an axis twice, got {tuple(axes)} of {rank} axes. Name every axis once."
+        )
     return counted
 
 
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
     if value not in options:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, options))}, got {value!r}.")
+        raise ValueError(
+            f"{name} must be {' or '.join(map(repr, options))}, got {value!r}."
+            " Pass one of them as a string."
+        )
 
 
 def check_positive(name: str, value: Any) -> int:
     number = as_integer(value)
     if number is None:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type_name(value)}.")
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type_name(value)}."
+            f" Convert it with int({name})."
+        )
     if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}.")
+        raise ValueError(f"{name} must be at least 1, got {number}. Pass 1 or more.")
     return number
 
 
@@ -306,10 +321,6 @@ def check_static_flag(deterministic: Any) -> bool:
     return bool(flag)
 
 
-def check_any_array(name: str, x: Any) -> jax.Array:
-    return as_array(name, x)
-
-
 def check_real(name: str, x: Any) -> None:
     check_input(x)
     if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
@@ -332,7 +343,9 @@ def check_amount(name: str, amount: Any) -> float | jax.Array:
     """Returns a number of at least 0 as a float, and an array as a floating-point scalar."""
     number = check_scalar(name, amount)
     if not isinstance(number, jax.core.Tracer) and not 0 <= float(number) < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {amount}.")
+        raise ValueError(
+            f"{name} must be a finite number of at least 0, got {amount}. Pass 0 to switch it off."
+        )
     return number
 
 
@@ -343,6 +356,7 @@ def check_scalar(name: str, number: Any) -> float | jax.Array:
             raise TypeError(
                 f"{name} must be a floating-point scalar, got shape {number.shape} and dtype "
                 f"{number.dtype}."
+                " For one value per example use jax.vmap."
             )
         return number
     if isinstance(number, np.ndarray) and number.ndim == 0:
@@ -351,7 +365,10 @@ def check_scalar(name: str, number: Any) -> float | jax.Array:
         isinstance(number, np.generic) and jnp.issubdtype(number.dtype, jnp.floating)
     )  # jnp.issubdtype also knows a bfloat16 scalar
     if not real:
-        raise TypeError(f"{name} must be a number, got {number!r} of type {type_name(number)}.")
+        raise TypeError(
+            f"{name} must be a number, got {number!r} of type {type_name(number)}."
+            " Pass a Python float or a floating-point scalar array."
+        )
     return float(number)
 
 
@@ -381,14 +398,20 @@ def check_floating_array(name: str, x: Any) -> jax.Array:
 
 def check_function(name: str, fn: Any) -> None:
     if not callable(fn):
-        raise TypeError(f"{name} must be a function, got {type_name(fn)}.")
+        raise TypeError(
+            f"{name} must be a function, got {type_name(fn)}."
+            " Pass the function itself, not its result."
+        )
 
 
 def check_fraction(name: str, value: Any) -> None:
     if not is_real(value):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type_name(value)}.")
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {type_name(value)}."
+            " Pass a Python float."
+        )
     if not 0 < value < 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}.")
+        raise ValueError(f"{name} must be between 0 and 1, got {value}. Both ends are excluded.")
 
 
 def check_static_shape(shape: tuple[Any, ...]) -> None:

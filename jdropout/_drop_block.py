@@ -305,9 +305,13 @@ def _check_sizes(name: str, sizes: Any, count: int) -> tuple[int, ...]:
     if as_integer(sizes) is not None:
         return (_checks.check_positive(name, sizes),) * count
     if not isinstance(sizes, Sequence) or isinstance(sizes, str):
-        raise TypeError(f"{name} must be an integer or a sequence of integers, got {sizes!r}.")
+        raise TypeError(
+            f"{name} must be an integer or a sequence of integers, got {sizes!r}."
+            " Write 7, or (7, 7) for one size per axis."
+        )
     if len(sizes) != count:
         raise ValueError(
             f"{name} must be one number, or one for each of {count} axes, got {tuple(sizes)}."
+            " Pass one number for all of them, or one for each."
         )
     return tuple(_checks.check_positive(name, size) for size in sizes)

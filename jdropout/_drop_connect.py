@@ -170,6 +170,7 @@ def check_select(select: Any) -> Any:
         if not isinstance(name, str) or not name:
             raise TypeError(
                 f"select must hold names such as 'lstm/recurrent_kernel', got {name!r}."
+                " Write the last names of the path as a string."
             )
     return tuple(select)
 

@@ -11,6 +11,7 @@ from jax import lax
 from jdropout import _checks
 from jdropout._checks import describe_array
 from jdropout._draw import Draw, Outcome
+from jdropout._dtypes import sum_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import Flag, Key, Rate
 
@@ -95,7 +96,7 @@ def layer_drop(
         scale = functools.partial(_scaled_update, factor=factor, unbiased=unbiased)
         return y if certain else cast("_Tree", jax.tree.map(scale, x, y))
 
-    arrays = jax.tree.map(functools.partial(_checks.check_any_array, "x"), x)
+    arrays = jax.tree.map(functools.partial(_checks.as_array, "x"), x)
     return cast("_Tree", lax.cond(kept, run, lambda x: x, arrays))
 
 
@@ -114,7 +115,7 @@ def _scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool
         return y
     if not unbiased:
         return jnp.where(jnp.isnan(factor), jnp.full_like(y, jnp.nan), y)
-    wide = y.dtype if jnp.finfo(y.dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    wide = sum_dtype(y)
     x, z = x.astype(wide), y.astype(wide)
     scaled = (x + (z - x) * factor.astype(wide)).astype(y.dtype)
     return jnp.where(factor == 1, y, scaled)  # exact where nothing is ever dropped

@@ -13,7 +13,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 from jdropout import _checks
-from jdropout._dtypes import sum_dtype
+from jdropout._moments import Moments, like, no_moments
 from jdropout._typing import Key
 from jdropout.keys import at_site
 
@@ -61,7 +61,7 @@ class MCPrediction:
         """Of `mean`: how far it is, on average, from that of infinitely many samples."""
 
         def error(variance: jax.Array) -> jax.Array:
-            count = _like(self.num_samples, variance)  # after a vmap with axes of its own
+            count = like(self.num_samples, variance)  # after a vmap with axes of its own
             count = count.reshape(count.shape + (1,) * (variance.ndim - count.ndim))
             return jnp.sqrt(variance / count)
 
@@ -208,20 +208,20 @@ def _add(
     sampler: _Sampler,
     key: Key,
     args: tuple[Any, ...],
-    moments: "_Moments | None",
+    moments: Moments | None,
     first: Any,
     end: Any,
     *,
     size: int,
-) -> "_Moments":
+) -> Moments:
     """Adds the samples from `first` to before `end` to the moments."""
     # Compiled, so that the type of its result and the loop share one trace of it.
     sample = jax.jit(lambda index: sampler(at_site(key, index), args))
     if moments is None:
         # Of a sample's type, with its sharding. It is not computed, since its value is not used.
-        moments = _no_moments(sample(jnp.asarray(first, jnp.int32)))
+        moments = no_moments(sample(jnp.asarray(first, jnp.int32)))
 
-    def add_batch(state: tuple[jax.Array, _Moments]) -> tuple[jax.Array, _Moments]:
+    def add_batch(state: tuple[jax.Array, Moments]) -> tuple[jax.Array, Moments]:
         first, moments = state
         index = first + np.arange(size, dtype=np.int32)
         # Without vmap if there is one sample, so that what a condition skips is skipped.
@@ -246,65 +246,14 @@ def _stack(
         np.arange(count, dtype=np.int32),
         batch_size=None if size == 1 else min(size, count),
     )
-    moments = _no_moments(jax.tree.map(lambda y: y[0], samples))
+    moments = no_moments(jax.tree.map(lambda y: y[0], samples))
     moments = moments.with_samples(samples, np.ones(count, bool))
     return dataclasses.replace(_prediction(moments, count), samples=samples)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["count", "mean", "squares"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class _Moments:
-    """Of the samples so far: their number, their mean, and the sum of squared deviations."""
-
-    count: Any
-    mean: Any
-    squares: Any
-
-    def with_samples(self, samples: Any, counted: Any) -> "_Moments":
-        """The moments with those of a batch that are counted, of which there is at least one."""
-        more = counted.sum(dtype=np.int32)
-        total = self.count + more
-
-        def add(mean: jax.Array, squares: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = y.astype(mean.dtype)
-            mask = counted.reshape(-1, *(1,) * (y.ndim - 1))
-            # From the first sample, so that what does not vary has a variance of 0, large or not.
-            offset = jnp.where(mask, y - y[:1], 0)
-            mean_offset = offset.sum(0) / _like(more, mean)
-            batch_squares = jnp.where(mask, _square(offset - mean_offset[None]), 0).sum(0)
-            difference = y[0] + mean_offset - mean
-            part = _like(more, squares) / _like(total, squares)
-            # In this order: the square of the first mean may overflow, and 0 * inf is NaN.
-            weight = part * _like(self.count, squares)
-            between = (difference * weight.astype(mean.dtype) * difference.conj()).real
-            return mean + difference * part.astype(mean.dtype), squares + batch_squares + between
-
-        sums = jax.tree.map(add, self.mean, self.squares, samples)
-        structure = jax.tree.structure(samples)
-        mean, squares = jax.tree.transpose(structure, jax.tree.structure((0, 0)), sums)
-        return _Moments(total, mean, squares)
-
-
-def _no_moments(sample: Any) -> _Moments:
-    _check_any_output(sample)
-    mean = jax.tree.map(lambda y: jnp.zeros_like(y, dtype=sum_dtype(y)), sample)
-    squares = jax.tree.map(lambda y: jnp.zeros_like(y.real), mean)
-    return _Moments(jnp.int32(0), mean, squares)
-
-
-def _prediction(moments: _Moments, count: Any) -> MCPrediction:
-    variance = jax.tree.map(lambda s: s / _like(count - 1, s), moments.squares)
+def _prediction(moments: Moments, count: Any) -> MCPrediction:
+    variance = jax.tree.map(lambda s: s / like(count - 1, s), moments.squares)
     return MCPrediction(moments.mean, variance, count)
-
-
-def _square(y: jax.Array) -> jax.Array:
-    return (y * y.conj()).real if jnp.iscomplexobj(y) else y * y
-
-
-def _like(number: Any, array: jax.Array) -> jax.Array:
-    return jnp.asarray(number, array.dtype)
 
 
 def _check_num_samples(count: Any, static: bool) -> Any:
@@ -318,6 +267,7 @@ def _check_num_samples(count: Any, static: bool) -> Any:
         if count.ndim or not jnp.issubdtype(count.dtype, np.integer):
             raise TypeError(
                 f"num_samples must be an integer scalar, got {count.dtype}{list(count.shape)}."
+                " Convert it with .astype(jnp.int32)."
             )
         return count
     number = _checks.check_positive("num_samples", count)
@@ -325,6 +275,7 @@ def _check_num_samples(count: Any, static: bool) -> Any:
         raise ValueError(
             f"num_samples must be at least 2, for there to be a variance, and below 2**30, got "
             f"{number}."
+            " Take 10 to 100."
         )
     return number
 
@@ -350,11 +301,6 @@ def _check_one_row(y: Any) -> None:
                 f"an axis of size 1, gave shape {np.shape(leaf)}. Do what is over all examples, "
                 "such as a mean, after mc_predict."
             )
-
-
-def _check_any_output(y: Any) -> None:
-    if not jax.tree.leaves(y):
-        raise TypeError(f"fn must return arrays, got {y!r}. Return what is to be averaged.")
 
 
 def _check_no_progress(progress: Any) -> None:

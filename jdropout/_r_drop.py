@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdropout import _checks
-from jdropout._checks import as_array
+from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike
 
 
@@ -52,7 +52,7 @@ def r_drop_loss(logits_a: ArrayLike, logits_b: ArrayLike, *, axis: int = -1) -> 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _divergence(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    wide = jnp.float64 if jnp.float64 in (a.dtype, b.dtype) else jnp.float32
+    wide = wide_dtype(a, b)
     log_a, log_b = (jax.nn.log_softmax(x.astype(wide), axis=axis) for x in (a, b))
     # Where both are impossible their difference would be NaN, and so would its gradient.
     impossible = jnp.isneginf(log_a) & jnp.isneginf(log_b)
@@ -62,12 +62,11 @@ def _divergence(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def _check_logits(logits_a: Any, logits_b: Any) -> tuple[jax.Array, jax.Array]:
-    a, b = as_array("logits_a", logits_a), as_array("logits_b", logits_b)
-    for name, array in (("logits_a", a), ("logits_b", b)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}.")
+    a = _checks.check_floating_array("logits_a", logits_a)
+    b = _checks.check_floating_array("logits_b", logits_b)
     if a.shape != b.shape:
         raise ValueError(
-            f"logits_a and logits_b must have the same shape, got {a.shape} and {b.shape}."
+            f"logits_a and logits_b must have the same shape, got {a.shape} and {b.shape}. Compute "
+            "both with the same model and inputs."
         )
     return a, b

@@ -1,14 +1,15 @@
 """Dropout together with the bias, residual and norm around it."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout._checks import as_array
+from jdropout import _checks
 from jdropout._dropout import dropout
+from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -136,7 +137,7 @@ def dropout_add_norm(
       mean square layer normalization" (2019), section 4.
     """
     x, residual = _check_same_shape(x, residual)
-    _check_norm(norm)
+    _checks.check_option("norm", norm, ("layer", "rms"))
     scale = _check_features("scale", scale, x)
     bias = _check_features("bias", bias, x)
     total = bias_dropout_add(
@@ -158,7 +159,7 @@ def dropout_add_norm(
 def _normalise(
     x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, norm: str, epsilon: float
 ) -> jax.Array:
-    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    x = x.astype(wide_dtype(x))
     if norm == "layer":
         x = x - x.mean(-1, keepdims=True)
     y = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
@@ -170,14 +171,13 @@ def _normalise(
 
 
 def _check_same_shape(x: Any, residual: Any) -> tuple[jax.Array, jax.Array]:
-    x, residual = as_array("x", x), as_array("residual", residual)
+    x = _checks.check_floating_array("x", x)
+    residual = _checks.check_floating_array("residual", residual)
     if x.shape != residual.shape:
         raise ValueError(
-            f"x and residual must have the same shape, got {x.shape} and {residual.shape}."
+            f"x and residual must have the same shape, got {x.shape} and {residual.shape}. "
+            "Broadcast the smaller one."
         )
-    for name, array in (("x", x), ("residual", residual)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}.")
     return x, residual
 
 
@@ -185,16 +185,10 @@ def _check_features(name: str, vector: Any, x: jax.Array) -> jax.Array | None:
     """Checks an optional vector along x's last axis; returns it with as many axes as x."""
     if vector is None:
         return None
-    vector = as_array(name, vector)
+    vector = _checks.check_floating_array(name, vector)
     if vector.shape != x.shape[-1:]:
         raise ValueError(
-            f"{name} must have the shape {x.shape[-1:]} of x's last axis, got {vector.shape}."
+            f"{name} must have the shape {x.shape[-1:]} of x's last axis, got {vector.shape}. Pass "
+            "one number per feature."
         )
-    if not jnp.issubdtype(vector.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point array, got dtype {vector.dtype}.")
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-def _check_norm(norm: Any) -> None:
-    if norm not in ("layer", "rms"):
-        raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}.")
+    return cast("jax.Array", vector.reshape((1,) * (x.ndim - 1) + vector.shape))

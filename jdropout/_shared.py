@@ -297,4 +297,7 @@ def embedding_dropout(
 
 def _check_ndim(name: str, x: Any, ndim: int, axes: str) -> None:
     if np.ndim(x) != ndim:
-        raise ValueError(f"{name} must have the axes {axes}, got shape {np.shape(x)}.")
+        raise ValueError(
+            f"{name} must have the axes {axes}, got shape {np.shape(x)}."
+            " Reshape it, or use jdropout.dropout with broadcast_dims."
+        )

@@ -169,6 +169,7 @@ def _check_target_fraction(fraction: Any) -> float:
     if not is_real(fraction):
         raise TypeError(
             f"target_fraction must be a number, got {fraction!r} of type {type_name(fraction)}."
+            " Pass a Python float such as 0.5."
         )
     if not 0 <= fraction <= 1:
         raise ValueError(

@@ -143,7 +143,7 @@ def patch_dropout(
       Liu, Matsoukas, Strand, Azizpour and Smith, "PatchDropout: economizing vision transformers
       using patch dropout" (WACV 2023), section 3.
     """
-    array = _checks.check_any_array("x", x)
+    array = _checks.as_array("x", x)
     rate = _check_fixed_rate(rate)
     flag = _checks.check_static_flag(deterministic)
     token_axis = _checks.check_axis("axis", axis, array.ndim)
@@ -207,9 +207,15 @@ def _check_tokens(tokens: Any, replacement: Any, protected: Any) -> jax.Array:
     for name, token in [("replacement", replacement), *(("protected", t) for t in protected)]:
         number = as_integer(token)
         if number is None:
-            raise TypeError(f"{name} must be an integer, got {token!r} of type {type_name(token)}.")
+            raise TypeError(
+                f"{name} must be an integer, got {token!r} of type {type_name(token)}."
+                " Pass the index of a token."
+            )
         if not limits.min <= number <= limits.max:
-            raise ValueError(f"{name} {number} does not fit the tokens' dtype {array.dtype}.")
+            raise ValueError(
+                f"{name} {number} does not fit the tokens' dtype {array.dtype}."
+                " Convert tokens to a wider dtype, such as jnp.int32."
+            )
     return array
 
 
@@ -226,9 +232,13 @@ def _check_fixed_rate(rate: Any) -> float:
 def _check_prefix(count: Any, length: int) -> int:
     number = as_integer(count)
     if number is None:
-        raise TypeError(f"num_prefix_tokens must be an integer, got {count!r}.")
+        raise TypeError(
+            f"num_prefix_tokens must be an integer, got {count!r}."
+            " Pass 1 for a class token, 0 for none."
+        )
     if not 0 <= number < length:
         raise ValueError(
             f"num_prefix_tokens must be at least 0 and below the {length} tokens, got {number}."
+            " Leave at least one token to choose from."
         )
     return number

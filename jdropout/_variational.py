@@ -285,11 +285,15 @@ def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, 
         raise ValueError(
             "x and weight must have the shapes (..., inputs) and (inputs, outputs), got "
             f"{x.shape} and {weight.shape}."
+            " The last axis of x is multiplied by the first of the weight."
         )
     if bias is not None:
         bias = _checks.check_floating_array("bias", bias)
         if bias.shape != weight.shape[1:]:
-            raise ValueError(f"bias must have the shape {weight.shape[1:]}, got {bias.shape}.")
+            raise ValueError(
+                f"bias must have the shape {weight.shape[1:]}, got {bias.shape}."
+                " Pass one number per output."
+            )
     for name, array in (("weight", weight), ("bias", bias)):
         if array is not None and array.dtype != x.dtype:
             raise TypeError(

@@ -121,6 +121,7 @@ def _check_states(old: Any, new: Any) -> None:
     if structures[0] != structures[1]:
         raise ValueError(
             f"old and new must have the same structure, got {structures[0]} and {structures[1]}."
+            " Pass the carry before and after one step of the cell."
         )
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         _checks.check_input(a, "old")
@@ -142,5 +143,6 @@ def _check_rate_for_each(rate: Any, structure: Any) -> list[Any]:
         raise ValueError(
             f"rate must be one rate, or a tree of them with the structure {structure} of the "
             f"state, got {given}."
+            " Write (0.5, 0.05) for a carry of two arrays."
         )
     return leaves * structure.num_leaves

@@ -186,10 +186,12 @@ def _check_count(name: str, count: Any, bits: int) -> WordPair:
         raise TypeError(
             f"{name} must be an integer or an integer scalar array, got {count!r} of type "
             f"{type_name(count)}."
+            " Convert it with int() or .astype(jnp.int32)."
         )
     if not 0 <= number < 2**bits:
         raise ValueError(
             f"{name} must be a whole number of at least 0 and below 2**{bits}, got {count!r}."
+            " Count from 0."
         )
     # NumPy scalars: an eager call hands them to its one compiled function as they are.
     return cast("WordPair", (np.uint32(number >> 32), np.uint32(number & 0xFFFFFFFF)))

@@ -58,6 +58,47 @@ def test_random_numbers_are_made_in_the_law_alone():
                 assert path == PACKAGE / "keys.py", path
 
 
+def test_imports_form_no_circle():
+    names = {path: module_name(path) for path in MODULES}
+    known = set(names.values())
+    imports = {name: imported(path, known) - {name, "jdropout"} for path, name in names.items()}
+    assert len(imports) > 60
+    while imports:  # takes away what imports nothing that is left
+        leaves = {name for name, needed in imports.items() if not needed & set(imports)}
+        assert leaves, imports
+        imports = {name: needed for name, needed in imports.items() if name not in leaves}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported(path, known):
+    """The modules of this package that a file imports, where Python runs its import statements."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            both = {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            submodules = both & known - {node.module}
+            found |= submodules or both & known
+    return found
+
+
+def test_every_error_says_what_to_do():
+    """After what is wrong: a second sentence, or something after a colon."""
+    count = 0
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                if not isinstance(node.exc.args[0], ast.JoinedStr | ast.Constant):
+                    continue  # a message that is made elsewhere
+                count += 1
+                message = ast.unparse(node.exc.args[0])
+                assert re.search(r"[.:;](?: |\\n)\S", message), (path.name, node.lineno, message)
+    assert count > 100
+
+
 def test_the_changelog_knows_the_version():
     assert f"## [{jdropout.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -41,13 +41,20 @@ def check_attention_inputs(
             "with jnp.broadcast_to."
         )
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same number of features, {shapes}.")
+        raise ValueError(
+            f"query and key must have the same number of features, {shapes}."
+            " Project both to one size."
+        )
     if key.shape[-3:-1] != value.shape[-3:-1]:
-        raise ValueError(f"key and value must have the same length and heads, {shapes}.")
+        raise ValueError(
+            f"key and value must have the same length and heads, {shapes}."
+            " Every key needs its value."
+        )
     if 0 in key.shape[-2:] or 0 in query.shape[-2:] or query.shape[-2] % key.shape[-2]:
         raise ValueError(
             "query, key and value must have heads and features, and query a multiple of the heads "
             f"of key and value, {shapes}."
+            " Repeat the heads of key and value with jnp.repeat."
         )
     return query, key, value
 
@@ -82,11 +89,15 @@ def check_lengths(name: str, lengths: Any, batch: Sequence[int]) -> jax.Array | 
         return None
     lengths = as_array(name, lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"{name} must be an array of integers, got dtype {lengths.dtype}.")
+        raise TypeError(
+            f"{name} must be an array of integers, got dtype {lengths.dtype}."
+            f" Convert it with {name}.astype(jnp.int32)."
+        )
     if lengths.shape != (math.prod(batch),):
         raise ValueError(
             f"{name} must have one length per example, shape ({math.prod(batch)},), got shape "
             f"{lengths.shape}."
+            " Pass one for every example of the batch."
         )
     return lengths
 

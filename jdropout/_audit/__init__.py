@@ -2,7 +2,7 @@
 
 `audit` has the function traced (`program`): `jdropout._record` records the calls that Python makes,
 `dataflow` finds them in the jaxpr and says where their keys come from, by `numbering` its values;
-`masks` follows the masks of other libraries to what they drop. A `report` holds the sites
+`places` and `masks` follow the masks of other libraries to what they drop. A `report` holds the sites
 (`describe`) and what `findings` has against them.
 """
 

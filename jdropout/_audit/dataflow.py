@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.extend import core
 
 from jdropout._audit import masks
-from jdropout._audit.numbering import Numbering
+from jdropout._audit.places import Context, Places, draws_bernoulli
 from jdropout._audit.values import (
-    Bernoulli,
     Carry,
     Loop,
     Place,
     Value,
     bodies_of,
-    frames_of,
     identity_of,
     is_integer,
     is_key,
@@ -31,7 +28,7 @@ from jdropout._audit.values import (
     open_jaxpr,
     rows_equal,
 )
-from jdropout._record import Frame, parse_mark
+from jdropout._record import parse_mark
 
 _UNCHANGED = {"copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier"}
 _UNCHANGED |= {"pcast", "pvary", "reshard", "sharding_constraint"}
@@ -62,7 +59,7 @@ def walk(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> Flow:
             walker.value(("input", i), frozenset([i]), known_array(argument))
             for i, argument in enumerate(arguments)
         ]
-        outputs = walker.body(closed, inputs, _Context((), {}, "", (), recording=True))
+        outputs = walker.body(closed, inputs, Context((), {}, "", (), recording=True))
     return Flow([place for place in walker.places if place.applied], outputs)
 
 
@@ -83,33 +80,14 @@ def advanced(closed: core.ClosedJaxpr, flow: Flow) -> frozenset[int]:
     )
 
 
-class _Context(NamedTuple):
-    loops: tuple[Loop, ...]
-    branches: dict[int, int]
-    scope: str
-    frames: tuple[Frame, ...]
-    recording: bool
-
-    def inside(self, equation: Any) -> "_Context":
-        """Of the bodies of an operation."""
-        scope = _join(self.scope, equation)
-        again = equation.params.get("differentiated") or "transpose(" in scope
-        # What a backward pass makes again counts once.
-        # A body may have been traced elsewhere: in a jitted function before, or by a custom_vjp.
-        frames = frames_of(equation) + self.frames
-        recording = self.recording and not again
-        return self._replace(scope=scope, frames=frames, recording=recording)
-
-
-class _Walker(Numbering):
+class _Walker(Places):
     def __init__(self) -> None:
         super().__init__()
-        self.places: list[Place] = []
         self.with_places: dict[int, tuple[Any, bool]] = {}
         self.entered = 0
         """Loops and conditionals so far."""
 
-    def body(self, body: Any, inputs: list[Value], context: _Context) -> list[Value]:
+    def body(self, body: Any, inputs: list[Value], context: Context) -> list[Value]:
         """Walks through the body of an operation: a jaxpr, with or without constants."""
         jaxpr = open_jaxpr(body)
         constants = [self.constant(array) for array in getattr(body, "consts", ())]
@@ -125,13 +103,13 @@ class _Walker(Numbering):
             values.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
+    def equation(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:
         name = equation.primitive.name
         if name == "name":
             self.mark(equation, operands[0], context)
         if name in _UNCHANGED and len(operands) == len(equation.outvars):
             return operands
-        if _draws_bernoulli(equation):
+        if draws_bernoulli(equation):
             return [self.bernoulli(equation, operands, context)]
         bodies = list(bodies_of(equation))
         if any(self.matters(name, body, operands) for body in bodies):
@@ -168,7 +146,7 @@ class _Walker(Numbering):
         jaxpr = open_jaxpr(body)
         if id(jaxpr) not in self.with_places:  # it is kept, so that no other one has its id
             found = any(
-                _draws_bernoulli(equation)
+                draws_bernoulli(equation)
                 or (equation.primitive.name == "name" and parse_mark(equation.params["name"]))
                 or any(self.has_places(inner) for inner in bodies_of(equation))
                 for equation in jaxpr.eqns
@@ -178,7 +156,7 @@ class _Walker(Numbering):
 
     # --- operations with bodies -------------------------------------------------------------
 
-    def scan(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
+    def scan(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:
         body = open_jaxpr(equation.params["jaxpr"])
         # Constants, carry and slices are told apart by their axes: the parameters that count them
         # have other names in JAX 0.12.
@@ -193,7 +171,7 @@ class _Walker(Numbering):
         )
         return self.after_loop(equation, operands, start, results, loop)
 
-    def while_loop(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
+    def while_loop(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:
         condition, constants = (equation.params[f"{part}_nconsts"] for part in ("cond", "body"))
         start = operands[condition + constants :]
         loop = self.loop("while loop", None)
@@ -224,7 +202,7 @@ class _Walker(Numbering):
         start: list[Value],
         slices: list[Value],
         loop: Loop,
-        context: _Context,
+        context: Context,
     ) -> list[Value]:
         """Walks through a loop's body, with what varies between iterations set apart."""
         silent = context._replace(recording=False)
@@ -276,7 +254,7 @@ class _Walker(Numbering):
                 outputs[i] = outputs[i]._replace(sources=outputs[i].sources | before.sources)
         return outputs
 
-    def cond(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
+    def cond(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:
         self.entered += 1
         branches = []
         for branch, body in enumerate(equation.params["branches"]):
@@ -289,7 +267,7 @@ class _Walker(Numbering):
             outputs.append(results[0] if same else output._replace(sources=sources))
         return outputs
 
-    def shard_map(self, equation: Any, operands: list[Value], context: _Context) -> list[Value]:
+    def shard_map(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:
         parts = [
             self.part_of(value, spec)
             for value, spec in zip(operands, equation.params["in_specs"], strict=True)
@@ -311,69 +289,6 @@ class _Walker(Numbering):
         part = self.value(("part", value.number, str(spec)), value.sources | axes)
         return part._replace(fill=value.fill)
 
-    # --- masks --------------------------------------------------------------------------------
-
-    def mark(self, equation: Any, value: Value, context: _Context) -> None:
-        mark = parse_mark(equation.params["name"])
-        scope = _join(context.scope, equation)
-        if mark is None or not context.recording or "transpose(" in scope:
-            return
-        batch_axes = equation.outvars[0].aval.ndim - mark.ndim
-        if mark.kind in ("result", "start"):
-            open_places = (
-                place
-                for place in reversed(self.places)
-                if place.call == mark.call and not place.applied
-            )
-            place = next(open_places, None)
-            if place is None:
-                return
-            if mark.kind == "start":
-                place.start += (value.number,)
-                return
-        else:
-            key = value if mark.kind == "key" else None
-            frames = frames_of(equation) + context.frames
-            place = Place(key, context.loops, context.branches, scope, frames, mark.call)
-            place.key_batch_axes = batch_axes
-            self.places.append(place)
-        place.result_batch_axes, place.result_sources = batch_axes, value.sources
-        # A key that all iterations share is made before the loop by a backward pass.
-        place.loops, place.branches = context.loops, context.branches
-        place.applied = mark.kind != "key"
-
-    def bernoulli(self, equation: Any, operands: list[Value], context: _Context) -> Value:
-        [result] = self.plain(equation, operands)
-        [(key, aval)] = [
-            (value, atom.aval)
-            for value, atom in zip(operands, equation.invars, strict=True)
-            if is_key(atom.aval)
-        ]
-        # The last operand is the probability; a backward pass leaves others between them.
-        place = Place(
-            key=self.words(key, aval),
-            loops=context.loops,
-            branches=context.branches,
-            scope=_join(context.scope, equation),
-            key_batch_axes=aval.ndim,
-            frames=frames_of(equation) + context.frames,
-            true_rate=operands[-1].fill,
-        )
-        if context.recording and "transpose(" not in place.scope:
-            self.places.append(place)
-        shape = equation.outvars[0].aval.shape
-        return result._replace(known=None, bernoulli=Bernoulli(place, (False,) * len(shape)))
-
-
-def _draws_bernoulli(equation: Any) -> bool:
-    """Whether it is `jax.random.bernoulli`, or the half of it that a backward pass left whole."""
-    return (
-        equation.params.get("name") == "_bernoulli"
-        and "jaxpr" in equation.params
-        and [variable.aval.dtype for variable in equation.outvars] == [np.bool_]
-        and sum(is_key(atom.aval) for atom in equation.invars) == 1
-    )
-
 
 def _with_another_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     """How many values have an axis of iterations outside of a loop's body."""
@@ -383,10 +298,6 @@ def _with_another_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
 
 def _may_make_key(aval: Any) -> bool:
     return is_key(aval) or is_integer(aval)
-
-
-def _join(scope: str, equation: Any) -> str:
-    return f"{scope}/{equation.source_info.name_stack}"
 
 
 def _numbers(values: Sequence[Value]) -> list[int]:

@@ -78,9 +78,9 @@ class Place:
     frames: tuple[Frame, ...]
     """Innermost first: of the operation that makes the mask, and of those that it is inside of."""
     call: int | None = None
+    """Number of the call of this library; None for others."""
     start: tuple[int, ...] = ()
     """Numbers of the values that say which part of a larger mask it is."""
-    """Number of the call of this library; None for others."""
     key_batch_axes: int = 0
     result_batch_axes: int = 0
     result_sources: frozenset[Any] = frozenset()

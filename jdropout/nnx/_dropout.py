@@ -66,6 +66,7 @@ class Layer(nnx.Module):
             )
         raise TypeError(
             f"rngs must be an nnx.Rngs, an nnx.RngStream or a key, got {type(source).__name__}."
+            " Write rngs=nnx.Rngs(0), or rngs=jax.random.key(0) in the call."
         )
 
     # Flax's own, since its contract with nnx.view changed between versions.

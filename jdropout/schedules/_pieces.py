@@ -77,7 +77,7 @@ def early(
     """
     value = as_float32("rate", rate)
     cutoff_step = check_num_steps(cutoff_step, "cutoff_step")
-    _check_decay(decay)
+    _checks.check_option("decay", decay, ("linear", "constant"))
     if decay == "linear":
         return linear(value, 0.0, cutoff_step)
     return piecewise([value, 0.0], [cutoff_step])
@@ -163,8 +163,3 @@ def _check_schedules(schedules: Any) -> None:
                 f"schedules[{index}] must be a function from a step to a rate, got {schedule!r}. "
                 "For a fixed rate use jdropout.schedules.constant(rate)."
             )
-
-
-def _check_decay(decay: Any) -> None:
-    if decay not in ("linear", "constant"):
-        raise ValueError(f"decay must be 'linear' or 'constant', got {decay!r}.")

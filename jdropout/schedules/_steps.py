@@ -50,7 +50,10 @@ MAX_STEP = 2**31 - 128
 def check_step(step: Any) -> jax.Array | np.ndarray:
     array = step if isinstance(step, jax.Array) else np.asarray(step)
     if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
-        raise TypeError(f"step must be a number, got {step!r} of dtype {array.dtype}.")
+        raise TypeError(
+            f"step must be a number, got {step!r} of dtype {array.dtype}."
+            " Pass the number of the training step."
+        )
     if array.shape != ():
         raise ValueError(
             f"step must be a scalar, got an array of shape {array.shape}. For the rates of many "
@@ -71,11 +74,14 @@ def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 
             f"it with int({name})."
         ) from None
     if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}.")
+        raise ValueError(
+            f"{name} must be at least {least}, got {number}. Schedules count steps from 0."
+        )
     if before + number > MAX_STEP:
         raise ValueError(
             f"{name} must end at step {MAX_STEP} at the latest, which is as far as int32 and "
             f"float32 can count, got {number}{f' after {before}' if before else ''}."
+            " Count epochs instead of steps."
         )
     return number
 

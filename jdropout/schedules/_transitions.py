@@ -206,7 +206,10 @@ def _mix(start: np.float32 | jax.Array, end: np.float32 | jax.Array, share: jax.
 
 def _check_gamma(gamma: Any) -> float:
     if isinstance(gamma, bool) or not isinstance(gamma, float | int | np.floating | np.integer):
-        raise TypeError(f"gamma must be a number, got {gamma!r} of type {type_name(gamma)}.")
+        raise TypeError(
+            f"gamma must be a number, got {gamma!r} of type {type_name(gamma)}."
+            " Take 10 / num_steps."
+        )
     if not 0 < gamma <= float(np.finfo(np.float32).max):
         raise ValueError(
             f"gamma must be a finite number above 0, got {gamma}. Take 10 / num_steps, where "

@@ -117,6 +117,11 @@ def assert_reproducible(
 
 def _check_runs(runs: Any) -> None:
     if isinstance(runs, bool) or not isinstance(runs, int | np.integer):
-        raise TypeError(f"runs must be an integer, got {runs!r} of type {type_name(runs)}.")
+        raise TypeError(
+            f"runs must be an integer, got {runs!r} of type {type_name(runs)}."
+            " Convert it with int(runs)."
+        )
     if runs < 2:
-        raise ValueError(f"runs must be at least 2, got {runs}: one run has nothing to equal.")
+        raise ValueError(
+            f"runs must be at least 2, got {runs}: one run has nothing to equal. Pass 2 or more."
+        )

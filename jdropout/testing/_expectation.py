@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jdropout import _checks
+from jdropout._dtypes import wide_dtype
 from jdropout._typing import Key
 from jdropout.keys import site_key
 from jdropout.testing._checks import check_floating, check_like_input
@@ -168,7 +169,7 @@ def _deviations(
 
     Deviations from 1 sum up without the loss of digits that the factors would have.
     """
-    wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    wide = wide_dtype(x)
 
     @jax.jit
     def total(key: Key, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +193,9 @@ def _deviations(
 
 def _check_factors_defined(x: jax.Array) -> jax.Array:
     if x.size == 0:
-        raise ValueError(f"x must have elements, got shape {x.shape}.")
+        raise ValueError(
+            f"x must have elements, got shape {x.shape}. Pass jnp.ones(shape), for example."
+        )
     if not bool(jnp.all(jnp.isfinite(x) & (x != 0))):
         raise ValueError(
             "x must be finite and without zeros, since results are divided by it. Pass "
@@ -207,7 +210,10 @@ def _check_static_rate(rate: Any) -> float:
     if isinstance(rate, jax.Array):
         raise TypeError("rate must be a Python number, got an array. Convert it with float(rate).")
     if rate > 1 - 2**-16:
-        raise ValueError(f"rate must be below 1, got {rate}: where all is dropped no mean is x.")
+        raise ValueError(
+            f"rate must be below 1, got {rate}: where all is dropped no mean is x."
+            " Test with a rate such as 0.5."
+        )
     return rate
 
 

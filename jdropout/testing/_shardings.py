@@ -166,7 +166,10 @@ def _is_key(leaf: jax.Array | np.ndarray) -> bool:
 
 def _check_rtol(rtol: Any) -> None:
     if rtol is not None and not is_real(rtol):
-        raise TypeError(f"rtol must be None or a number, got {rtol!r} of type {type_name(rtol)}.")
+        raise TypeError(
+            f"rtol must be None or a number, got {rtol!r} of type {type_name(rtol)}."
+            " Pass None to compare bits."
+        )
     if rtol is not None and not 0 <= rtol < 1:
         raise ValueError(
             f"rtol must be in [0, 1), got {rtol}. Pass None to compare bits, or 1e-5 for sums in "
@@ -179,7 +182,9 @@ def _check_mesh(mesh: Any, devices: Any) -> None:
     if mesh is not None and devices is not None:
         raise ValueError("mesh and devices were both given. A mesh has its devices: pass one.")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type_name(mesh)}.")
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh, got {type_name(mesh)}. Make one with jax.make_mesh."
+        )
     if devices is None:
         devices = jax.devices() if mesh is None else mesh.devices.reshape(-1)
     if len(devices) < 2:

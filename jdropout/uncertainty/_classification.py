@@ -227,6 +227,7 @@ def _check_labels(labels: Any, shape: tuple[int, ...], num_classes: int) -> jax.
         raise ValueError(
             f"labels must have the shape {shape}, which is that of the logits without classes and "
             f"samples, got {array.shape}."
+            " Drop the axes of classes and samples."
         )
     if array.dtype.itemsize < 4:  # too narrow for the number of classes
         array = array.astype(jnp.int32)

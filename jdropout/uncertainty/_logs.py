@@ -94,4 +94,7 @@ def check_samples(logits: Any, axis: Any, sample_axis: Any) -> tuple[jax.Array, 
 
 def check_has_samples(count: int) -> None:
     if count == 0:
-        raise ValueError("sample_axis must have at least one sample, got size 0.")
+        raise ValueError(
+            "sample_axis must have at least one sample, got size 0."
+            " Pass the samples of mc_predict(..., return_samples=True)."
+        )

@@ -221,7 +221,9 @@ def _check_positive_number(name: str, value: Any) -> float:
             f"float({name})."
         )
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value}.")
+        raise ValueError(
+            f"{name} must be a finite number above 0, got {value}. Pass a Python float such as 1.0."
+        )
     return float(value)
 
 
