@@ -4,6 +4,9 @@ from jdropout._alpha import alpha_dropout as alpha_dropout
 from jdropout._alpha import feature_alpha_dropout as feature_alpha_dropout
 from jdropout._attention import dot_product_attention as dot_product_attention
 from jdropout._audit import audit as audit
+from jdropout._audit.report import AuditedSite as AuditedSite
+from jdropout._audit.report import AuditFinding as AuditFinding
+from jdropout._audit.report import AuditReport as AuditReport
 from jdropout._concrete import concrete_dropout as concrete_dropout
 from jdropout._concrete import concrete_regularizer as concrete_regularizer
 from jdropout._drop_block import drop_block as drop_block
@@ -39,6 +42,9 @@ from jdropout._variational import variational_log_alpha as variational_log_alpha
 from jdropout._zoneout import zoneout as zoneout
 
 __all__ = [
+    "AuditFinding",
+    "AuditReport",
+    "AuditedSite",
     "MCPrediction",
     "alpha_dropout",
     "audit",

@@ -28,29 +28,37 @@ def alpha_dropout(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """Dropout for SELU: sets elements to its negative floor, and keeps mean 0 and variance 1.
+    """Sets elements to SELU's negative floor, keeping mean 0 and variance 1.
 
-    With ``r = effective_rate(rate)``, floor ``f = -1.7581`` and mask m, ``y = a * (x * m +
-    f * (1 - m)) + b`` where ``a = ((1 - r) * (1 + r * f**2)) ** -0.5`` and ``b = -a * r * f``. For
-    inputs of mean 0 and variance 1 the output has them too. The backward pass stores the key.
+    With ``r = effective_rate(rate)``, floor ``f = -1.7581`` and mask m,
+    ``y = a * (x * m + f * (1 - m)) + b`` where ``a = ((1 - r) * (1 + r * f**2)) ** -0.5`` and
+    ``b = -a * r * f``. An input with mean 0 and variance 1 gives an output with mean 0 and
+    variance 1. The backward pass stores only the key.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype; activations of SELU.
-      rate: probability of setting an element to the floor, as for `dropout`. At 1 the output is
-        exactly 0, the limit of the formula.
-      deterministic: whether to return `x` as it is; may be traced.
-      broadcast_dims: axes along which all elements share their fate.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array of any shape, with a real floating-point dtype; activations of SELU.
+      rate: probability of setting an element to the floor, in [0, 1]; a number or a (traced)
+        floating-point scalar. At 1 the output is exactly 0, the limit of the formula.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: as for `dropout`, or if x is complex.
-      ValueError: as for `dropout`.
+      TypeError: if `x` is not a real floating-point array, or another argument has the wrong
+        type, such as a boolean rate.
+      ValueError: if the rate is not a scalar in [0, 1] (a traced one outside gives NaN, and an
+        error under ``checkify``), the key is missing or a batch of keys, an axis does not
+        exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -100,25 +108,38 @@ def feature_alpha_dropout(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """`alpha_dropout` of whole channels.
+    """Applies `alpha_dropout` to whole channels, keeping mean 0 and variance 1.
+
+    With ``r = effective_rate(rate)``, floor ``f = -1.7581`` and a mask m with one decision per
+    example and channel, ``y = a * (x * m + f * (1 - m)) + b`` where
+    ``a = ((1 - r) * (1 + r * f**2)) ** -0.5`` and ``b = -a * r * f``.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of two axes or more, of a real floating-point dtype.
-      rate: as for `alpha_dropout`.
-      channel_axis: the axis of the channels, as for `spatial_dropout`.
-      batch_axes: axes along which decisions are independent as well.
-      deterministic: whether to return `x` as it is; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array with at least two axes, with a real floating-point dtype; activations of SELU.
+      rate: probability of setting a channel to the floor, in [0, 1]; a number or a (traced)
+        floating-point scalar. At 1 the output is exactly 0, the limit of the formula.
+      channel_axis: axis of the channels; 1 for channels-first layouts.
+      batch_axes: axes along which masks are independent; () drops the same channels in every
+        example.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: as for `alpha_dropout`.
-      ValueError: if an axis does not exist, or as for `alpha_dropout`.
+      TypeError: if `x` is not a real floating-point array, or another argument has the wrong
+        type, such as a boolean rate.
+      ValueError: if an axis does not exist or is given two roles, the rate is not a scalar in
+        [0, 1] (a traced one outside gives NaN, and an error under ``checkify``), the key is
+        missing or a batch of keys, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -127,7 +148,8 @@ def feature_alpha_dropout(
               [-0.7791939,  1.6655988,  1.6655988,  1.6655988]]], dtype=float32)
 
     References:
-      As for `alpha_dropout`.
+      Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
+      2017), section 3, "New dropout technique".
     """
     return alpha_dropout(
         key,

@@ -24,45 +24,51 @@ def concrete_dropout(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
 ) -> jax.Array:
-    """Dropout whose rate is learned by gradient descent, through a relaxed mask.
+    """Drops with a rate that gradient descent can learn, through a relaxed mask.
 
-    ``y = x * (1 - z) / (1 - p)`` with ``p = sigmoid(logit)`` the probability of dropping and
-    ``z = sigmoid((logit + log(u) - log(1 - u)) / temperature)`` for uniform u. As the temperature
-    falls, ``1 - z`` tends to ``keep_mask(key, p, x.shape, precision=32)``, and the mean of y to x:
-    for p from 0.05 to 0.5 it is less than 0.2 % off at temperature 0.1, and less than 6 % at 2 / 3.
-    To be trained with `concrete_regularizer`. The backward pass stores the key and the logit, and
-    x if the logit is differentiated.
+    ``y = x * (1 - z) / (1 - p)`` with drop probability ``p = sigmoid(logit)`` and
+    ``z = sigmoid((logit + log(u) - log(1 - u)) / temperature)`` for uniform u. As the
+    temperature falls, ``1 - z`` tends to ``keep_mask(key, p, x.shape, precision=32)``, and the
+    mean of y to x: for p between 0.05 and 0.5 it is off by less than 0.2 % at temperature 0.1,
+    and by less than 6 % at 2 / 3.
+
+    Train it together with `concrete_regularizer`. The backward pass stores the key and the
+    logit, plus `x` if the logit is differentiated.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype.
-      logit: log(p / (1 - p)), to be learned: a floating-point scalar, or an array with as many
-        axes as x, each of size 1 or of x's size, for example one logit a channel.
-      temperature: above 0; may be traced and differentiated. 0.1 is that of the paper, and 2 / 3
-        the one for whole channels.
-      deterministic: whether to return `x` as it is; may be traced.
-      broadcast_dims: axes along which all elements share their noise.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no noise is
+        drawn (``deterministic=True``).
+      x: array of any shape, with a real floating-point dtype.
+      logit: log(p / (1 - p)), the parameter to learn; a floating-point scalar, or an array with
+        as many axes as `x`, each of size 1 or x's size, for example one logit per channel.
+      temperature: temperature of the relaxation, above 0; may be traced and differentiated. The
+        paper uses 0.1, and 2 / 3 for whole channels.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the noise is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True.
 
     Raises:
-      TypeError: if x or the logit is not a real floating-point array, or as for `dropout`.
-      ValueError: if the logit does not broadcast to x, if the temperature is not above 0, or as
-        for `dropout`.
+      TypeError: if `x` or the logit is not a real floating-point array, or another argument has
+        the wrong type.
+      ValueError: if the logit does not broadcast to `x`, the temperature is not above 0, the
+        key is missing or a batch of keys, an axis does not exist, or the part at `start` does
+        not fit into `global_shape`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, jdropout
       >>> logit = jax.scipy.special.logit(0.1)  # to begin with
-      >>> y = concrete_dropout(jax.random.key(0), jnp.ones((1000, 1000)), logit)
+      >>> y = jdropout.concrete_dropout(jax.random.key(0), jnp.ones((1000, 1000)), logit)
       >>> print(f"{y.mean():.3f} {(y < 0.5).mean():.3f}")
       0.998 0.099
 
     References:
-      Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), section 3 and equation 5; Maddison,
-      Mnih and Teh, "The concrete distribution" (ICLR 2017), for the relaxation.
+      Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), section 3 and equation 5;
+      Maddison, Mnih and Teh, "The concrete distribution" (ICLR 2017), for the relaxation.
     """
     _checks.check_real("x", x)
     return _noise.noisy(
@@ -100,34 +106,37 @@ def concrete_regularizer(
     weight_regularizer: float | jax.Array = 1e-6,
     dropout_regularizer: float | jax.Array = 1e-5,
 ) -> jax.Array:
-    """What is added to the loss of a layer with `concrete_dropout` on its inputs.
+    """Returns the term to add to the loss for a layer whose inputs go through `concrete_dropout`.
 
     ``weight_regularizer * weight_sum_of_squares / (1 - p) + dropout_regularizer * num_inputs *
-    (p * log(p) + (1 - p) * log(1 - p))`` with ``p = sigmoid(logit)``: the first term wants a low
-    rate, and the entropy in the second a high one, the more so the fewer the samples. For N samples
-    and a prior of length scale l they are ``l**2 / N`` and ``2 / N`` where the loss is a mean of
-    squared errors times the precision of the noise, or half of each for a mean negative log
-    likelihood. Finite, with a finite gradient, for logits in float32 from -1e38 up to 88, where
-    1 / (1 - p) ends; the entropy is so for all.
+    (p * log(p) + (1 - p) * log(1 - p))`` with ``p = sigmoid(logit)``. The first term favours a
+    low rate, the entropy in the second a high one, more strongly the less data there is.
+
+    For N training examples and a prior of length scale l, the weights of the two terms are
+    ``l**2 / N`` and ``2 / N`` if the loss is a mean of squared errors times the precision of
+    the noise, and half of each for a mean negative log-likelihood. The result and its gradient
+    are finite for float32 logits from -1e38 to 88, where 1 / (1 - p) overflows; the entropy is
+    finite for all logits.
 
     Args:
-      logit: of the rate, as for `concrete_dropout`; any shape.
-      weight_sum_of_squares: sum of the squares of the weights that follow; a scalar, or one for
-        each logit.
-      num_inputs: how many numbers one logit drops, such as features or channels.
+      logit: log(p / (1 - p)) of the drop probability p, a floating-point array of any shape.
+      weight_sum_of_squares: sum of the squares of the weights that the dropped inputs feed
+        into; a scalar, or one for each logit.
+      num_inputs: how many numbers one logit drops, such as features or channels; at least 1.
       weight_regularizer: weight of the first term, at least 0.
       dropout_regularizer: weight of the second term, at least 0.
 
     Returns:
-      An array of the logit's shape, of its dtype or float32 if that is narrower.
+      An array of the logit's shape and dtype, but float32 at least.
 
     Raises:
       TypeError: if an argument is not a floating-point array or a number.
-      ValueError: if a regularizer is negative, or if num_inputs is below 1.
+      ValueError: if a regularizer is negative, `num_inputs` is below 1, or
+        `weight_sum_of_squares` does not broadcast to the logit.
 
     Example:
-      >>> import jax
-      >>> print(concrete_regularizer(jax.scipy.special.logit(0.1), 50.0, 128).round(6))
+      >>> import jax, jdropout
+      >>> print(jdropout.concrete_regularizer(jax.scipy.special.logit(0.1), 50.0, 128).round(6))
       -0.000361
 
     References:

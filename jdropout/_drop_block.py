@@ -34,41 +34,48 @@ def drop_block(
     deterministic: Flag = False,
     precision: int | None = 32,
 ) -> jax.Array:
-    """Drops contiguous blocks of a feature map, in one, two or three dimensions.
+    """Drops contiguous blocks of a feature map in one, two or three dimensions.
 
-    Every place where a whole block fits is its corner with probability gamma; what lies in any
-    block is dropped. The paper's gamma, ``rate / block area * map area / number of corners``,
-    ignores that blocks overlap. Here gamma is the one for which the expected dropped fraction *is*
-    the rate: with ``c[i]`` the number of blocks that can cover element i, it solves
-    ``mean over i of (1 - gamma) ** c[i] = 1 - rate``; see `drop_block_gamma`. Elements at the
-    border can be covered by fewer blocks, and are dropped less often than those in the middle.
+    Wherever a whole block fits, a block starts with probability gamma, and every element inside
+    any block is dropped. The paper's gamma,
+    ``rate / block area * map area / number of corners``, ignores that blocks overlap. The gamma
+    used here makes the expected dropped fraction *equal* to the rate: with ``c[i]`` the number
+    of blocks that can cover element i, it solves
+    ``mean over i of (1 - gamma) ** c[i] = 1 - rate``; see `drop_block_gamma`. Fewer blocks can
+    cover an element near the border, so it is dropped less often than one in the middle.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array such as (batch, height, width, channels), of a floating-point or complex dtype.
-      rate: expected fraction of elements to drop, as for `dropout`. The gamma of a traced one is
-        computed by the device, and the same on all backends up to rounding.
-      block_size: of a block, in elements: one number for all spatial axes, or one for each. What is
-        larger than the map is cut down to it.
-      spatial_axes: the axes of the map; ``(1,)`` for a sequence, ``(1, 2, 3)`` for a volume. The
-        other axes, but that of the channels, count examples.
-      channel_axis: the axis of the channels.
-      shared_channels: whether all channels of an example have the same blocks.
-      scale: ``'expected'`` multiplies what is kept by the inverse of the expected kept fraction,
-        ``1 / (1 - rate)``, which keeps the mean over a constant map in expectation; ``'realised'``
-        by the ratio of all elements of `x` to those that this very mask keeps, as in the paper,
-        which keeps the mean of a constant `x` exactly, unless nothing is kept. Under a sharding
-        it takes the sum over all devices.
-      deterministic: whether to return `x` as it is; may be traced.
-      precision: bits of gamma, as for `dropout`; gamma is small, so 32 by default.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array such as (batch, height, width, channels), with a floating-point or complex dtype.
+      rate: expected fraction of elements to drop, in [0, 1]; a number or a (traced)
+        floating-point scalar. The gamma of a traced rate is computed on the device, and agrees
+        between backends up to rounding.
+      block_size: size of a block in elements; one number for all spatial axes, or one for each.
+        Sizes larger than the map are clipped to it.
+      spatial_axes: axes of the map; ``(1,)`` for a sequence, ``(1, 2, 3)`` for a volume. All
+        remaining axes except the channels count examples.
+      channel_axis: axis of the channels.
+      shared_channels: if True, all channels of an example get the same blocks.
+      scale: ``'expected'`` multiplies kept elements by the inverse of the expected kept
+        fraction, ``1 / (1 - rate)``, which keeps the mean of a constant map in expectation.
+        ``'realised'`` multiplies by the ratio of all elements of `x` to those that this
+        particular mask keeps, as in the paper, which keeps the mean of a constant `x` exactly
+        unless nothing is kept; under a sharding it sums over all devices.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      precision: bits of gamma, 16 or 32; 32 by default because gamma is small. None uses 32
+        only where 16 bits would miss a static gamma by more than 0.1 %.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if an axis or option does not exist, an axis has two roles, a block size is below
-        1, or as for `dropout`.
+      TypeError: if `x` is not a floating-point or complex array, or another argument has the
+        wrong type, such as a boolean rate.
+      ValueError: if an axis or option does not exist, an axis is given two roles, a block size
+        is below 1, the rate is not a scalar in [0, 1] (a traced one outside gives NaN, and an
+        error under ``checkify``), or the key is missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -82,8 +89,8 @@ def drop_block(
              [1, 1, 0, 0, 0, 0, 1, 1]], dtype=int32)
 
     References:
-      Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks" (NeurIPS
-      2018), section 3 and equation 1.
+      Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks"
+      (NeurIPS 2018), section 3 and equation 1.
     """
     _checks.check_input(x)
     _checks.check_option("scale", scale, ("expected", "realised"))
@@ -124,21 +131,23 @@ def drop_block(
 def drop_block_gamma(
     rate: Rate, map_shape: Sequence[int], block_size: int | Sequence[int]
 ) -> float | jax.Array:
-    """The probability with which `drop_block` puts a block at a place where one fits.
+    """Returns the probability with which `drop_block` starts a block wherever one fits.
+
+    With it the expected dropped fraction misses the rate by rounding alone, 1e-15 for a float
+    and 1e-6 for an array; `drop_block` then rounds gamma to 32 bits.
 
     Args:
-      rate: expected fraction of elements to drop, in [0, 1].
+      rate: expected fraction of elements to drop, in [0, 1]; a number or a (traced)
+        floating-point scalar.
       map_shape: sizes of the spatial axes.
-      block_size: one number, or one for each of them.
+      block_size: size of a block in elements; one number for all spatial axes, or one for each.
 
     Returns:
-      A float for a static rate, a float32 scalar for an array. With it the expected dropped
-      fraction misses the rate by rounding alone: 1e-15 for a float, 1e-6 for an array; `drop_block`
-      then rounds gamma to 32 bits.
+      A float for a static rate; a float32 scalar for an array.
 
     Raises:
-      TypeError: if an argument has a wrong type.
-      ValueError: if the rate is outside [0, 1], or a size below 1.
+      TypeError: if an argument has the wrong type.
+      ValueError: if the rate is outside [0, 1], or a size is below 1.
 
     Example:
       >>> import jdropout
@@ -147,7 +156,8 @@ def drop_block_gamma(
       0.006764, the paper's 0.006250
 
     References:
-      As for `drop_block`; equation 1 is the first order of this one in gamma.
+      Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks"
+      (NeurIPS 2018), section 3; its equation 1 is the first order of this gamma.
     """
     sizes = _checks.check_shape("map_shape", map_shape)
     block = _check_sizes("block_size", block_size, len(sizes))

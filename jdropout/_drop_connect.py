@@ -24,36 +24,44 @@ def drop_connect(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """Zeroes weights at random: connections, where dropout takes units.
+    """Zeroes weights at random: drops connections, where `dropout` drops units.
 
     ``w * m / (1 - r)`` with ``m ~ Bernoulli(1 - r)`` and ``r = effective_rate(rate)``, so that
-    the mean of a linear layer's output is that of `w`, which evaluation uses as it is. One mask
-    serves all examples of a batch; for one per example use ``jax.vmap`` over keys, at the price of
-    one weight array per example.
+    a linear layer has the same mean output as with `w` itself, which evaluation uses unchanged.
+    One mask serves all examples of a batch; for one per example use ``jax.vmap`` over keys, at
+    the cost of one weight array per example.
 
-    Published variants differ here, and some treat training and evaluation as if they were alike.
-    The paper does not scale in training; its evaluation draws each unit's input from a normal
-    distribution with the mean ``(1 - r) * w @ x`` and the variance that the masks cause.
-    AWD-LSTM scales as above. With ``scaled=False`` it is ``w * m``, and then it is for you to
-    evaluate with ``(1 - r) * w``.
+    Published variants differ, and some wrongly treat training and evaluation alike. The paper
+    does not scale in training; in evaluation it draws each unit's input from a normal
+    distribution with mean ``(1 - r) * w @ x`` and the variance that the masks cause. AWD-LSTM
+    scales as above. ``scaled=False`` returns ``w * m``, and you then have to evaluate with
+    ``(1 - r) * w``.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      w: array of any shape, of a floating-point or complex dtype.
-      rate: probability of dropping a weight, as for `dropout`.
-      deterministic: whether to return `w` as it is; may be traced.
-      scaled: whether to scale the weights that are kept.
-      broadcast_dims: as for `dropout`.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      w: array of any shape, with a floating-point or complex dtype.
+      rate: probability of dropping a weight, in [0, 1]; a number or a (traced) floating-point
+        scalar.
+      deterministic: if True, return `w` unchanged; a bool or a (traced) boolean scalar.
+      scaled: if True, scale kept weights by ``1 / (1 - r)``.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of w's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of w's shape and dtype.
+      An array of w's shape and dtype; `w` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: as for `dropout`.
+      TypeError: if `w` is not a floating-point or complex array, or another argument has the
+        wrong type, such as a boolean rate.
+      ValueError: if the rate is not a scalar in [0, 1] (a traced one outside gives NaN, and an
+        error under ``checkify``), the key is missing or a batch of keys, an axis does not
+        exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -62,8 +70,8 @@ def drop_connect(
              [2., 2., 2., 2., 2., 2., 0., 0.]], dtype=float32)
 
     References:
-      Wan, Zeiler, Zhang, LeCun and Fergus, "Regularization of neural networks using DropConnect"
-      (ICML 2013), section 3.
+      Wan, Zeiler, Zhang, LeCun and Fergus, "Regularization of neural networks using
+      DropConnect" (ICML 2013), section 3.
     """
     _checks.check_input(w, "w")
     return masked(
@@ -91,29 +99,36 @@ def drop_connect_tree(
     scaled: bool = True,
     precision: int | None = None,
 ) -> _Tree:
-    """`drop_connect` of the selected arrays in a tree of parameters, as WeightDrop does.
+    """Applies `drop_connect` to selected arrays in a tree of parameters, as WeightDrop does.
 
-    A recurrent network with the result for parameters has the same mask at every time step. Every
-    array has the key ``jdropout.keys.at_site(key, path)``, where the path ``'lstm/hh/kernel'``
-    stands for the site ``('lstm', 'hh', 'kernel')``: its mask depends on nothing else in the tree.
-    Dictionaries, linen's parameters and `nnx.State` have the same paths, and so the same masks.
+    A recurrent network that runs with the returned parameters has the same mask at every time
+    step. Each array gets its own key, ``jdropout.keys.at_site(key, path)``, where the path
+    ``'lstm/hh/kernel'`` stands for the site ``('lstm', 'hh', 'kernel')``, so its mask depends
+    on nothing else in the tree. Dictionaries, linen's parameters and `nnx.State` have the same
+    paths, and therefore the same masks.
 
     Args:
-      key: a PRNG key, as for `dropout`; a new one for every sequence or step.
-      params: a tree of arrays: dictionaries, sequences, linen's parameters, an `nnx.State`.
-      rate: probability of dropping a weight, as for `dropout`.
-      select: which arrays to mask: a function of the path, or the last names of paths, such as
-        ``['recurrent_kernel', 'lstm/hh/kernel']``, each of which has to select something.
-      deterministic: whether to return `params` as they are; may be traced.
-      scaled: as for `drop_connect`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every sequence or step. May be None if no
+        mask is drawn (``deterministic=True``, or a static rate of 0 or 1).
+      params: tree of arrays: dictionaries, sequences, linen's parameters, an `nnx.State`.
+      rate: probability of dropping a weight, in [0, 1]; a number or a (traced) floating-point
+        scalar.
+      select: which arrays to mask: a function of the path, or the trailing names of paths, such
+        as ``['recurrent_kernel', 'lstm/hh/kernel']``, each of which must match something.
+      deterministic: if True, return `params` unchanged; a bool or a (traced) boolean scalar.
+      scaled: if True, scale kept weights by ``1 / (1 - effective_rate(rate))``.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      A tree like `params`, in which what is not selected is the same object.
+      A tree like `params`; arrays that are not selected are the same objects.
 
     Raises:
-      TypeError: if what is selected is not a floating-point array, or as for `dropout`.
-      ValueError: if nothing is selected, or as for `dropout`.
+      TypeError: if a selected leaf is not a floating-point or complex array, or another
+        argument has the wrong type.
+      ValueError: if nothing is selected, the rate is not a scalar in [0, 1] (a traced one
+        outside gives NaN, and an error under ``checkify``), or the key is missing or a batch of
+        keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

@@ -27,38 +27,43 @@ def dropout(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """Zeroes elements at random and scales the others, so that the mean stays.
+    """Zeroes elements at random and scales up the rest, keeping the mean.
 
     ``y = x * m / (1 - r)`` with ``m ~ Bernoulli(1 - r)`` and ``r = effective_rate(rate)``, so
-    ``E[y] = x`` exactly, up to rounding. The product with the reciprocal is taken in float32
-    (float64 for 64-bit input) and then rounded to x's dtype. The mask is a pure function of key
-    and position: the same bits on every device, sharding, dtype and version. The backward pass
-    makes it again from the key; nothing else is stored.
+    ``E[y] = x`` exactly, up to rounding. The multiplication by ``1 / (1 - r)`` is done in
+    float32 (float64 for 64-bit input), and its result rounded to x's dtype.
+
+    The mask is a pure function of key and position: the same bits on every device and sharding,
+    for every dtype, in every version. The backward pass recomputes it from the key; nothing
+    else is stored.
 
     Args:
-      key: a PRNG key, typed (of any implementation) or raw; a new one for every call. May be
-        None where no mask is drawn: deterministic, or rate 0 or 1.
-      x: array of any shape, of a floating-point or complex dtype.
-      rate: probability of dropping, in [0, 1]: a number, or a (traced) floating-point scalar,
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array of any shape, with a floating-point or complex dtype.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar,
         which is read as float32. Its gradient is zero. A traced rate outside [0, 1] gives NaN,
         and an error under ``checkify``.
-      deterministic: whether to return `x` as it is; a boolean or a (traced) boolean scalar.
-      broadcast_dims: axes along which all elements share their fate.
-      start: index of x's first element in an array of ``global_shape``, whose mask is to be
-        used: for code that sees a part of an array, as in ``shard_map``. Integers or (traced)
-        integer scalars; a traced one outside the array gives the mask of some other place. On
-        axes in ``broadcast_dims`` it makes no difference.
-      global_shape: shape of the whole array; needed with ``start``.
-      precision: bits of the rate, 16 or 32. None takes 32 where 16 bits miss a static rate by
-        more than 0.1 % of it. It never reshuffles a mask.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`. One integer or (traced) integer scalar per axis; a
+        traced index outside the array yields the mask of another place. Makes no difference on
+        axes in `broadcast_dims`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %. More bits never reshuffle a mask.
 
     Returns:
-      An array of x's shape and dtype; `x` itself if deterministic, or if the rate rounds to 0.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: if an argument has a wrong type, such as an integer `x` or a boolean rate.
-      ValueError: if the rate is outside [0, 1] or not a scalar, the key is missing or a batch
-        of keys, an axis does not exist, or the block lies outside ``global_shape``.
+      TypeError: if `x` is not a floating-point or complex array, or another argument has the
+        wrong type, such as a boolean rate.
+      ValueError: if the rate is not a scalar in [0, 1] (a traced one outside gives NaN, and an
+        error under ``checkify``), the key is missing or a batch of keys, an axis does not
+        exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -141,27 +146,32 @@ def keep_mask(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """The mask that `dropout` uses: True where an element is kept.
+    """Returns the mask that `dropout` applies: True where an element is kept.
 
-    Every element is kept with probability ``1 - effective_rate(rate)``, independently of the
-    others. One key at two rates gives nested masks: what the higher rate keeps, the lower
-    rate keeps too.
+    Each element is kept with probability ``1 - effective_rate(rate)``, independently of the
+    others. One key gives nested masks at different rates: an element that is kept at the higher
+    rate is kept at the lower rate too.
 
     Args:
-      key: a PRNG key; may be None for a static rate of 0 or 1.
-      rate: probability of dropping, as for `dropout`.
-      shape: shape of the mask; of the wanted block, if ``global_shape`` is given.
-      broadcast_dims: axes along which all elements share their fate.
-      start: index of the block's first element in the whole mask.
-      global_shape: shape of the whole mask.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every mask. May be None for a static rate
+        of 0 or 1.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
+      shape: shape of the mask; of the part at `start` if `global_shape` is given.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of the part's first element within a mask of `global_shape`, for code that
+        sees one part of it, as in `shard_map`.
+      global_shape: shape of the whole mask; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      Booleans of ``shape``.
+      A boolean array of shape `shape`.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: as for `dropout`.
+      TypeError: if an argument has the wrong type, such as a boolean rate.
+      ValueError: if the rate is not a scalar in [0, 1] (under ``jit`` only ``checkify`` reports
+        a traced one outside), the key is missing or a batch of keys, an axis does not exist, or
+        the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jdropout
@@ -195,18 +205,22 @@ def effective_rate(rate: float | np.floating, *, precision: int | None = None) -
 @overload
 def effective_rate(rate: jax.Array, *, precision: int | None = None) -> jax.Array: ...
 def effective_rate(rate: Rate, *, precision: int | None = None) -> float | jax.Array:
-    """The probability of dropping that `dropout` really has: the rate, rounded to its bits.
+    """Returns the drop probability that `dropout` really has: the rate, rounded to 16 or 32 bits.
+
+    It is ``1 - t / 2**16`` with the integer threshold ``t = round((1 - rate) * 2**16)`` of the
+    mask law, or the same with ``2**32``.
 
     Args:
-      rate: probability of dropping, as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
       A float for a static rate; a float32 scalar for an array.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: as for `dropout`.
+      TypeError: if the rate is not a number or a floating-point scalar.
+      ValueError: if the rate is not a scalar in [0, 1], or `precision` is not None, 16 or 32.
 
     Example:
       >>> import jdropout

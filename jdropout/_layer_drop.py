@@ -28,43 +28,53 @@ def layer_drop(
     unbiased: bool = False,
     precision: int | None = None,
 ) -> _Tree:
-    """Skips a whole residual layer at random, and with it the time that it takes.
+    """Skips a whole residual layer at random, and saves its computation.
 
-    ``y = layer(x)`` with probability ``1 - r`` and else ``y = x``, where ``r =
-    effective_rate(rate)``; evaluation is ``layer(x)``. This is LayerDrop, whose expectation
-    ``(1 - r) * layer(x) + r * x`` is not what evaluation computes. With ``unbiased=True`` a kept
-    layer gives ``x + (layer(x) - x) / (1 - r)``, whose expectation is ``layer(x)``.
+    ``y = layer(x)`` with probability ``1 - r``, otherwise ``y = x``, where
+    ``r = effective_rate(rate)``; evaluation returns ``layer(x)``. This is LayerDrop. Its
+    expectation, ``(1 - r) * layer(x) + r * x``, differs from what evaluation computes. With
+    ``unbiased=True`` a kept layer returns ``x + (layer(x) - x) / (1 - r)``, whose expectation
+    is ``layer(x)``.
 
-    One decision for all of `x`, by the mask of ``keep_mask(key, rate, ())`` and `jax.lax.cond`: in
-    a compiled function a skipped layer is not run, neither forward nor backward, also in a
-    `jax.lax.scan` over layers with a key and a traced rate each::
+    All of `x` shares one decision, made by the mask ``keep_mask(key, rate, ())`` and
+    `jax.lax.cond`. In a compiled function a skipped layer does not run, neither forward nor
+    backward; this also holds in a `jax.lax.scan` over layers with a key and a traced rate for
+    each::
 
         def body(x, inputs):
             i, weights, rate = inputs
             return layer_drop(at_site(key, i), lambda x: layer(weights, x), x, rate), None
 
-    Under `jax.vmap` over keys, where some layers are skipped and others not, both sides are
-    computed and one is selected; over x alone layers are still skipped. To drop examples
-    independently use `drop_path`. The backward pass stores the decision, and what the layer's own
-    needs.
+    Under `jax.vmap` over keys, some examples skip the layer and others do not, so both sides
+    are computed and one is selected; under `jax.vmap` over `x` alone, layers are still skipped.
+    To drop examples independently, use `drop_path`. The backward pass stores the decision and
+    the residuals of the layer itself.
 
     Args:
-      key: a PRNG key, as for `dropout`; a new one for every layer and step.
-      layer: a function such as ``lambda x: x + f(x)``, without side effects, whose result has the
+      key: PRNG key, typed or raw; use a new one for every layer and step. May be None if no
+        mask is drawn (``deterministic=True``, or a static rate of 0 or 1).
+      layer: function such as ``lambda x: x + f(x)``, without side effects, whose result has the
         structure, shapes and dtypes of its input. It is traced once.
-      x: an array of any dtype, or a tree of them; integers take part, but are never scaled.
-      rate: probability of skipping the layer, as for `dropout`. A static 0 is ``layer(x)``, and 1
-        is `x` itself without a call of the layer.
-      deterministic: whether to run the layer in any case; may be traced.
-      unbiased: whether to scale what a kept layer adds. At rate 1 there is nothing to scale.
-      precision: bits of the rate, as for `dropout`.
+      x: array of any dtype, or a tree of them; integers are passed through the layer but never
+        scaled.
+      rate: probability of skipping the layer, in [0, 1]; a number or a (traced) floating-point
+        scalar. A static 0 returns ``layer(x)``, a static 1 `x` itself without calling the
+        layer.
+      deterministic: if True, always run the layer; a bool or a (traced) boolean scalar.
+      unbiased: if True, scale the update of a kept layer by ``1 / (1 - r)``. At rate 1 there is
+        nothing to scale.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      What the layer returns, or `x`.
+      The result of the layer, or `x`.
 
     Raises:
-      TypeError: if the layer is no function, or as for `dropout`.
-      ValueError: if the layer's result does not fit its input, or as for `dropout`.
+      TypeError: if `layer` is not a function, or another argument has the wrong type, such as a
+        boolean rate.
+      ValueError: if the layer's result does not match its input, the rate is not a scalar in
+        [0, 1] (a traced one outside gives NaN, and an error under ``checkify``), or the key is
+        missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -76,8 +86,8 @@ def layer_drop(
       [2. 2. 2.]
 
     References:
-      Fan, Grave and Joulin, "Reducing transformer depth on demand with structured dropout" (ICLR
-      2020), section 3.
+      Fan, Grave and Joulin, "Reducing transformer depth on demand with structured dropout"
+      (ICLR 2020), section 3.
     """
     _checks.check_function("layer", layer)
     draw = new_draw("layer_drop", key, rate, deterministic, (), precision=precision)

@@ -28,16 +28,17 @@ BATCH_SIZE = 8
 )
 @dataclasses.dataclass(frozen=True)
 class MCPrediction:
-    """What `mc_predict` returns; a pytree.
+    """Mean and variance over Monte Carlo samples, as returned by `mc_predict`; a pytree.
 
     Attributes:
-      mean: over the samples, of the structure and the shapes that the function returns; float32 or
-        wider.
-      variance: over the samples, likewise; the unbiased one, with ``num_samples - 1`` below the
-        sum of squares. Of a complex function that of the absolute value of the deviation.
-      num_samples: how many there were.
-      samples: the samples themselves, on a new leading axis, in the dtypes that the function
-        returns; None unless asked for.
+      mean: mean over the samples, with the structure and shapes that the function returns;
+        float32 or wider.
+      variance: unbiased variance over the samples (divided by ``num_samples - 1``), with the
+        structure and shapes of `mean`. For a complex function it is computed from the absolute
+        values of the deviations.
+      num_samples: number of samples.
+      samples: the samples themselves, stacked on a new leading axis, in the dtypes that the
+        function returns; None unless requested.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -48,7 +49,10 @@ class MCPrediction:
       [1. 1.] [0.01 0.01]
 
     References:
-      As for `mc_predict`.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), section 4; Chan, Golub and LeVeque, "Algorithms for
+      computing the sample variance" (The American Statistician, 1983), for the update of the
+      moments.
     """
 
     mean: Any
@@ -58,7 +62,10 @@ class MCPrediction:
 
     @property
     def standard_error(self) -> Any:
-        """Of `mean`: how far it is, on average, from that of infinitely many samples."""
+        """Standard error of `mean`, ``sqrt(variance / num_samples)``.
+
+        It is the typical distance of `mean` from the mean of infinitely many samples.
+        """
 
         def error(variance: jax.Array) -> jax.Array:
             count = like(self.num_samples, variance)  # after a vmap with axes of its own
@@ -78,50 +85,52 @@ def mc_predict(
     return_samples: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> MCPrediction:
-    """Mean and variance of ``fn(at_site(key, i), *args)`` over i from 0 to ``num_samples - 1``.
+    """Computes mean and variance of a function over dropout masks: Monte Carlo dropout.
 
-    With dropout in `fn` the mean is the prediction of Monte Carlo dropout, and the variance says
-    how far its masks disagree. All samples are computed in one call of one compiled function,
-    ``batch_size`` of them at a time under `jax.vmap`; their moments are updated after each batch,
-    so that the memory is that of one batch for any number of samples. What comes before the first
-    dropout is computed once a batch, if not once. The number of samples is no part of what is
-    compiled.
+    Sample i is ``fn(at_site(key, i), *args)``, for i from 0 to ``num_samples - 1``. With
+    dropout in `fn`, the mean is the prediction and the variance measures how much the masks
+    disagree. All samples are computed in one call of one compiled function, ``batch_size`` of
+    them at a time under `jax.vmap`. The moments are updated after each batch, so memory stays
+    at one batch for any number of samples. Code before the first dropout is computed at most
+    once per batch. Changing the number of samples does not recompile.
 
-    The function is compiled as by `jax.jit`, whose rules hold: what does not change from call to
-    call is to be the same object, so pass a function that is defined once, and what `fn` closes
-    over is a constant of the compiled function, so pass parameters in `args`. (A module that is a
-    pytree, or a method of one, may be `fn`: its arrays are passed anew.)
+    The rules of `jax.jit` hold: `fn` must be the same object in every call, so define it once
+    and pass that; anything `fn` closes over becomes a constant of the compiled function, so
+    pass parameters in `args`. (A module that is a pytree, or a method of one, may be `fn`: its
+    arrays are passed as arguments.)
 
     Args:
-      fn: a function of a key and of `args` that returns an array or a tree of arrays, of
-        floating-point or complex dtypes; without side effects. What is to be averaged is up to it:
+      fn: function of a key and `args` that returns an array, or a tree of arrays, with
+        floating-point or complex dtypes; without side effects. It decides what is averaged:
         logits, probabilities, their entropy, or several of them in a dictionary.
-      key: a PRNG key, as for `dropout`. Sample i has the key ``jdropout.keys.at_site(key, i)``,
-        whatever the batch size.
+      key: PRNG key, typed or raw; use a new one for every call. Sample i gets the key
+        ``jdropout.keys.at_site(key, i)``, whatever the batch size.
       *args: arrays or trees of arrays; the last one holds the inputs.
-      num_samples: number of masks, at least 2 and below 2**30; may be a traced integer, which is
-        not checked, unless the samples are to be returned.
-      batch_size: how many samples to compute together, 8 by default. With 1 there is no `jax.vmap`,
-        so that a `layer_drop` in `fn` really skips. In the last batch, samples beyond the number
-        are computed and not counted.
-      consistent: whether a sample has the same masks for all examples, and so is one function that
-        is applied to all of them: the leading axis of the last of `args`. `fn` then sees one
-        example at a time, on a leading axis of size 1, and its result must have that axis too. By
-        default `fn` sees the whole batch, and each example has masks of its own.
-      return_samples: whether to return all samples as well. The memory is then that of all, and
-        the number of samples a part of what is compiled.
-      progress: a function of how many samples are done, and of how many there are, which is called
-        after each batch; the batches are then computed by a call each.
+      num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
+        is not checked, unless the samples are returned.
+      batch_size: number of samples to compute together; None for 8. With 1 there is no
+        `jax.vmap`, so a `layer_drop` in `fn` does skip its layer. Surplus samples in the last
+        batch are computed but not counted.
+      consistent: if True, all examples share a sample's masks, so that each sample is one
+        function applied to all examples, on the leading axis of the last of `args`. `fn` then
+        sees one example at a time, on a leading axis of size 1, and must return that axis. If
+        False, `fn` sees the whole batch, and each example has its own masks.
+      return_samples: if True, also return all samples. Memory then grows with their number, and
+        changing it recompiles.
+      progress: function of the number of finished samples and the total, called after each
+        batch; each batch is then a call of its own.
 
     Returns:
-      An `MCPrediction`. It can be differentiated forward, and with ``return_samples=True`` also
-      backward; to train through a mean over masks use `multi_sample`.
+      An `MCPrediction`. It supports forward-mode differentiation, and with
+      ``return_samples=True`` reverse mode too; to train through a mean over masks, use
+      `multi_sample`.
 
     Raises:
-      TypeError: if `fn` is no function or returns integers, or a number is no integer.
-      ValueError: if a number is too small, or as for `jdropout.keys.at_site`; if the samples are to
-        be returned with a traced number of them or with `progress`; if `progress` is asked for
-        under `jax.jit`; if ``consistent=True`` and there is no axis of examples.
+      TypeError: if `fn` is not a function or returns integers, or a number is not an integer.
+      ValueError: if a number is too small, or the key is missing or a batch of keys; if
+        `return_samples` is combined with a traced `num_samples` or with `progress`; if
+        `progress` is used under `jax.jit`; if ``consistent=True`` and there is no axis of
+        examples.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -133,9 +142,10 @@ def mc_predict(
       [[1. 4.]] [[1. 4.]]
 
     References:
-      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
-      deep learning" (ICML 2016), section 4; Chan, Golub and LeVeque, "Algorithms for computing the
-      sample variance" (The American Statistician, 1983), for the update of the moments.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), section 4; Chan, Golub and LeVeque, "Algorithms for
+      computing the sample variance" (The American Statistician, 1983), for the update of the
+      moments.
     """
     _checks.check_function("fn", fn)
     key = _checks.check_parent_key(key, "key")

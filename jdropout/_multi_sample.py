@@ -26,33 +26,34 @@ def multi_sample(
 ) -> _Result:
     """Averages a function over several masks: ``mean over i of fn(at_site(key, i), x)``.
 
-    The mean is that of one mask, and a linear function's variance from dropout is ``num_samples``
-    times smaller. For multi-sample dropout of a classifier, `fn` is dropout, the last layer and
-    the loss, which costs little next to the layers that made `x`.
+    The mean is the same as with one mask; for a linear function, the variance due to dropout is
+    ``num_samples`` times smaller. For multi-sample dropout of a classifier, `fn` is dropout,
+    the last layer and the loss, which are cheap compared with the layers that produced `x`.
 
-    All samples at once (``batch_size=None``) take the time of one batched evaluation, and the
-    memory of all. With a batch size so many are computed together, one batch after the other in a
-    `jax.lax.scan` whose backward pass computes `fn` again: the memory is that of one batch. The
-    samples of a batch are under `jax.vmap`; with a batch size of 1 there is none, so that a
-    `layer_drop` in `fn` really skips.
+    Computing all samples at once (``batch_size=None``) takes the time of one batched
+    evaluation, and memory for all of them. With a batch size, the batches run one after the
+    other in a `jax.lax.scan` whose backward pass recomputes `fn`, so the memory is one batch's.
+    The samples of a batch run under `jax.vmap`; a batch size of 1 avoids it, so a `layer_drop`
+    in `fn` does skip its layer.
 
     Args:
-      fn: a function of a key and `x` that returns an array or a tree of arrays, of floating-point
-        or complex dtypes; without side effects. It is traced once.
-      key: a PRNG key, as for `dropout`. Sample i has the key ``jdropout.keys.at_site(key, i)``,
-        whatever the batch size.
-      x: what `fn` takes: an array, a tree, or anything else.
+      fn: function of a key and `x` that returns an array, or a tree of arrays, with
+        floating-point or complex dtypes; without side effects. It is traced once.
+      key: PRNG key, typed or raw; use a new one for every call. Sample i gets the key
+        ``jdropout.keys.at_site(key, i)``, whatever the batch size.
+      x: second argument of `fn`: an array, a tree, or anything else.
       num_samples: number of masks, at least 1.
-      batch_size: how many samples to compute together, at most; None for all. Batches are made
-        equally large; where that does not come out even, the last one repeats a sample, which then
-        does not count.
+      batch_size: largest number of samples to compute together; None for all. Batches are
+        equally large; if that does not divide evenly, the last one repeats a sample, which is
+        not counted.
 
     Returns:
-      The mean, of the structure, shapes and dtypes that `fn` returns; summed in float32 or wider.
+      The mean, with the structure, shapes and dtypes that `fn` returns; summed in float32 or
+      wider.
 
     Raises:
-      TypeError: if a number is no integer, `fn` is no function or returns integers.
-      ValueError: if a number is below 1, or as for `jdropout.keys.at_site`.
+      TypeError: if a number is not an integer, or `fn` is not a function or returns integers.
+      ValueError: if a number is below 1, or the key is missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

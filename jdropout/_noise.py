@@ -30,28 +30,35 @@ def gaussian_dropout(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
 ) -> jax.Array:
-    """Multiplies by normal noise with mean 1 and the variance that dropout has.
+    """Multiplies by normal noise with mean 1 and the variance of dropout.
 
-    ``y = x * (1 + sqrt(rate / (1 - rate)) * z)`` with z standard normal: ``E[y] = x``, and
-    ``Var[y] = x**2 * rate / (1 - rate)`` as in `dropout`. The noise is made again in the backward
-    pass; nothing but the key is stored.
+    ``y = x * (1 + sqrt(rate / (1 - rate)) * z)`` with z standard normal, so ``E[y] = x`` and
+    ``Var[y] = x**2 * rate / (1 - rate)``, as in `dropout`. The backward pass recomputes the
+    noise from the key; nothing else is stored.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype.
-      rate: as for `dropout`, in [0, 1). Its gradient is zero. A traced rate of 1 gives NaN.
-      deterministic: whether to return `x` as it is; may be traced.
-      broadcast_dims: axes along which all elements share their noise.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no noise is
+        drawn (``deterministic=True``, or a static rate of 0).
+      x: array of any shape, with a real floating-point dtype.
+      rate: rate of the dropout with this variance, in [0, 1); a number or a (traced)
+        floating-point scalar. Its gradient is zero. A traced rate of 1 gives NaN.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the noise is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate is
+      0.
 
     Raises:
-      TypeError: as for `dropout`, or if x is complex.
-      ValueError: if the rate is 1, at which the noise would have no finite variance, or as for
-        `dropout`.
+      TypeError: if `x` is not a real floating-point array, or another argument has the wrong
+        type, such as a boolean rate.
+      ValueError: if the rate is 1, where the variance would be infinite, the rate is not a
+        scalar in [0, 1] (a traced one outside gives NaN, and an error under ``checkify``), the
+        key is missing or a batch of keys, an axis does not exist, or the part at `start` does
+        not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -99,21 +106,26 @@ def gaussian_noise(
     """Adds normal noise: ``y = x + stddev * z`` with z standard normal.
 
     Args:
-      key: a PRNG key, as for `dropout`; may be None for a static standard deviation of 0.
-      x: array of any shape, of a real floating-point dtype.
-      stddev: standard deviation of the noise, in units of x: a number of at least 0, or a (traced)
-        floating-point scalar, which may be differentiated.
-      deterministic: whether to return `x` as it is; may be traced.
-      broadcast_dims: axes along which all elements share their noise.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no noise is
+        drawn (``deterministic=True``, or a static standard deviation of 0).
+      x: array of any shape, with a real floating-point dtype.
+      stddev: standard deviation of the noise, in units of `x`; a number of at least 0 or a
+        (traced) floating-point scalar, which may be differentiated.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the noise is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or `stddev` is a
+      static 0.
 
     Raises:
-      TypeError: if x is not a real floating-point array, or as for `dropout`.
-      ValueError: if the standard deviation is negative, or as for `dropout`.
+      TypeError: if `x` is not a real floating-point array, or another argument has the wrong
+        type.
+      ValueError: if `stddev` is negative or not finite, the key is missing or a batch of keys,
+        an axis does not exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -122,8 +134,8 @@ def gaussian_noise(
       1.001 0.500
 
     References:
-      Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation 7
-      (1995), section 2.
+      Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
+      7 (1995), section 2.
     """
     return noisy(
         "gaussian_noise",
@@ -149,24 +161,31 @@ def uniform_noise(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
 ) -> jax.Array:
-    """Adds uniform noise between ``-amplitude`` and ``amplitude``, of variance amplitude^2 / 3.
+    """Adds uniform noise between ``-amplitude`` and ``amplitude``.
+
+    Its variance is ``amplitude**2 / 3``.
 
     Args:
-      key: a PRNG key, as for `dropout`; may be None for a static amplitude of 0.
-      x: array of any shape, of a real floating-point dtype.
-      amplitude: in units of x: a number of at least 0, or a (traced) floating-point scalar, which
-        may be differentiated.
-      deterministic: whether to return `x` as it is; may be traced.
-      broadcast_dims: axes along which all elements share their noise.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no noise is
+        drawn (``deterministic=True``, or a static amplitude of 0).
+      x: array of any shape, with a real floating-point dtype.
+      amplitude: largest magnitude of the noise, in units of `x`; a number of at least 0 or a
+        (traced) floating-point scalar, which may be differentiated.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the noise is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or `amplitude` is a
+      static 0.
 
     Raises:
-      TypeError: if x is not a real floating-point array, or as for `dropout`.
-      ValueError: if the amplitude is negative, or as for `dropout`.
+      TypeError: if `x` is not a real floating-point array, or another argument has the wrong
+        type.
+      ValueError: if `amplitude` is negative or not finite, the key is missing or a batch of
+        keys, an axis does not exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -175,7 +194,8 @@ def uniform_noise(
       0.500 1.500 1.000
 
     References:
-      Widrow and Kollár, "Quantization noise" (2008), chapter 1, for its use as that of rounding.
+      Widrow and Kollár, "Quantization noise" (2008), chapter 1, for uniform noise as a model of
+      rounding.
     """
     return noisy(
         "uniform_noise",

@@ -12,28 +12,29 @@ from jdropout._typing import ArrayLike
 
 
 def r_drop_loss(logits_a: ArrayLike, logits_b: ArrayLike, *, axis: int = -1) -> jax.Array:
-    """How far two passes with different masks disagree: R-Drop's regulariser.
+    """Measures how far two passes with different masks disagree: the R-Drop regulariser.
 
-    ``(KL(a || b) + KL(b || a)) / 2`` of the distributions ``softmax(logits_a)`` and
-    ``softmax(logits_b)``, one number for each example, computed as half the sum of
-    ``(p_a - p_b) * (log p_a - log p_b)``, no term of which is negative. Equal logits give exactly
-    0 and gradient 0; large ones neither overflow nor give NaN. Both passes are differentiated.
+    ``(KL(a || b) + KL(b || a)) / 2`` between the distributions ``softmax(logits_a)`` and
+    ``softmax(logits_b)``, one number per example. Computed as half the sum of
+    ``(p_a - p_b) * (log p_a - log p_b)``, no term of which is negative. Equal logits give
+    exactly 0 and gradient 0; large ones neither overflow nor give NaN. Gradients flow into both
+    passes.
 
-    The loss of R-Drop is ``cross_entropy(logits_a) + cross_entropy(logits_b) + alpha * r_drop``,
-    with two keys for the two passes over the same input.
+    The R-Drop loss is ``cross_entropy(logits_a) + cross_entropy(logits_b) + alpha * r_drop``,
+    with a different key for each of the two passes over the same input.
 
     Args:
-      logits_a: array of shape (..., classes, ...), of a real floating-point dtype.
-      logits_b: array of the same shape. A class whose logit is -inf in both has no part in it; in
-        one alone it makes the loss infinite.
-      axis: the axis of the classes.
+      logits_a: array of shape (..., classes, ...), with a real floating-point dtype.
+      logits_b: array of the same shape. A class whose logit is -inf in both is ignored; -inf in
+        one alone makes the loss infinite.
+      axis: axis of the classes.
 
     Returns:
       An array without that axis, float32 (float64 for 64-bit logits).
 
     Raises:
-      TypeError: if logits are no floating-point arrays.
-      ValueError: if shapes differ, or the axis does not exist.
+      TypeError: if the logits are not floating-point arrays.
+      ValueError: if the shapes differ, or the axis does not exist.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -43,8 +44,8 @@ def r_drop_loss(logits_a: ArrayLike, logits_b: ArrayLike, *, axis: int = -1) -> 
       [0.09964201] [0.]
 
     References:
-      Liang, Wu, Li, Wang, Meng, Qin, Chen, Zhang and Liu, "R-Drop: regularized dropout for neural
-      networks" (NeurIPS 2021), section 2.1, equations 2 to 4.
+      Liang, Wu, Li, Wang, Meng, Qin, Chen, Zhang and Liu, "R-Drop: regularized dropout for
+      neural networks" (NeurIPS 2021), section 2.1, equations 2 to 4.
     """
     a, b = _check_logits(logits_a, logits_b)
     return _divergence(a, b, _checks.check_axis("axis", axis, a.ndim))

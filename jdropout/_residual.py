@@ -26,28 +26,35 @@ def bias_dropout_add(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """``residual + dropout(x + bias)``: the end of an attention or feed-forward layer.
+    """Computes ``residual + dropout(x + bias)``, the end of an attention or feed-forward layer.
 
-    Under ``jit`` it is one pass over the arrays. The backward pass needs the key alone.
+    Under `jax.jit` it is a single pass over the arrays. The backward pass needs only the key.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a floating-point dtype.
-      bias: added to `x`; shape (features,), the size of x's last axis. None for no bias.
-      residual: array of x's shape; its dtype may be another one, such as float32.
-      rate: probability of dropping, as for `dropout`.
-      deterministic: whether to leave dropout out; may be traced.
-      broadcast_dims: as for `dropout`.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array of any shape, with a floating-point dtype.
+      bias: vector added to `x`, of shape (features,), the size of x's last axis; None for no
+        bias.
+      residual: array of x's shape; its dtype may differ from x's, for example float32.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
+      deterministic: if True, leave dropout out; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of the shape and dtype of ``residual``.
+      An array with the shape and dtype of `residual`.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if shapes do not fit, or as for `dropout`.
+      TypeError: if an array is not floating-point, or another argument has the wrong type, such
+        as a boolean rate.
+      ValueError: if shapes do not match, the rate is not a scalar in [0, 1] (a traced one
+        outside gives NaN, and an error under ``checkify``), the key is missing or a batch of
+        keys, an axis does not exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -59,7 +66,7 @@ def bias_dropout_add(
     References:
       Vaswani et al., "Attention is all you need" (2017), section 5.4; Korthikanti et al.,
       "Reducing activation recomputation in large transformer models" (2022), section 4.1, for
-      what such layers store otherwise.
+      what such layers otherwise store.
     """
     x, residual = _check_same_shape(x, residual)
     bias = _check_features("bias", bias, x)
@@ -94,36 +101,43 @@ def dropout_add_norm(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``norm(residual + dropout(x))``, and the sum that it normalises.
+    """Computes ``norm(residual + dropout(x))`` and returns it together with the sum.
 
-    For a model with normalisation before its layers the sum is the residual stream and the
-    first result the next layer's input; for one with normalisation after them, the first
-    result is both. The norm is over the last axis, computed in float32 (float64 for 64-bit
-    input). For the backward pass nothing is stored but the key and the sum.
+    In a pre-norm model the sum is the residual stream and the first result the input of the
+    next layer; in a post-norm model the first result serves as both. The norm is over the last
+    axis, computed in float32 (float64 for 64-bit input). The backward pass stores only the key
+    and the sum.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of shape (..., features), of a floating-point dtype.
-      residual: array of x's shape; its dtype may be another one, such as float32.
-      rate: probability of dropping, as for `dropout`.
-      scale: the normalised array is multiplied by it; shape (features,). None for 1.
-      bias: added after that; shape (features,). None for 0.
-      norm: ``'layer'`` subtracts the mean and divides by the standard deviation, ``'rms'``
-        divides by the root of the mean square.
-      epsilon: added to the variance or mean square.
-      deterministic: whether to leave dropout out; may be traced.
-      broadcast_dims: as for `dropout`.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array of shape (..., features), with a floating-point dtype.
+      residual: array of x's shape; its dtype may differ from x's, for example float32.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
+      scale: factor of the normalised array, of shape (features,); None for 1.
+      bias: vector added after `scale`, of shape (features,); None for 0.
+      norm: ``'layer'`` subtracts the mean and divides by the standard deviation; ``'rms'``
+        divides by the root mean square.
+      epsilon: number added to the variance or mean square.
+      deterministic: if True, leave dropout out; a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      The normalised array, of x's dtype, and the sum, of the dtype of ``residual``; both of
-      x's shape.
+      The normalised array, in x's dtype, and the sum, in the dtype of `residual`; both have x's
+      shape.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if shapes do not fit, the norm is unknown, or as for `dropout`.
+      TypeError: if an array is not floating-point, or another argument has the wrong type, such
+        as a boolean rate.
+      ValueError: if shapes do not match, `norm` is unknown, the rate is not a scalar in [0, 1]
+        (a traced one outside gives NaN, and an error under ``checkify``), the key is missing or
+        a batch of keys, an axis does not exist, or the part at `start` does not fit into
+        `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

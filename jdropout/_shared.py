@@ -24,30 +24,39 @@ def spatial_dropout(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """Drops whole channels: neighbours in a feature map are too alike to be dropped alone.
+    """Drops whole channels of a feature map.
 
-    One decision for each example and channel; what is kept is scaled by ``1 / (1 - r)`` with
-    ``r = effective_rate(rate)``, so that the mean stays. Any number and order of axes: (batch,
-    length, channels), (batch, height, width, channels), or channels first.
+    Neighbouring elements of a feature map are too similar to be worth dropping one by one.
+    There is one decision per example and channel; kept channels are scaled by ``1 / (1 - r)``
+    with ``r = effective_rate(rate)``, which keeps the mean. Any number and order of axes works:
+    (batch, length, channels), (batch, height, width, channels), or channels first.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of two axes or more, of a floating-point or complex dtype.
-      rate: probability of dropping a channel, as for `dropout`.
-      channel_axis: the axis of the channels; 1 for channels first.
-      batch_axes: axes along which decisions are independent as well; () to drop a channel in all
-        examples alike.
-      deterministic: whether to return `x` as it is; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array with at least two axes, with a floating-point or complex dtype.
+      rate: probability of dropping a channel, in [0, 1]; a number or a (traced) floating-point
+        scalar.
+      channel_axis: axis of the channels; 1 for channels-first layouts.
+      batch_axes: axes along which masks are independent; () drops the same channels in every
+        example.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if an axis does not exist or has two roles, or as for `dropout`.
+      TypeError: if `x` is not a floating-point or complex array, or another argument has the
+        wrong type, such as a boolean rate.
+      ValueError: if an axis does not exist or is given two roles, the rate is not a scalar in
+        [0, 1] (a traced one outside gives NaN, and an error under ``checkify``), the key is
+        missing or a batch of keys, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -87,27 +96,36 @@ def locked_dropout(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """Drops the same units at every time step: variational dropout of recurrent networks.
+    """Drops the same units at every time step: variational dropout for recurrent networks.
 
-    One decision for each example and feature, scaled as in `dropout`. In a network that runs step
-    by step, `dropout` of every step's (batch, features) with one key for all of them is the same.
+    One decision per example and feature, scaled as in `dropout`. In a network that runs step by
+    step, calling `dropout` on each step's (batch, features) with one key for all steps is
+    equivalent.
 
     Args:
-      key: a PRNG key, as for `dropout`; a new one for every sequence.
-      x: array of shape (batch, time, features), or with time on another axis.
-      rate: probability of dropping, as for `dropout`.
-      time_axis: the axis of time.
-      deterministic: whether to return `x` as it is; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every sequence. May be None if no mask is
+        drawn (``deterministic=True``, or a static rate of 0 or 1).
+      x: array of shape (batch, time, features), or with time on another axis; floating-point or
+        complex.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
+      time_axis: axis of the time steps, along which the mask is shared.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if the axis does not exist, or as for `dropout`.
+      TypeError: if `x` is not a floating-point or complex array, or another argument has the
+        wrong type, such as a boolean rate.
+      ValueError: if the axis does not exist, the rate is not a scalar in [0, 1] (a traced one
+        outside gives NaN, and an error under ``checkify``), the key is missing or a batch of
+        keys, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -151,28 +169,37 @@ def drop_path(
 ) -> jax.Array:
     """Drops the whole output of a residual branch: stochastic depth.
 
-    ``residual + drop_path(key, branch(residual), rate)``. To skip the work of the branch as well,
-    see `layer_drop`.
+    Use it as ``residual + drop_path(key, branch(residual), rate)``. Kept branches are scaled by
+    ``1 / (1 - r)`` with ``r = effective_rate(rate)``, which keeps the mean. To skip the
+    branch's computation as well, use `layer_drop`.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of one axis or more, of a floating-point or complex dtype.
-      rate: probability of dropping, as for `dropout`; see `drop_path_rates`.
-      mode: ``'row'`` decides for each example, ``'batch'`` once for all.
-      scale_by_keep: whether to scale what is kept by ``1 / (1 - r)``, which keeps the mean. The
-        paper does not, and multiplies by ``1 - r`` in evaluation instead.
-      batch_axis: the axis of the examples.
-      deterministic: whether to return `x` as it is; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      x: array with at least one axis, with a floating-point or complex dtype.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
+        For one rate per layer, see `drop_path_rates`.
+      mode: ``'row'`` decides for each example, ``'batch'`` once for all examples.
+      scale_by_keep: if True, scale kept branches by ``1 / (1 - r)``. The paper does not, and
+        multiplies by ``1 - r`` in evaluation instead.
+      batch_axis: axis of the examples.
+      deterministic: if True, return `x` unchanged; a bool or a (traced) boolean scalar.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
+      rounds to 0.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if the mode or the axis does not exist, or as for `dropout`.
+      TypeError: if `x` is not a floating-point or complex array, or another argument has the
+        wrong type, such as a boolean rate.
+      ValueError: if the mode is unknown, the axis does not exist, the rate is not a scalar in
+        [0, 1] (a traced one outside gives NaN, and an error under ``checkify``), the key is
+        missing or a batch of keys, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -206,20 +233,20 @@ def drop_path(
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Rates of stochastic depth for the layers of a network: from 0, linearly, up to `rate`.
+    """Returns the stochastic-depth rates of all layers: linear from 0 up to `rate`.
 
-    Early layers make what all others need, and are dropped less.
+    Early layers, whose output every later layer needs, are dropped less.
 
     Args:
-      rate: that of the last layer, in [0, 1].
-      depth: number of layers.
+      rate: rate of the last layer, in [0, 1].
+      depth: number of layers, at least 1.
 
     Returns:
-      A list of `depth` rates; for one layer it is ``[rate]``.
+      A list of `depth` floats; ``[rate]`` for a single layer.
 
     Raises:
       TypeError: if an argument is not a number.
-      ValueError: if the rate is outside [0, 1], or the depth below 1.
+      ValueError: if the rate is outside [0, 1], or the depth is below 1.
 
     Example:
       >>> import jdropout
@@ -228,8 +255,8 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
     References:
       Huang et al., "Deep networks with stochastic depth" (ECCV 2016), section 3, "survival
-      probabilities", counts from the input and so begins at rate / depth; this form, from 0, is
-      that of later vision models.
+      probabilities", which counts from the input and so starts at rate / depth; later vision
+      models start at 0, as here.
     """
     last = float(_checks.check_rate(rate))
     depth = _checks.check_positive("depth", depth)
@@ -248,25 +275,33 @@ def embedding_dropout(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """Drops whole rows of an embedding table: a word disappears wherever it occurs.
+    """Drops whole rows of an embedding table, so that a word disappears wherever it occurs.
 
-    The rows that are kept are scaled as in `dropout`. Apply it to the table before the lookup.
+    Kept rows are scaled as in `dropout`. Apply it to the table, before the lookup.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      table: array of shape (vocabulary, features).
-      rate: probability of dropping a word, as for `dropout`.
-      deterministic: whether to return the table as it is; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      table: array of shape (vocabulary, features), with a floating-point or complex dtype.
+      rate: probability of dropping a word, in [0, 1]; a number or a (traced) floating-point
+        scalar.
+      deterministic: if True, return `table` unchanged; a bool or a (traced) boolean scalar.
+      start: index of table's first element within a table of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole table; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of the table's shape and dtype.
+      An array of table's shape and dtype; `table` itself if `deterministic` is True or a static
+      rate rounds to 0.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if the table does not have two axes, or as for `dropout`.
+      TypeError: if the table is not a floating-point or complex array, or another argument has
+        the wrong type, such as a boolean rate.
+      ValueError: if the table does not have two axes, the rate is not a scalar in [0, 1] (a
+        traced one outside gives NaN, and an error under ``checkify``), the key is missing or a
+        batch of keys, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

@@ -23,46 +23,51 @@ def standout(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
 ) -> jax.Array:
-    """Dropout in which every element has its own probability of being kept, by a network.
+    """Drops each element with its own probability, which a network computes.
 
-    ``y = x * m`` with ``m ~ Bernoulli(q)``, ``q = sigmoid(alpha * preactivation + beta)``, and in
-    evaluation ``y = x * q``; nothing is divided. Kept is where the law's uniform number, of 32
-    bits, is below q, so that a constant q has the mask ``keep_mask(key, 1 - q, x.shape,
-    precision=32)``.
+    ``y = x * m`` with ``m ~ Bernoulli(q)`` and ``q = sigmoid(alpha * preactivation + beta)``;
+    in evaluation ``y = x * q``. Nothing is divided by q. An element is kept where the law's
+    uniform number, of 32 bits, is below q, so a constant q gives the mask
+    ``keep_mask(key, 1 - q, x.shape, precision=32)``.
 
-    In training m is a constant: preactivation, alpha and beta have a gradient of zero through it.
-    In evaluation they have that of the product. The backward pass stores the key and the
-    preactivation, which a layer has anyway, and no mask.
+    In training the mask is a constant: the gradients of `preactivation`, `alpha` and `beta`
+    through it are zero. In evaluation they are the gradients of the product. The backward pass
+    stores the key and the preactivation, which a layer keeps anyway, and no mask.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype; activations.
-      preactivation: what decides on q, often the argument of the activation function: a
-        floating-point scalar, or an array with as many axes as x, each of size 1 or of x's size.
-      alpha: factor of the preactivation: a number, or a (traced) floating-point scalar.
-      beta: log(q / (1 - q)) at preactivation 0, likewise.
-      deterministic: whether to return the expectation; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``).
+      x: array of any shape, with a real floating-point dtype; activations.
+      preactivation: array that determines q, often the argument of the activation function; a
+        floating-point scalar, or as many axes as `x`, each of size 1 or x's size.
+      alpha: factor of the preactivation; a number or a (traced) floating-point scalar.
+      beta: log(q / (1 - q)) at preactivation 0; a number or a (traced) floating-point scalar.
+      deterministic: if True, return the expectation ``x * q``; a bool or a (traced) boolean
+        scalar.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
 
     Returns:
       An array of x's shape and dtype.
 
     Raises:
-      TypeError: if x or the preactivation is not a real floating-point array, or as for `dropout`.
-      ValueError: if the preactivation does not broadcast to x, or as for `dropout`.
+      TypeError: if `x` or the preactivation is not a real floating-point array, or another
+        argument has the wrong type.
+      ValueError: if the preactivation does not broadcast to `x`, the key is missing or a batch
+        of keys, or the part at `start` does not fit into `global_shape`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, jdropout
       >>> a = jnp.array([[-2.0, -1.0, 1.0, 2.0]])
-      >>> print(standout(jax.random.key(0), jax.nn.relu(a), a))
+      >>> print(jdropout.standout(jax.random.key(0), jax.nn.relu(a), a))
       [[0. 0. 1. 2.]]
-      >>> standout(None, jax.nn.relu(a), a, deterministic=True)
+      >>> jdropout.standout(None, jax.nn.relu(a), a, deterministic=True)
       Array([[0.       , 0.       , 0.7310586, 1.761594 ]], dtype=float32)
 
     References:
-      Ba and Frey, "Adaptive dropout for training deep neural networks" (NeurIPS 2013), sections 3
-      and 4.
+      Ba and Frey, "Adaptive dropout for training deep neural networks" (NeurIPS 2013), sections
+      3 and 4.
     """
     _checks.check_real("x", x)
     return _noise.noisy(

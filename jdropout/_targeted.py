@@ -29,37 +29,43 @@ def targeted_dropout(
     deterministic: Flag = False,
     precision: int | None = None,
 ) -> jax.Array:
-    """Drops among the weights that matter least, so that a network can be pruned afterwards.
+    """Drops among the weights that matter least, to prepare a network for pruning.
 
-    Of the n weights of an output unit the ``floor(target_fraction * n)`` of smallest magnitude
-    are candidates, and each of them is set to 0 with probability ``effective_rate(rate)``. With
-    ``unit_axis`` whole units are chosen and dropped, those of smallest Euclidean norm. Of equals
-    the one with the smaller index is the candidate. Nothing is scaled: what is not a candidate
-    stays as it is. The gradient of what is dropped is 0. The backward pass stores the key and `w`
-    itself, and finds the candidates again.
+    Of the n weights of an output unit, the ``floor(target_fraction * n)`` with the smallest
+    magnitudes are candidates, and each candidate is set to 0 with probability
+    ``effective_rate(rate)``. With `unit_axis`, whole units are chosen and dropped instead,
+    those with the smallest Euclidean norms. Ties are broken by index. Nothing is scaled,
+    weights that are not candidates do not change, and the gradient of a dropped weight is 0.
+    The backward pass stores the key and `w`, and finds the candidates again.
 
     Evaluation returns `w`, which is trained to survive pruning. To prune, as the authors' code
     does in evaluation, use a rate of 1, which needs no key.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      w: array such as (inputs, units) or (height, width, channels, units), of a floating-point or
-        complex dtype.
-      rate: probability of dropping a candidate, as for `dropout`.
-      target_fraction: the part of weights, or units, that are candidates, in [0, 1].
-      unit_axis: the axis of the units that are dropped as a whole; None for single weights. The
-        norms of equally large units are summed by the backend: which of them counts as smaller is
-        up to its rounding.
-      output_axis: for single weights, the axis of the units that each have their candidates.
-      deterministic: whether to return `w` as it is; may be traced.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      w: array such as (inputs, units) or (height, width, channels, units), with a
+        floating-point or complex dtype.
+      rate: probability of dropping a candidate, in [0, 1]; a number or a (traced)
+        floating-point scalar.
+      target_fraction: fraction of the weights, or units, that are candidates, a number in [0,
+        1].
+      unit_axis: axis of the units to drop as a whole; None for single weights. The backend sums
+        the norms, so its rounding decides which of two equally large units counts as smaller.
+      output_axis: for single weights, axis of the units that each have their own candidates.
+      deterministic: if True, return `w` unchanged; a bool or a (traced) boolean scalar.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
       An array of w's shape and dtype.
 
     Raises:
-      TypeError: if the fraction is no number, or as for `dropout`.
-      ValueError: if the fraction is outside [0, 1], an axis does not exist, or as for `dropout`.
+      TypeError: if `w` is not a floating-point or complex array, the fraction is not a number,
+        or another argument has the wrong type, such as a boolean rate.
+      ValueError: if the fraction is outside [0, 1], an axis does not exist, `w` has fewer than
+        two axes without `unit_axis`, the rate is not a scalar in [0, 1] (a traced one outside
+        gives NaN, and an error under ``checkify``), or the key is missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

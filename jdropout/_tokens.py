@@ -28,29 +28,36 @@ def word_dropout(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> jax.Array:
-    """Replaces tokens at random, for example by that of an unknown word.
+    """Replaces tokens at random, for example by the token of an unknown word.
 
-    Each token that is not protected is replaced with probability ``effective_rate(rate)``,
-    independently of the others. Nothing is scaled: tokens are no numbers.
+    Each unprotected token is replaced with probability ``effective_rate(rate)``, independently
+    of the others. Nothing is scaled: tokens are indices, not quantities.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      tokens: array of integers of any shape.
-      rate: probability of replacing a token, as for `dropout`; but a traced one outside [0, 1]
-        replaces all that is not protected, since integers have no NaN.
-      replacement: the token to put there.
-      protected: tokens that are never replaced, such as padding or the beginning of a sentence.
-      deterministic: whether to return the tokens as they are; may be traced.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
-      precision: bits of the rate, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no mask is drawn
+        (``deterministic=True``, or a static rate of 0 or 1).
+      tokens: integer array of any shape.
+      rate: probability of replacing a token, in [0, 1]; a number or a (traced) floating-point
+        scalar. A traced rate outside [0, 1] replaces every unprotected token, since integers
+        have no NaN.
+      replacement: token to insert.
+      protected: tokens that are never replaced, such as padding or the start of a sentence.
+      deterministic: if True, return `tokens` unchanged; a bool or a (traced) boolean scalar.
+      start: index of tokens' first element within an array of `global_shape`, for code that
+        sees one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      An array of the shape and dtype of ``tokens``.
+      An array with the shape and dtype of `tokens`; `tokens` itself if `deterministic` is True
+      or a static rate rounds to 0.
 
     Raises:
-      TypeError: if the tokens are not integers, or as for `dropout`.
-      ValueError: if the replacement does not fit the dtype, or as for `dropout`.
+      TypeError: if `tokens` are not integers, or another argument has the wrong type, such as a
+        boolean rate.
+      ValueError: if a token does not fit the dtype, the rate is not a scalar in [0, 1], the key
+        is missing or a batch of keys, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -106,29 +113,32 @@ def patch_dropout(
     ordered: bool = False,
     deterministic: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Leaves a fixed number of tokens out, so that a vision transformer has less to compute.
+    """Removes a fixed number of tokens, so that a vision transformer has less to compute.
 
-    Of the L tokens after the prefix, ``L * (1 - rate)`` stay, rounded down, but at least one: those
-    with the smallest uniform numbers of the mask law, for each example anew. All subsets are
-    equally probable. Nothing is scaled. Shapes are static: neither rate nor flag may be traced.
+    Of the L tokens after the prefix, ``L * (1 - rate)`` are kept, rounded down but at least
+    one: for each example independently, those with the smallest uniform numbers of the mask
+    law. All subsets are equally likely. Nothing is scaled. Shapes are static, so neither rate
+    nor flag may be traced.
 
     Args:
-      key: a PRNG key, as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if all tokens are
+        kept (``deterministic=True``, or a rate too low to remove one).
       x: array such as (batch, tokens, features), of any dtype.
-      rate: fraction of tokens to leave out, in [0, 1].
-      axis: the axis of the tokens. The axes before it count examples.
-      num_prefix_tokens: number of tokens at the beginning that always stay, such as that of the
-        class.
-      ordered: whether the tokens that stay are in the order that they had; else it is random.
-      deterministic: whether to return `x` as it is.
+      rate: fraction of tokens to remove, a number in [0, 1].
+      axis: axis of the tokens. The axes before it count examples.
+      num_prefix_tokens: number of leading tokens that are always kept, such as a class token.
+      ordered: if True, kept tokens stay in their original order; otherwise their order is
+        random.
+      deterministic: if True, keep all tokens and return `x` unchanged.
 
     Returns:
-      An array of x's dtype with fewer tokens, and their indices in `x`: int32 of shape
-      ``x.shape[:axis] + (kept,)``, the prefix included.
+      An array of x's dtype with fewer tokens, and the indices of these tokens in `x`, int32 of
+      shape ``x.shape[:axis] + (kept,)``, prefix included.
 
     Raises:
-      TypeError: if the rate or flag is traced, or as for `dropout`.
-      ValueError: if the prefix leaves no tokens, or as for `dropout`.
+      TypeError: if the rate or flag is traced, or another argument has the wrong type.
+      ValueError: if the prefix leaves no tokens, the axis does not exist, the rate is outside
+        [0, 1], or the key is missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

@@ -36,41 +36,47 @@ def variational_dropout(
 ) -> jax.Array:
     """Multiplies by normal noise with mean 1 and a learned variance alpha.
 
-    ``y = x * (1 + sqrt(alpha) * z)`` with z standard normal, for activations or for weights. What
-    has a variance beyond ``exp(threshold)`` is all noise, and in evaluation 0. To be trained with
-    `variational_kl`. The backward pass stores the key and log_alpha, and x if log_alpha is
-    differentiated.
+    ``y = x * (1 + sqrt(alpha) * z)`` with z standard normal; for activations or for weights. An
+    element whose log-variance exceeds `threshold` is pure noise, and evaluation sets it to 0.
+    Train it together with `variational_kl`. The backward pass stores the key and `log_alpha`,
+    plus `x` if `log_alpha` is differentiated.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of any shape, of a real floating-point dtype.
-      log_alpha: logarithm of the variance, to be learned: a floating-point scalar, or an array
-        with as many axes as x, each of size 1 or of x's size. It is clipped to [-8, 8], outside of
-        which it has no gradient.
-      threshold: log_alpha above which evaluation sets to 0; None for never.
-      deterministic: whether to evaluate: ``where(log_alpha > threshold, 0, x)``; may be traced.
-      broadcast_dims: axes along which all elements share their noise.
-      start: as for `dropout`.
-      global_shape: as for `dropout`.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no noise is
+        drawn (``deterministic=True``).
+      x: array of any shape, with a real floating-point dtype.
+      log_alpha: logarithm of the variance, the parameter to learn; a floating-point scalar, or
+        an array with as many axes as `x`, each of size 1 or x's size. Clipped to [-8, 8],
+        outside of which its gradient is zero.
+      threshold: `log_alpha` above which evaluation returns 0; None for never.
+      deterministic: if True, evaluate: ``where(log_alpha > threshold, 0, x)``; a bool or a
+        (traced) boolean scalar.
+      broadcast_dims: axes along which the noise is shared.
+      start: index of x's first element within an array of `global_shape`, for code that sees
+        one part of it, as in `shard_map`.
+      global_shape: shape of the whole array; required with `start`.
 
     Returns:
-      An array of x's shape and dtype; in evaluation `x` itself if the threshold is None.
+      An array of x's shape and dtype; `x` itself in evaluation if `threshold` is None.
 
     Raises:
-      TypeError: if x or log_alpha is not a real floating-point array, or as for `dropout`.
-      ValueError: if log_alpha does not broadcast to x, or as for `dropout`.
+      TypeError: if `x` or `log_alpha` is not a real floating-point array, or another argument
+        has the wrong type.
+      ValueError: if `log_alpha` does not broadcast to `x`, the key is missing or a batch of
+        keys, an axis does not exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, jdropout
       >>> weight, log_alpha = jnp.ones((1, 3)), jnp.array([[-4.0, 0.0, 4.0]])
-      >>> print(variational_dropout(jax.random.key(0), weight, log_alpha).round(2))
+      >>> print(jdropout.variational_dropout(jax.random.key(0), weight, log_alpha).round(2))
       [[ 1.03  0.38 -1.03]]
-      >>> print(variational_dropout(None, weight, log_alpha, deterministic=True))
+      >>> print(jdropout.variational_dropout(None, weight, log_alpha, deterministic=True))
       [[1. 1. 0.]]
 
     References:
       Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick"
-      (NeurIPS 2015), section 3; Molchanov et al., as for `variational_dense`.
+      (NeurIPS 2015), section 3; Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies
+      deep neural networks" (ICML 2017), section 4.
     """
     _checks.check_real("x", x)
     limit = _check_threshold(threshold)
@@ -115,47 +121,51 @@ def variational_dense(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
 ) -> jax.Array:
-    """A dense layer whose weights have multiplicative normal noise with learned variances.
+    """Applies a dense layer whose weights carry multiplicative noise with learned variances.
 
-    Of weights ``w * (1 + sqrt(alpha) * z)``, independent for every example, the output is normal
-    with mean ``x @ w + bias`` and variance ``x**2 @ (alpha * w**2)``. That is what is drawn: one
-    number an output, instead of one a weight and example (the local reparameterisation). Where
-    alpha is large a weight is all noise, and it is pruned in evaluation.
+    With weights ``w * (1 + sqrt(alpha) * z)``, drawn independently for every example, the
+    output is normal with mean ``x @ w + bias`` and variance ``x**2 @ (alpha * w**2)``. The
+    layer samples this output directly, one number per output instead of one per weight and
+    example (the local reparameterisation). A weight with a large alpha is pure noise, and
+    evaluation prunes it.
 
     The variance is computed in float32 (float64 for 64-bit input). The backward pass stores the
-    arguments, as that of any dense layer, and the variances, an array of the output's shape, since
-    to make them again takes a product of matrices. The noise is not stored.
+    arguments, as any dense layer does, and the variances, an array of the output's shape,
+    because recomputing them takes a matrix product. The noise is not stored.
 
     Args:
-      key: a PRNG key, as for `dropout`.
-      x: array of shape (..., inputs), of a real floating-point dtype.
-      weight: array of shape (inputs, outputs), of x's dtype.
-      log_alpha: logarithm of the noise's variance, to be learned: a floating-point scalar, or an
-        array with axes of size 1 or of the weight's size; clipped to [-8, 8], outside of which it
-        has no gradient. Training is steadier with the additive variance as a parameter, see
-        `variational_log_alpha`.
-      bias: None, or an array of shape (outputs,), of x's dtype.
-      threshold: log_alpha above which evaluation sets a weight to 0; None for never.
-      deterministic: whether to evaluate, ``x @ where(log_alpha > threshold, 0, w) + bias``; may
-        be traced.
-      start: index of the output's first element in ``global_shape``, as for `dropout`.
-      global_shape: shape of the whole output.
+      key: PRNG key, typed or raw; use a new one for every call. May be None if no noise is
+        drawn (``deterministic=True``).
+      x: array of shape (..., inputs), with a real floating-point dtype.
+      weight: array of shape (inputs, outputs), with x's dtype.
+      log_alpha: logarithm of the noise's variance, the parameter to learn; a floating-point
+        scalar, or an array with axes of size 1 or the weight's size. Clipped to [-8, 8],
+        outside of which its gradient is zero. Training is steadier if the additive variance is
+        the parameter, see `variational_log_alpha`.
+      bias: array of shape (outputs,), with x's dtype; None for no bias.
+      threshold: `log_alpha` above which evaluation sets a weight to 0; None for never.
+      deterministic: if True, evaluate: ``x @ where(log_alpha > threshold, 0, w) + bias``; a
+        bool or a (traced) boolean scalar.
+      start: index of the output's first element within an output of `global_shape`, for code
+        that sees one part of it, as in `shard_map`.
+      global_shape: shape of the whole output; required with `start`.
 
     Returns:
-      An array of shape (..., outputs) and of x's dtype.
+      An array of shape (..., outputs), with x's dtype.
 
     Raises:
-      TypeError: if an array is not a real floating-point one, or if their dtypes differ.
-      ValueError: if the shapes do not fit, or as for `dropout`.
+      TypeError: if an array is not real floating-point, or their dtypes differ.
+      ValueError: if the shapes do not match, the key is missing or a batch of keys, or the part
+        at `start` does not fit into `global_shape`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, jdropout
       >>> x, weight = jnp.ones((2, 4)), jnp.ones((4, 3))
       >>> log_alpha = jnp.array([[-8.0], [-8.0], [-8.0], [4.0]])  # the last input is all noise
-      >>> y = variational_dense(jax.random.key(0), jnp.ones((10000, 4)), weight, log_alpha)
+      >>> y = jdropout.variational_dense(jax.random.key(0), jnp.ones((10000, 4)), weight, log_alpha)
       >>> print(f"{y.mean():.1f} {y.std():.1f}")  # exp(4 / 2) is 7.4
       4.0 7.4
-      >>> print(variational_dense(None, x, weight, log_alpha, deterministic=True)[0])
+      >>> print(jdropout.variational_dense(None, x, weight, log_alpha, deterministic=True)[0])
       [3. 3. 3.]
 
     References:
@@ -204,31 +214,33 @@ def _plus_deviate(draw: Draw, mean: jax.Array, variance: jax.Array) -> jax.Array
 
 
 def variational_log_alpha(weight: ArrayLike, log_variance: ArrayLike) -> jax.Array:
-    """The log_alpha of weights whose noise has this additive variance.
+    """Returns the ``log_alpha`` of weights whose noise has a given additive variance.
 
-    ``log_variance - log(weight**2 + 1e-16)``. With the weights and their log_variance as parameters
-    the gradient of a weight has little variance, however large alpha is.
+    ``log_variance - log(weight**2 + 1e-16)``. With weights and `log_variance` as the
+    parameters, the gradient with respect to a weight has a small variance, however large alpha
+    is.
 
     Args:
-      weight: array of any shape, of a real floating-point dtype.
-      log_variance: logarithm of the variance of a weight's noise, alpha * weight**2: a scalar, or
-        an array with axes of size 1 or of the weight's size. -10 to begin with.
+      weight: array of any shape, with a real floating-point dtype.
+      log_variance: logarithm of the variance of a weight's noise, ``alpha * weight**2``; a
+        scalar, or an array with axes of size 1 or the weight's size. Start at -10.
 
     Returns:
-      An array of weight's shape, in float32 or float64, for `variational_dense` and
+      An array of the weight's shape, in float32 or float64, for `variational_dense` and
       `variational_kl`.
 
     Raises:
       TypeError: if an argument is not a real floating-point array.
-      ValueError: if log_variance does not broadcast to the weight.
+      ValueError: if `log_variance` does not broadcast to the weight.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> print(variational_log_alpha(jnp.array([1.0, 0.1, 0.01]), -4.0).round(2))
+      >>> import jax.numpy as jnp, jdropout
+      >>> print(jdropout.variational_log_alpha(jnp.array([1.0, 0.1, 0.01]), -4.0).round(2))
       [-4.    0.61  5.21]
 
     References:
-      Molchanov, Ashukha and Vetrov, as for `variational_dense`, section 4.1.
+      Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
+      2017), section 4.1.
     """
     weight = _checks.check_floating_array("weight", weight)
     wide = wide_dtype(weight.dtype)
@@ -237,30 +249,31 @@ def variational_log_alpha(weight: ArrayLike, log_variance: ArrayLike) -> jax.Arr
 
 
 def variational_kl(log_alpha: ArrayLike) -> jax.Array:
-    """Divergence of each noisy weight from the log-uniform prior; sum it for the loss.
+    """Returns each noisy weight's divergence from the log-uniform prior; sum it for the loss.
 
-    ``k1 - k1 * sigmoid(k2 + k3 * log_alpha) + log(1 + 1 / alpha) / 2`` with k1 = 0.63576,
-    k2 = 1.8732 and k3 = 1.48695, an approximation that is right to 0.0095. It falls to 0 as alpha
-    grows, so that weights which the data do not need become all noise. Divide the sum by the number
-    of samples where the loss is a mean over them.
+    ``k1 - k1 * sigmoid(k2 + k3 * log_alpha) + log(1 + 1 / alpha) / 2`` with k1 = 0.63576, k2 =
+    1.8732 and k3 = 1.48695, an approximation with an error of at most 0.0095. It falls to 0 as
+    alpha grows, which turns weights that the data do not need into pure noise. Divide the sum
+    by the number of training examples if the loss is a mean over examples.
 
     Args:
-      log_alpha: logarithm of the noise's variance, a floating-point array of any shape; clipped
-        to [-8, 8], outside of which it has no gradient.
+      log_alpha: logarithm of the noise's variance, a floating-point array of any shape. Clipped
+        to [-8, 8], outside of which its gradient is zero.
 
     Returns:
       An array of the same shape, in float32 or float64, above 0.
 
     Raises:
-      TypeError: if log_alpha is not a real floating-point array.
+      TypeError: if `log_alpha` is not a real floating-point array.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> print([f"{kl:.3f}" for kl in variational_kl(jnp.array([-8.0, 0.0, 3.0]))])
+      >>> import jax.numpy as jnp, jdropout
+      >>> print([f"{kl:.3f}" for kl in jdropout.variational_kl(jnp.array([-8.0, 0.0, 3.0]))])
       ['4.636', '0.431', '0.025']
 
     References:
-      Molchanov, Ashukha and Vetrov, as for `variational_dense`, equation 14.
+      Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
+      2017), equation 14.
     """
     log_alpha = _checks.check_floating_array("log_alpha", log_alpha)
     clipped = _clipped(log_alpha.astype(wide_dtype(log_alpha.dtype)))

@@ -26,34 +26,40 @@ def zoneout(
     deterministic: Flag = False,
     precision: int | None = None,
 ) -> _Tree:
-    """Keeps units of a recurrent network's state as they were, at random.
+    """Keeps random units of a recurrent network's state at their old values.
 
-    ``y = m * new + (1 - m) * old`` with ``m ~ Bernoulli(1 - r)`` and ``r = effective_rate(rate)``:
-    a unit that is dropped misses the update. Evaluation takes the expectation
-    ``r * old + (1 - r) * new``, computed in float32 (float64 for 64-bit states) and rounded once.
-    The backward pass stores the key alone.
+    ``y = m * new + (1 - m) * old`` with ``m ~ Bernoulli(1 - r)`` and
+    ``r = effective_rate(rate)``: a dropped unit skips the update. Evaluation returns the
+    expectation ``r * old + (1 - r) * new``, computed in float32 (float64 for 64-bit states) and
+    rounded once. The backward pass stores only the key.
 
-    The mask of a single array is that of ``keep_mask(key, rate, shape)``. In a tree every array has
-    the key ``jdropout.keys.at_site(key, path)``; for an LSTM's pair (c, h) the paths are 0 and 1.
+    A single array has the mask ``keep_mask(key, rate, shape)``. In a tree each array gets its
+    own key, ``jdropout.keys.at_site(key, path)``; for an LSTM's pair (c, h) the paths are 0 and
+    1.
 
     Args:
-      key: a PRNG key, as for `dropout`; a new one for every time step, such as
-        ``at_site(key, t)``. May be None in evaluation as well.
-      old: the state before the step: an array of any shape, of a floating-point or complex dtype,
+      key: PRNG key, typed or raw; use a new one for every time step, such as
+        ``at_site(key, t)``. May be None if no mask is drawn (``deterministic=True``, or static
+        rates of 0 or 1).
+      old: state before the step; an array of any shape with a floating-point or complex dtype,
         or a tree of them.
-      new: the state after the step, of the same structure, shapes and dtypes.
-      rate: probability of keeping the old value, as for `dropout`; or a tree of rates of the
-        state's structure, as the paper has 0.5 for cells and 0.05 for hidden units. A static 0
-        gives `new` itself, and 1 `old` itself.
-      deterministic: whether to take the expectation; may be traced.
-      precision: bits of the rate, as for `dropout`.
+      new: state after the step, with the same structure, shapes and dtypes.
+      rate: probability of keeping the old value, in [0, 1]; a number, a (traced) floating-point
+        scalar, or a tree of them with the state's structure (the paper uses 0.5 for cells and
+        0.05 for hidden units). A static 0 returns `new` itself, a static 1 `old` itself.
+      deterministic: if True, return the expectation; a bool or a (traced) boolean scalar.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
       A state like `new`.
 
     Raises:
-      TypeError: as for `dropout`.
-      ValueError: if the states or rates do not fit, or as for `dropout`.
+      TypeError: if a state is not floating-point or complex, or another argument has the wrong
+        type, such as a boolean rate.
+      ValueError: if the states or rates do not match, the rate is not a scalar in [0, 1] (a
+        traced one outside gives NaN, and an error under ``checkify``), or the key is missing or
+        a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -65,8 +71,8 @@ def zoneout(
       Array([0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75], dtype=float32)
 
     References:
-      Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations" (ICLR
-      2017), section 3.2 and equations 5 to 7.
+      Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations"
+      (ICLR 2017), section 3.2 and equations 5 to 7.
     """
     flag = _checks.check_deterministic(deterministic)
     _check_states(old, new)

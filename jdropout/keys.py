@@ -1,15 +1,16 @@
 """Keys from (root key, step, microbatch, site): there is no random state to save or to lose.
 
-Read from the top: `site_key` is a `step_key` and then `at_site`. Every level is one block of the
-cipher under the words of the level above, at a counter that no other use of those words has:
+Read from the top: `site_key` is a `step_key` followed by `at_site`. Every level is one
+cipher block under the words of the level above, at a counter that these words do not use
+for anything else:
 
-- a step: the counter's highest bit is set;
-- a microbatch, or the index of a site: the upper half is a tag;
-- the name of a site: 64 bits of its SHA-256, whose upper half is no tag, and not 0, which is
-  where `jax.random.fold_in` and `split` have theirs. (That it is a step's, of a step below the
-  same words, has a chance of 2^-64.)
+- a step sets the counter's highest bit;
+- a microbatch, or the index of a site, has a tag as the upper half;
+- the name of a site gives 64 bits of its SHA-256, whose upper half is neither a tag nor 0,
+  which is where `jax.random.fold_in` and `split` have theirs. (It equals the counter of a
+  step below the same words with probability 2^-64.)
 
-The text of this law is in `docs/keys.md`; changing it is a new version.
+`docs/keys.md` states this law; changing it makes a new version.
 """
 
 import functools
@@ -35,29 +36,31 @@ _RESERVED = (0, MASK_TAG, _INDEX_TAG, _WORDS_TAG)
 
 
 def site_key(root: Key, *, step: Index, site: Site, microbatch: Index = 0) -> jax.Array:
-    """The key of one dropout in one step: a pure function of its arguments.
+    """Returns the key of one dropout site in one training step, a pure function of its arguments.
 
-    A training loop that takes its keys from here needs no random state. After a restart, step 1000
-    has the masks that it would have had. Sites at one step have the same key by chance alone, as
-    random 64-bit numbers do (any two of a million sites: 3e-8), and for keys of two words never
-    if they differ in nothing but an index at their end. Keys of different steps or roots meet by
-    chance alone as well, and so do these keys and what ``fold_in`` or ``split`` make of the root.
-    What they make of a key from here is no key of a site below it.
+    A training loop that gets its keys from here needs no random state: after a restart, step
+    1000 has the masks that it would have had anyway. Two sites of one step get the same key
+    only by chance, as random 64-bit numbers do (any two of a million sites: 3e-8), and for keys
+    of two words never if they differ only in a trailing index. Keys of different steps or roots
+    also coincide only by chance, and so do these keys and the results of ``fold_in`` or
+    ``split`` on the root. Applying ``fold_in`` or ``split`` to a key from here never gives the
+    key of a site below it.
 
     Args:
-      root: a PRNG key, typed (of any implementation) or raw; the same one for the whole training.
+      root: PRNG key, typed or raw; the same one for the whole training.
       step: number of the training step, an integer or a (traced) integer scalar, at least 0.
       site: which dropout it is: a name, an index (an integer or a (traced) integer scalar below
-        2**32, such as that of a layer in a scan), or a tuple of names and indices.
-      microbatch: number of the microbatch within the step, as for an index.
+        2**32, such as a layer's in a scan), or a tuple of names and indices.
+      microbatch: number of the microbatch within the step, an integer or a (traced) integer
+        scalar below 2**32.
 
     Returns:
       A key of root's kind.
 
     Raises:
-      TypeError: if an argument has a wrong type.
-      ValueError: if a number is negative or too large, the root is missing or a batch of keys, or
-        the site is an empty tuple.
+      TypeError: if an argument has the wrong type.
+      ValueError: if a number is negative or too large, the root is missing or a batch of keys,
+        or the site is an empty tuple.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -69,26 +72,31 @@ def site_key(root: Key, *, step: Index, site: Site, microbatch: Index = 0) -> ja
       Array(False, dtype=bool)
 
     References:
-      The key law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random numbers:
-      as easy as 1, 2, 3" (SC 2011), section 2, for keys and counters.
+      The key law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random
+      numbers: as easy as 1, 2, 3" (SC 2011), section 2, for keys and counters.
     """
     return at_site(step_key(root, step=step, microbatch=microbatch), site)
 
 
 def step_key(root: Key, *, step: Index, microbatch: Index = 0) -> jax.Array:
-    """The key that all sites of a step are below: the first half of `site_key`.
+    """Returns the key that all sites of a training step derive from: the first half of `site_key`.
+
+    ``at_site(step_key(root, step=step), site)`` equals
+    ``site_key(root, step=step, site=site)``.
 
     Args:
-      root: a PRNG key, as for `site_key`.
-      step: number of the training step, as for `site_key`.
-      microbatch: number of the microbatch, as for `site_key`.
+      root: PRNG key, typed or raw; the same one for the whole training.
+      step: number of the training step, an integer or a (traced) integer scalar, at least 0.
+      microbatch: number of the microbatch within the step, an integer or a (traced) integer
+        scalar below 2**32.
 
     Returns:
       A key of root's kind.
 
     Raises:
-      TypeError: as for `site_key`.
-      ValueError: as for `site_key`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if a number is negative or too large, or the root is missing or a batch of
+        keys.
 
     Example:
       >>> import jax
@@ -99,7 +107,8 @@ def step_key(root: Key, *, step: Index, microbatch: Index = 0) -> jax.Array:
       Array(True, dtype=bool)
 
     References:
-      As for `site_key`.
+      The key law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random
+      numbers: as easy as 1, 2, 3" (SC 2011), section 2, for keys and counters.
     """
     root = _checks.check_parent_key(root, "root")
     high, low = _check_count("step", step, bits=63)
@@ -108,20 +117,22 @@ def step_key(root: Key, *, step: Index, microbatch: Index = 0) -> jax.Array:
 
 
 def at_site(key: Key, site: Site) -> jax.Array:
-    """The key of a site below another key: the second half of `site_key`.
+    """Returns the key of a site below another key: the second half of `site_key`.
 
-    ``at_site(key, ("decoder", 3))`` is ``at_site(at_site(key, "decoder"), 3)``.
+    Paths compose: ``at_site(key, ("decoder", 3))`` is ``at_site(at_site(key, "decoder"), 3)``.
 
     Args:
-      key: a PRNG key: that of a step, or of a site that this one is a part of.
-      site: a name, an index, or a tuple of them, as for `site_key`.
+      key: PRNG key, typed or raw, of a step or of a site that contains this one.
+      site: which dropout it is: a name, an index (an integer or a (traced) integer scalar below
+        2**32, such as a layer's in a scan), or a tuple of names and indices.
 
     Returns:
       A key of the same kind.
 
     Raises:
-      TypeError: as for `site_key`.
-      ValueError: as for `site_key`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if an index is negative or too large, the key is missing or a batch of keys,
+        or the site is an empty tuple.
 
     Example:
       >>> import jax
@@ -132,7 +143,8 @@ def at_site(key: Key, site: Site) -> jax.Array:
       Array(False, dtype=bool)
 
     References:
-      As for `site_key`.
+      The key law, in the documentation; Salmon, Moraes, Dror and Shaw, "Parallel random
+      numbers: as easy as 1, 2, 3" (SC 2011), section 2, for keys and counters.
     """
     counters = tuple(
         _name_counter(part) if isinstance(part, str) else _index_counter("site", part)

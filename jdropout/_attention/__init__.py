@@ -95,56 +95,66 @@ def dot_product_attention(
     block_sizes: tuple[int, int] | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention with dropout on its probabilities, without an array of T x S elements.
+    """Computes attention with dropout on its probabilities, without ever storing a T x S array.
 
     ``softmax(scale * query @ key.T + bias)`` over the keys that are not masked, then dropout on
-    these probabilities, then the product with the values. The mask is
+    these probabilities, then the product with the values. The dropout mask is
     ``keep_mask(dropout_key, dropout_rate, (B, N, T, S))``, whatever the block sizes, sharding
-    and grouping of heads. It is made block by block, again in the backward pass, and never
-    stored. Names, shapes and behaviour are those of `jax.nn.dot_product_attention`, but for
-    queries that may attend to no key: theirs is an output of zeros.
+    and grouping of heads. It is made block by block, made again in the backward pass, and never
+    stored. Names, shapes and behaviour follow `jax.nn.dot_product_attention`, with one
+    exception: a query that may attend to no key gets an output of zeros.
 
-    Sizes: batch B, queries T, keys S, heads N, heads of key and value K (N is a multiple of K),
-    features H. All modes of differentiation work, of any order. Forward and backward pass need
-    memory for the inputs, the output, one number per query and head, and some blocks.
+    Sizes: batch B, queries T, keys S, query heads N, key and value heads K (N is a multiple of
+    K), features H. All modes of differentiation work, to any order. Forward and backward pass
+    need memory for the inputs, the output, one number per query and head, and a few blocks.
 
     Args:
       query: array of shape (B, T, N, H) or (T, N, H); float16, bfloat16, float32 or float64.
-      key: array of shape (B, S, K, H) or (S, K, H), of the same dtype.
-      value: array of shape (B, S, K, V) or (S, K, V), of the same dtype. V is H for most.
-      bias: added to the logits; floating-point, broadcastable to (B, N, T, S) or (N, T, S).
-      mask: booleans, True where a query may attend to a key; broadcastable likewise.
-      dropout_key: a PRNG key, as for `dropout`; may be None where no mask is drawn.
-      dropout_rate: probability of dropping, as for `dropout`.
-      deterministic: whether to leave dropout out; may be traced.
-      is_causal: whether queries attend to no later key.
-      scale: of the logits, a number or (traced) scalar; ``1 / sqrt(H)`` by default.
-      query_seq_lengths: int32 array of shape (B,): later queries have an output of zeros.
-      key_value_seq_lengths: int32 array of shape (B,): later keys are masked.
-      local_window_size: attend to this many keys before and after the own position; a pair for
-        two different numbers.
-      dropout_broadcast_dims: axes of (B, N, T, S), or (N, T, S), along which dropout's mask is
-        shared; ``(0, 1)`` is what Flax calls ``broadcast_dropout``.
-      dropout_precision: bits of the rate, as ``precision`` of `dropout`.
-      start: position (batch, head, query, key) of the first probability in an attention matrix
-        of ``global_shape``, of which this call computes a part, as in ``shard_map``; without
-        the batch if the query has none. The dropout mask, ``is_causal``, ``local_window_size``
-        and the lengths then refer to positions in the whole.
-      global_shape: shape (B, N, T, S), or (N, T, S), of the whole; needed with ``start``.
-      precision: of the products, as in `jax.numpy.einsum`.
-      block_sizes: numbers of queries and keys in a block; chosen by measurement by default.
-        Where the queries are sharded by the compiler, give the whole T for the first.
-      return_residual: whether to return also the log-sum-exp of the logits.
+      key: array of shape (B, S, K, H) or (S, K, H), with the same dtype.
+      value: array of shape (B, S, K, V) or (S, K, V), with the same dtype. V usually equals H.
+      bias: floating-point array added to the logits; broadcastable to (B, N, T, S) or (N, T,
+        S).
+      mask: boolean array, True where a query may attend to a key; broadcastable to (B, N, T, S)
+        or (N, T, S).
+      dropout_key: PRNG key, typed or raw; use a new one for every call. May be None if no
+        dropout mask is drawn (``deterministic=True``, or a static rate of 0 or 1).
+      dropout_rate: probability of dropping an attention probability, in [0, 1]; a number or a
+        (traced) floating-point scalar.
+      deterministic: if True, leave dropout out; a bool or a (traced) boolean scalar.
+      is_causal: if True, no query attends to a later key.
+      scale: factor of the logits, a number or a (traced) scalar; None for ``1 / sqrt(H)``.
+      query_seq_lengths: int32 array of shape (B,); queries beyond these lengths get an output
+        of zeros.
+      key_value_seq_lengths: int32 array of shape (B,); keys beyond these lengths are masked.
+      local_window_size: number of keys to attend to before and after a query's own position; a
+        pair for two different numbers, None for no limit.
+      dropout_broadcast_dims: axes of (B, N, T, S), or (N, T, S), along which the dropout mask
+        is shared; ``(0, 1)`` is what Flax calls ``broadcast_dropout``.
+      dropout_precision: bits of the dropout rate, 16 or 32; None uses 32 only where 16 bits
+        would miss a static rate by more than 0.1 %.
+      start: position (batch, head, query, key) of the first probability within an attention
+        matrix of `global_shape`, of which this call computes a part, as in `shard_map`; without
+        the batch if the query has none. The dropout mask, `is_causal`, `local_window_size` and
+        the lengths then refer to positions in the whole.
+      global_shape: shape (B, N, T, S), or (N, T, S), of the whole attention matrix; required
+        with `start`.
+      precision: precision of the matrix products, as in `jax.numpy.einsum`.
+      block_sizes: number of queries and keys in a block; None chooses them by measurement.
+        Where the compiler shards the queries, pass the whole T as the first.
+      return_residual: if True, also return the log-sum-exp of the logits.
 
     Returns:
-      The output, of shape (B, T, N, V) or (T, N, V) and the query's dtype. With
-      ``return_residual`` a pair of it and the log-sum-exp (before dropout), of shape (B, T, N)
-      or (T, N), float32 (float64 for float64): differentiable, and what is needed to merge
-      the results of several parts of the keys.
+      The output, of shape (B, T, N, V) or (T, N, V), in the query's dtype. With
+      `return_residual`, a pair of the output and the log-sum-exp (before dropout), of shape (B,
+      T, N) or (T, N), float32 (float64 for float64 inputs); it is differentiable, and it is
+      what you need to merge results over several parts of the keys.
 
     Raises:
-      TypeError: if an argument has a wrong type or dtype.
-      ValueError: if shapes do not fit, or as for `dropout`.
+      TypeError: if an argument has the wrong type or dtype.
+      ValueError: if shapes do not match, the dropout rate is not a scalar in [0, 1] (a traced
+        one outside gives NaN, and an error under ``checkify``), the dropout key is missing or a
+        batch of keys, an axis does not exist, or the part at `start` does not fit into
+        `global_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

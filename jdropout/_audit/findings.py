@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jdropout._audit.program import Program
-from jdropout._audit.report import FIXES, AuditedSite, Finding
+from jdropout._audit.report import FIXES, AuditedSite, AuditFinding
 from jdropout._audit.values import MeshAxis, Place, rows_equal
 
 _EVALUATION = {"eval", "evaluate", "evaluation", "infer", "inference", "predict", "prediction"}
@@ -15,17 +15,17 @@ _EVALUATION |= {"test", "valid", "validate", "validation"}
 _ON_PURPOSE = {"bayesian", "mc", "monte", "uncertainty", "train"}
 
 
-def find(name: str, program: Program, sites: Sequence[AuditedSite]) -> Iterator[Finding]:
+def find(name: str, program: Program, sites: Sequence[AuditedSite]) -> Iterator[AuditFinding]:
     yield from _find_reuse(program)
     complaints: dict[tuple[str, str], list[int]] = {}
     for i, (site, place) in enumerate(zip(sites, program.places, strict=True)):
         for complaint in _complaints(name, site, place, program):
             complaints.setdefault(complaint, []).append(i)
     for (code, message), members in complaints.items():
-        yield Finding(code, tuple(dict.fromkeys(members)), message, FIXES[code])
+        yield AuditFinding(code, tuple(dict.fromkeys(members)), message, FIXES[code])
 
 
-def _find_reuse(program: Program) -> Iterator[Finding]:
+def _find_reuse(program: Program) -> Iterator[AuditFinding]:
     """Compares the keys of all pairs of sites; each site is named once for each code."""
     groups: dict[Any, list[int]] = {}
     for i, place in enumerate(program.places):
@@ -35,7 +35,9 @@ def _find_reuse(program: Program) -> Iterator[Finding]:
     for number, members in groups.items():
         together = _alike(members, program.places)
         if together:
-            yield Finding("key-reused", together, "their keys are the same.", FIXES["key-reused"])
+            yield AuditFinding(
+                "key-reused", together, "their keys are the same.", FIXES["key-reused"]
+            )
         first = program.places[members[0]].key
         if first is not None and first.known is not None:
             words = np.asarray(first.known).tobytes()
@@ -46,7 +48,7 @@ def _find_reuse(program: Program) -> Iterator[Finding]:
             together = _alike(members, program.places)
             if not together:
                 continue
-            yield Finding(
+            yield AuditFinding(
                 "same-mask",
                 together,
                 "their keys were made in different ways, but have the same value.",

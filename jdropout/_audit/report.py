@@ -29,61 +29,117 @@ FIXES = {
 
 @dataclasses.dataclass(frozen=True)
 class AuditedSite:
-    """A dropout in the audited function."""
+    """A dropout site in the audited function.
+
+    Attributes:
+      path: path of the Flax module it belongs to, such as ``MLP/dropout1``; otherwise the
+        function that contains it.
+      location: file and line of the call.
+      kind: name of the function; ``mask`` for `keep_mask`, ``bernoulli`` for other libraries.
+      shape: shape of the array, or of the attention probabilities; under ``vmap``, of one
+        example.
+      rate: rate as passed; None if it is traced or there is none.
+      effective_rate: drop probability that the site really has; None if it is traced or there
+        is none.
+      deterministic: the flag; None if it is traced.
+      shared_axes: axes along which the mask is shared.
+      stored_bytes: number of bytes that differentiation stores for the backward pass.
+      key: name of the key; sites with the same name use the same key. Empty if no mask is
+        drawn.
+      key_sources: arguments that the key depends on.
+      loops: loops that contain the site, outermost first.
+      functions: functions that the site is called under, innermost first.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> def loss(key, x):
+      ...     return jdropout.dropout(key, x, 0.1).sum()
+      >>> (site,) = jdropout.audit(loss, jax.random.key(0), jnp.ones((8, 16))).sites
+      >>> site.kind, site.shape, site.rate, site.stored_bytes
+      ('dropout', (8, 16), 0.1, 8)
+
+    References:
+      The page "Audit" of the documentation.
+    """
 
     path: str
-    """Of the Flax module it belongs to, such as ``MLP/dropout1``; else the function it is in."""
     location: str
-    """File and line that call it."""
     kind: str
-    """The function's name, ``mask`` for `keep_mask`, or ``bernoulli`` for other libraries."""
     shape: tuple[int, ...]
-    """Of the array, or of the attention's probabilities; under ``vmap`` that of one example."""
     rate: float | None
-    """None if it is traced."""
     effective_rate: float | None
-    """The probability of dropping that it really has."""
     deterministic: bool | None
-    """None if it is traced."""
     shared_axes: tuple[int, ...]
-    """Axes along which all elements share their fate."""
     stored_bytes: int
-    """What differentiation stores of it for the backward pass."""
     key: str
-    """A name of the key: sites with one name have one key. Empty if no mask is drawn."""
     key_sources: tuple[str, ...]
-    """The arguments that the key depends on."""
     loops: tuple[str, ...]
-    """The loops it is in, outermost first."""
     functions: tuple[str, ...]
-    """The functions that it is called under, innermost first."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """Something wrong with one or more sites."""
+class AuditFinding:
+    """A problem with one or more dropout sites.
+
+    Attributes:
+      code: kind of problem, such as ``key-reused``; `audit` lists all of them.
+      sites: numbers of the sites in the report, from 0.
+      message: description of the problem.
+      fix: advice on how to solve it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> def loss(key, x):
+      ...     return jdropout.dropout(key, x, 0.0).sum()
+      >>> (finding,) = jdropout.audit(loss, jax.random.key(0), jnp.ones((8, 16))).findings
+      >>> finding.code, finding.sites
+      ('rate-zero', (0,))
+
+    References:
+      The page "Audit" of the documentation.
+    """
 
     code: str
     sites: tuple[int, ...]
-    """Their numbers in the report, from 0."""
     message: str
     fix: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """The result of `audit`; ``str`` of it is a table."""
+class AuditReport:
+    """Sites and findings of an `audit`; ``str(report)`` is a table.
+
+    Attributes:
+      name: name of the audited function.
+      sites: dropout sites, in the order in which they are numbered, as `AuditedSite`.
+      findings: problems that were found, as `AuditFinding`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdropout
+      >>> def loss(key, x):
+      ...     return jdropout.dropout(key, x, 0.1).sum()
+      >>> report = jdropout.audit(loss, jax.random.key(0), jnp.ones((8, 16)))
+      >>> report.assert_clean()
+      >>> sorted(report.to_dict())
+      ['findings', 'name', 'sites']
+
+    References:
+      The page "Audit" of the documentation.
+    """
 
     name: str
-    """Of the audited function."""
     sites: tuple[AuditedSite, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[AuditFinding, ...]
 
     def assert_clean(self, *, allow: Iterable[str] = ()) -> None:
-        """Raises an `AssertionError` with the whole table if anything was found.
+        """Raises an `AssertionError` with the whole table if the audit found anything.
 
         Args:
-          allow: codes of findings that are meant to be.
+          allow: codes of findings to accept, such as ``['shared-over-batch']``.
+
+        Raises:
+          AssertionError: if there is a finding whose code is not in `allow`.
+          ValueError: if `allow` holds something that is not a code of a finding.
         """
         if isinstance(allow, str):
             allow = (allow,)
@@ -94,7 +150,7 @@ class Report:
             raise AssertionError(str(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as dictionaries, lists, strings and numbers, for JSON."""
+        """Returns the report as dictionaries, sequences, strings and numbers, ready for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:

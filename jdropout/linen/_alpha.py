@@ -8,15 +8,18 @@ from jdropout.linen._dropout import Dropping
 
 
 class AlphaDropout(Dropping):
-    """`jdropout.alpha_dropout` as a module: dropout for SELU.
+    """Layer of `jdropout.alpha_dropout`: dropout for SELU.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      rate: probability of setting an element to the floor of SELU, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      broadcast_dims: axes along which all elements share their fate.
+      rate: probability of setting an element to SELU's floor, a number in [0, 1] or a (traced)
+        floating-point scalar.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      broadcast_dims: axes along which the mask is shared.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -28,7 +31,8 @@ class AlphaDropout(Dropping):
       0.00 1.00
 
     References:
-      As for `jdropout.alpha_dropout`.
+      Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
+      2017), section 3, "New dropout technique".
     """
 
     _applies = Applied(alpha_dropout, ("broadcast_dims",))
@@ -37,16 +41,20 @@ class AlphaDropout(Dropping):
 
 
 class FeatureAlphaDropout(Dropping):
-    """`jdropout.feature_alpha_dropout` as a module: `AlphaDropout` of whole channels.
+    """Layer of `jdropout.feature_alpha_dropout`: dropout of whole channels for SELU.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      rate: as for `AlphaDropout`.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      channel_axis: the axis of the channels, -1 by default.
-      batch_axes: axes along which decisions are independent as well, (0,) by default.
+      rate: probability of setting a channel to SELU's floor, a number in [0, 1] or a (traced)
+        floating-point scalar.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      channel_axis: axis of the channels, -1 by default; 1 for channels-first layouts.
+      batch_axes: axes along which masks are independent, (0,) by default; () drops the same
+        channels in every example.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -58,7 +66,8 @@ class FeatureAlphaDropout(Dropping):
               [ 1.67, -0.78, -0.78, -0.78]]], dtype=float32)
 
     References:
-      As for `jdropout.alpha_dropout`.
+      Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
+      2017), section 3, "New dropout technique".
     """
 
     _applies = Applied(feature_alpha_dropout, ("channel_axis", "batch_axes"))

@@ -32,37 +32,42 @@ def dot_product_attention(
 ) -> jax.Array:
     """`jdropout.dot_product_attention` with the signature of `flax.linen.dot_product_attention`.
 
-    To be used as ``attention_fn`` of `flax.linen.MultiHeadDotProductAttention`. Beware of
-    Flax's default ``broadcast_dropout=True``: all heads and all examples of a batch then share
-    one T x S mask. ``broadcast_dropout=False`` gives each its own, at the same cost here; it is
-    the default of `MultiHeadDotProductAttention` in this module.
+    Pass it as ``attention_fn`` to `flax.linen.MultiHeadDotProductAttention`. Beware of Flax's
+    default ``broadcast_dropout=True``: all heads and all examples of a batch then share one T x
+    S mask. ``broadcast_dropout=False`` gives each its own, at the same cost here; it is the
+    default of `MultiHeadDotProductAttention` in this module.
 
     Args:
       query: array of shape (batch..., T, N, H).
       key: array of shape (batch..., S, K, H).
       value: array of shape (batch..., S, K, V).
-      bias: added to the logits; broadcastable to (batch..., N, T, S).
-      mask: True, or not zero, where a query may attend to a key; broadcastable likewise. A
-        query that may attend to no key has an output of zeros; Flax's is a mean of values.
-      broadcast_dropout: whether to share dropout's mask over batch and heads.
-      dropout_rng: a PRNG key.
-      dropout_rate: probability of dropping.
-      deterministic: whether to leave dropout out; may be traced.
-      dtype: of the computation; inferred by default.
-      precision: of the products.
+      bias: array added to the logits; broadcastable to (batch..., N, T, S).
+      mask: True, or nonzero, where a query may attend to a key; broadcastable to (batch..., N,
+        T, S). A query that may attend to no key gets an output of zeros, where Flax returns a
+        mean of the values.
+      broadcast_dropout: if True, share the dropout mask over batch and heads.
+      dropout_rng: PRNG key, typed or raw; use a new one for every call. May be None if no mask
+        is drawn (``deterministic=True``, or a static rate of 0 or 1).
+      dropout_rate: probability of dropping an attention probability, in [0, 1]; a number or a
+        (traced) floating-point scalar.
+      deterministic: if True, leave dropout out; a bool or a (traced) boolean scalar.
+      dtype: dtype of the computation; None infers it. The softmax is computed in float32 at
+        least.
+      precision: precision of the matrix products, as in `jax.numpy.einsum`.
       module: must be None, since there are no weights to sow.
-      force_fp32_for_softmax: has no effect: the softmax always is in float32 at least.
-      einsum_dot_general: must be None, as must be the two other replacements of einsum.
-      qk_attn_weights_einsum: must be None.
-      attn_weights_value_einsum: must be None.
+      force_fp32_for_softmax: has no effect; the softmax is always computed in float32 at least.
+      einsum_dot_general: must be None; the products are computed block by block.
+      qk_attn_weights_einsum: must be None; the products are computed block by block.
+      attn_weights_value_einsum: must be None; the products are computed block by block.
 
     Returns:
       An array of shape (batch..., T, N, V).
 
     Raises:
-      TypeError: as for `jdropout.dot_product_attention`.
-      ValueError: as for `jdropout.dot_product_attention`, or if an argument that must be None
-        is not.
+      TypeError: if an argument has the wrong type or dtype.
+      ValueError: if shapes do not match, an argument that must be None is given, the rate is
+        not a scalar in [0, 1] (a traced one outside gives NaN, and an error under
+        ``checkify``), or the key is missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,7 +82,9 @@ def dot_product_attention(
       (2, 8, 16)
 
     References:
-      As for `jdropout.dot_product_attention`.
+      Vaswani et al., "Attention is all you need" (2017), section 5.4, for the dropout; Milakov
+      and Gimelshein, "Online normalizer calculation for softmax" (2018), and Dao, Fu, Ermon,
+      Rudra and Ré, "FlashAttention" (2022), section 3.1, for the blocks.
     """
     replacements = {
         "einsum_dot_general": einsum_dot_general,
@@ -107,13 +114,14 @@ def dot_product_attention(
 
 
 class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
-    """`flax.linen.MultiHeadDotProductAttention` in blocks, a mask for every example and head.
+    """`flax.linen.MultiHeadDotProductAttention` in blocks, with a mask per example and head.
 
-    Attributes and call are Flax's own, with two other defaults.
+    Attributes and call are Flax's own, with two different defaults.
 
     Attributes:
-      broadcast_dropout: whether to share dropout's mask over batch and heads; False by default.
-      attention_fn: `dot_product_attention` of this module by default.
+      broadcast_dropout: if True, share the dropout mask over batch and heads; False by default.
+      attention_fn: function that computes the attention, this module's `dot_product_attention`
+        by default.
 
     Example:
       >>> import jax, jax.numpy as jnp

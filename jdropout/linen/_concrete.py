@@ -14,17 +14,19 @@ from jdropout.linen._dropout import Layer
 
 
 class ConcreteDropout(Layer, linen.Module):
-    """Dropout whose rate is learned: `jdropout.concrete_dropout` with its logit as a parameter.
+    """Layer of `jdropout.concrete_dropout`: learns its rate, whose logit is a parameter.
 
-    Random streams and flags are those of `Dropout`. Add `regularizer` to the loss.
+    Add `regularizer` to the loss. Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      initial_rate: probability of dropping to begin with, a number between 0 and 1; 0.1 by default.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      temperature: of the relaxation, 0.1 by default; 2 / 3 for whole channels.
-      broadcast_dims: axes along which all elements share their noise.
-      param_dtype: of the logit, float32 by default.
+      initial_rate: initial drop probability, a number between 0 and 1; 0.1 by default.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      temperature: temperature of the relaxation, 0.1 by default; use 2 / 3 for whole channels.
+      broadcast_dims: axes along which the noise is shared.
+      param_dtype: dtype of the logit, float32 by default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -44,7 +46,8 @@ class ConcreteDropout(Layer, linen.Module):
       -2.197
 
     References:
-      As for `jdropout.concrete_dropout`.
+      Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), section 3 and equation 5;
+      Maddison, Mnih and Teh, "The concrete distribution" (ICLR 2017), for the relaxation.
     """
 
     initial_rate: float = 0.1
@@ -55,7 +58,7 @@ class ConcreteDropout(Layer, linen.Module):
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        """Makes the parameter."""
+        """Creates the parameter."""
         self.logit = self.param(
             "logit", lambda _: initial_logit(self.initial_rate, self.param_dtype)
         )
@@ -63,19 +66,20 @@ class ConcreteDropout(Layer, linen.Module):
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
     ) -> jax.Array:
-        """Drops, softly, and scales; the identity if deterministic.
+        """Drops softly and scales `inputs`; returns them unchanged if deterministic.
 
         Args:
-          inputs: array of any shape, of a real floating-point dtype.
-          deterministic: as for `Dropout`.
-          rng: as for `Dropout`.
+          inputs: array of any shape, with a real floating-point dtype.
+          deterministic: if True, return the input unchanged; a bool or a (traced) boolean
+            scalar. Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
           An array of the same shape and dtype.
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if the flag was set both here and in the constructor, or in neither.
+          TypeError: if the input is not a real floating-point array.
         """
         flag, key = self._resolve(deterministic, rng)
         return concrete_dropout(
@@ -95,20 +99,24 @@ class ConcreteDropout(Layer, linen.Module):
         weight_regularizer: float | jax.Array = 1e-6,
         dropout_regularizer: float | jax.Array = 1e-5,
     ) -> jax.Array:
-        """What is added to the loss: `jdropout.concrete_regularizer` of the logit.
+        """Returns the term to add to the loss: `jdropout.concrete_regularizer` of the logit.
 
         Args:
-          weight_sum_of_squares: sum of the squares of the weights that follow.
-          num_inputs: number of features that are dropped.
-          weight_regularizer: as for the function.
-          dropout_regularizer: as for the function.
+          weight_sum_of_squares: sum of the squares of the weights that the dropped inputs feed
+            into.
+          num_inputs: number of features that are dropped, at least 1.
+          weight_regularizer: weight of the term that favours a low rate, at least 0;
+            ``l**2 / N`` for N training examples and a prior of length scale l, see
+            `jdropout.concrete_regularizer`.
+          dropout_regularizer: weight of the term that favours a high rate, at least 0;
+            ``2 / N`` for N training examples, see `jdropout.concrete_regularizer`.
 
         Returns:
           A scalar.
 
         Raises:
-          TypeError: as for the function.
-          ValueError: as for the function.
+          TypeError: if an argument is not a floating-point array or a number.
+          ValueError: if a regularizer is negative, or `num_inputs` is below 1.
         """
         return concrete_regularizer(
             self.logit,

@@ -9,20 +9,25 @@ from jdropout.linen._dropout import Dropping
 
 
 class DropBlock(Dropping, kw_only=True):
-    """`jdropout.drop_block` as a module: drops contiguous blocks of a feature map.
+    """Layer of `jdropout.drop_block`: drops contiguous blocks of a feature map.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      rate: expected fraction of elements to drop, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      block_size: of a block, in elements: one number, or one for each spatial axis. By keyword,
-        as are the further attributes.
-      spatial_axes: the axes of the map, (1, 2) by default.
-      channel_axis: the axis of the channels, -1 by default.
-      shared_channels: whether all channels of an example have the same blocks; True by default.
-      scale: ``'expected'``, the default, or ``'realised'``, as for the function.
+      rate: expected fraction of elements to drop, a number in [0, 1] or a (traced)
+        floating-point scalar.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      block_size: size of a block in elements; one number for all spatial axes, or one for each.
+        Pass this and the following attributes by keyword.
+      spatial_axes: axes of the map, (1, 2) by default; ``(1,)`` for a sequence, ``(1, 2, 3)``
+        for a volume.
+      channel_axis: axis of the channels, -1 by default.
+      shared_channels: if True, the default, all channels of an example get the same blocks.
+      scale: ``'expected'``, the default, multiplies kept elements by ``1 / (1 - rate)``;
+        ``'realised'`` by the ratio of all elements to those that this particular mask keeps.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -36,7 +41,8 @@ class DropBlock(Dropping, kw_only=True):
              [1, 1, 1, 1, 1, 1, 0, 0]], dtype=int32)
 
     References:
-      As for `jdropout.drop_block`.
+      Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks"
+      (NeurIPS 2018), section 3 and equation 1.
     """
 
     _applies = Applied(

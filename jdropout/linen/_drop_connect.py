@@ -15,23 +15,25 @@ from jdropout.linen._dropout import RateLayer
 
 
 class DropConnect(RateLayer, linen.Module):
-    """Any module with weights that are dropped in training.
+    """Wraps any module so that its weights are dropped in training.
 
-    In training the module is applied with the parameters that `jdropout.drop_connect_tree` makes
-    of its own, in evaluation and initialisation as it is. Around a `linen.RNN` it is WeightDrop:
-    one mask serves all time steps. The other collections of the module are its own.
+    In training the module is applied with the parameters that `jdropout.drop_connect_tree`
+    makes from its own, in evaluation and initialisation as it is. Around a `linen.RNN` this is
+    WeightDrop: one mask serves all time steps. The module's other collections are its own.
 
-    The call has the arguments of the module, and ``deterministic`` and ``rng`` by keyword, which
-    the module does not see.
+    A call takes the arguments of the module, plus ``deterministic`` and ``rng`` by keyword,
+    which are not passed to the module.
 
     Attributes:
-      module: the module to call.
-      rate: probability of dropping a weight, a number in [0, 1].
-      select: which parameters to drop, by the paths that they have in the module: a function of
-        the path, or the last names of paths; ``("kernel",)`` by default. For the recurrent weights
-        alone of an LSTM it is ``[f"h{gate}/kernel" for gate in "ifgo"]``.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
+      module: module to call.
+      rate: probability of dropping a weight, a number in [0, 1] or a (traced) floating-point
+        scalar.
+      select: which parameters to drop, by their paths in the module: a function of the path, or
+        the trailing names of paths; ``("kernel",)`` by default. For only the recurrent weights
+        of an LSTM use ``[f"h{gate}/kernel" for gate in "ifgo"]``.
+      deterministic: if True, call the module as it is. Set it here or in the call, not in both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,7 +52,9 @@ class DropConnect(RateLayer, linen.Module):
       (2, 10, 8)
 
     References:
-      As for `jdropout.drop_connect` and `jdropout.drop_connect_tree`.
+      Wan, Zeiler, Zhang, LeCun and Fergus, "Regularization of neural networks using
+      DropConnect" (ICML 2013), section 3; Merity, Keskar and Socher, "Regularizing and
+      optimizing LSTM language models" (ICLR 2018), section 2, "Weight-dropped LSTM".
     """
 
     rng_position = None
@@ -72,16 +76,19 @@ class DropConnect(RateLayer, linen.Module):
 
         Args:
           *args: positional arguments of the module.
-          deterministic: as for `Dropout`; the module does not see it.
-          rng: as for `Dropout`; the module does not see it.
+          deterministic: if True, call the module as it is; a bool or a (traced) boolean scalar.
+            Set it here or in the constructor, not in both. Not passed to the module.
+          rng: PRNG key to use instead of one from the stream. Not passed to the module.
           **kwargs: further keyword arguments of the module.
 
         Returns:
-          What the module returns.
+          The result of the module.
 
         Raises:
-          ValueError: if nothing is selected, or as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if nothing is selected, the flag was set both here and in the constructor
+            or in neither, or the rate is outside [0, 1].
+          TypeError: if the rate is not a number, or a selected parameter is not a
+            floating-point array.
         """
         if self.is_initializing():
             return self.module(*args, **kwargs)

@@ -56,16 +56,18 @@ class RateLayer(FunctionLayer, Layer):
 
 
 class Dropout(RateLayer, linen.Dropout):
-    """`flax.linen.Dropout` with the mask law of this library.
+    """Drop-in replacement for `flax.linen.Dropout` that uses this library's mask law.
 
     Attributes, call and random streams are Flax's own (it is a subclass): to migrate, change
     the import. Every call that draws a mask takes one key from the stream.
 
     Attributes:
-      rate: probability of dropping, a number in [0, 1].
-      broadcast_dims: axes along which all elements share their fate.
-      deterministic: whether to return the input as it is; given here or in the call.
-      rng_collection: name of the stream that keys are taken from, ``'dropout'`` by default.
+      rate: probability of dropping, a number in [0, 1] or a (traced) floating-point scalar.
+      broadcast_dims: axes along which the mask is shared.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -85,20 +87,21 @@ class Dropout(RateLayer, linen.Dropout):
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
     ) -> Any:
-        """Drops and scales; the identity if deterministic.
+        """Drops and scales `inputs`; returns them unchanged if deterministic.
 
         Args:
-          inputs: array of any shape, of a floating-point or complex dtype.
-          deterministic: whether to return the input as it is; may be traced.
-          rng: a key to use instead of one from the stream.
+          inputs: array of any shape, with a floating-point or complex dtype.
+          deterministic: if True, return the input unchanged; a bool or a (traced) boolean
+            scalar. Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
           An array of the same shape and dtype.
 
         Raises:
-          ValueError: if the flag was given both or neither here and in the constructor, or the
+          ValueError: if the flag was set both here and in the constructor or in neither, or the
             rate is outside [0, 1].
-          TypeError: if the rate is not a number, or the input's dtype an integer.
+          TypeError: if the rate is not a number, or the input has an integer dtype.
         """
         flag, key = self._resolve(deterministic, rng)
         return self._drop(key, inputs, flag)
@@ -115,19 +118,21 @@ class Dropping(RateLayer, linen.Module):
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
     ) -> Any:
-        """Drops in training; the identity if deterministic.
+        """Applies this layer's function to `inputs`; returns them unchanged if deterministic.
 
         Args:
-          inputs: an array, as for the function of this layer.
-          deterministic: as for `Dropout`.
-          rng: as for `Dropout`.
+          inputs: array that the function of this layer accepts.
+          deterministic: if True, return the input unchanged; a bool or a (traced) boolean
+            scalar. Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
-          What the function returns.
+          The result of the function.
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if the flag was set both here and in the constructor or in neither, or the
+            rate is outside [0, 1].
+          TypeError: if the rate is not a number, or the input has the wrong dtype.
         """
         flag, key = self._resolve(deterministic, rng)
         return self._drop(key, inputs, flag)

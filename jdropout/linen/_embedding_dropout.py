@@ -13,17 +13,19 @@ from jdropout.linen._dropout import RateLayer
 
 
 class EmbeddingDropout(RateLayer, linen.Module):
-    """An embedding whose words are dropped in training, wherever they occur.
+    """Wraps an embedding so that words are dropped in training, wherever they occur.
 
-    Looks up in, and attends to, the table that `jdropout.embedding_dropout` makes of the
-    embedding's own. Every call of either method takes a key: for one mask in both pass them one
-    key as ``rng``.
+    `__call__` and `attend` use the table that `jdropout.embedding_dropout` makes from the
+    embedding's own. Every call of either method takes a key: to use one mask in both, pass the
+    same key to both as `rng`.
 
     Attributes:
-      embed: a `linen.Embed`.
-      rate: probability of dropping a word, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
+      embed: embedding to wrap, a `linen.Embed`.
+      rate: probability of dropping a word, a number in [0, 1] or a (traced) floating-point
+        scalar.
+      deterministic: if True, use the table as it is. Set it here or in the call, not in both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,7 +40,8 @@ class EmbeddingDropout(RateLayer, linen.Module):
              [2., 0., 2.]], dtype=float32)
 
     References:
-      As for `jdropout.embedding_dropout`.
+      Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+      networks" (NeurIPS 2016), section 4.2; Merity et al. (ICLR 2018), section 4.3.
     """
 
     drawing_methods = ("__call__", "attend")
@@ -51,38 +54,42 @@ class EmbeddingDropout(RateLayer, linen.Module):
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
     ) -> jax.Array:
-        """Looks tokens up.
+        """Looks up tokens, in training in a table with dropped words.
 
         Args:
-          inputs: array of integers of any shape.
-          deterministic: as for `Dropout`.
-          rng: as for `Dropout`.
+          inputs: integer array of any shape.
+          deterministic: if True, use the table as it is; a bool or a (traced) boolean scalar.
+            Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
           An array of shape (*inputs.shape, features).
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if the flag was set both here and in the constructor or in neither, or the
+            rate is outside [0, 1].
+          TypeError: if the rate is not a number.
         """
         return self._dropped(lambda embed: embed(inputs), deterministic, rng)
 
     def attend(
         self, query: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
     ) -> jax.Array:
-        """Products of queries with all words; those with dropped ones are 0.
+        """Multiplies queries with all words; products with dropped words are 0.
 
         Args:
           query: array of shape (..., features).
-          deterministic: as for `Dropout`.
-          rng: as for `Dropout`.
+          deterministic: if True, use the table as it is; a bool or a (traced) boolean scalar.
+            Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
           An array of shape (..., vocabulary).
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if the flag was set both here and in the constructor or in neither, or the
+            rate is outside [0, 1].
+          TypeError: if the rate is not a number.
         """
         return self._dropped(lambda embed: embed.attend(query), deterministic, rng)
 

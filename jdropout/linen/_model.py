@@ -19,32 +19,36 @@ def with_site_keys(
     microbatch: Index = 0,
     rng_collection: str = "dropout",
 ) -> Callable[..., Any]:
-    """Lets every dropout of a model take its key from its path and the training step.
+    """Makes every dropout of a model take its key from its path and the training step.
 
-    The masks are then a function of (root, step, microbatch, path): no random state has to be
-    saved, and training resumes exactly. The n-th call in the step, from 0, of a
-    `flax.linen.Dropout` or an attention layer, Flax's or ours, gets the key
-    ``at_site(site_key(root, step=step, site=path, microbatch=microbatch), n)``, where the path is a
-    tuple of names such as ``("Block_0", "Dropout_0")``. The path is hashed to 64 bits a name,
-    where Flax hashes all of it to 32. Lifted transforms such as ``linen.scan`` split the stream as
-    told by ``split_rngs``, and the path is below that; ``linen.jit`` folds the path of its module
-    into the stream, and the path begins there. The count is Flax's own: ``linen.scan`` traces its
-    body twice, so that what is called once in it has n = 1, and ``linen.jit`` takes one number of
-    its module. Other modules that draw from the stream find the key of the step in it.
+    The masks are then a function of (root, step, microbatch, path), so no random state has to
+    be saved and training resumes exactly. The n-th call in the step, counted from 0, of a
+    `flax.linen.Dropout` or an attention layer, Flax's or this library's, gets the key
+    ``at_site(site_key(root, step=step, site=path, microbatch=microbatch), n)``, where the path
+    is a tuple of names such as ``("Block_0", "Dropout_0")``. Each name of the path is hashed to
+    64 bits, where Flax hashes the whole path to 32.
+
+    Lifted transforms such as ``linen.scan`` split the stream as `split_rngs` tells them to, and
+    the path is below that; ``linen.jit`` folds the path of its module into the stream, and the
+    path starts there. The count is Flax's own: ``linen.scan`` traces its body twice, so
+    anything called once in it has n = 1, and ``linen.jit`` uses up one number of its module.
+    Other modules that draw from the stream find the key of the step in it.
 
     Args:
-      apply: a function with the argument ``rngs``, such as the ``apply`` of a model.
-      root: a PRNG key, the same one for the whole training.
-      step: number of the training step, an integer or a (traced) integer scalar.
-      microbatch: number of the microbatch within the step.
-      rng_collection: name of the stream.
+      apply: function with the argument ``rngs``, such as a model's ``apply``.
+      root: PRNG key, typed or raw; the same one for the whole training.
+      step: number of the training step, an integer or a (traced) integer scalar, at least 0.
+      microbatch: number of the microbatch within the step, an integer or a (traced) integer
+        scalar below 2**32.
+      rng_collection: name of the random stream.
 
     Returns:
-      A function with the arguments of ``apply``; ``rngs`` may hold further streams.
+      A function with the arguments of ``apply``; its ``rngs`` may hold further streams.
 
     Raises:
-      TypeError: as for `jdropout.keys.site_key`.
-      ValueError: if ``rngs`` has a key for the stream, or as for `jdropout.keys.site_key`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if ``rngs`` has a key for the stream, a number is negative or too large, or
+        the root is missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -29,38 +29,49 @@ def mc_predict(
     apply: Callable[[Any, Any], Any] | None = None,
     rng_collection: str = "dropout",
 ) -> MCPrediction:
-    """Mean and variance of a model's prediction over the masks of its dropout.
+    """Computes mean and variance of a model's prediction over the masks of its dropout.
 
-    Every layer that drops draws its masks, whatever flag or key the model passes to it:
-    `flax.linen.Dropout`, the layers of this library and attention of either. All else is as the
-    model's arguments say: ask for evaluation by `apply`, as in
-    ``apply=lambda model, x: model(x, train=False)``, and a `BatchNorm` uses its running averages.
-    No variable can change: a model that updates some is an error.
+    Every layer that drops draws its masks, `flax.linen.Dropout`, this library's layers and
+    attention of either, whatever flag or key the model passes to it. Everything else follows
+    the model's arguments: to evaluate, pass `apply`, as in
+    ``apply=lambda model, x: model(x, train=False)``, and a `BatchNorm` uses its running
+    averages. No variable can change: a model that updates one raises an error.
 
-    It is compiled once for each model, whatever the variables and the number of samples are.
+    It is compiled once for each model, whatever the variables and the number of samples.
 
     Args:
-      model: a linen module.
-      variables: its variables, as for ``model.apply``.
-      x: its input, an array or a tree of arrays with the examples on the leading axis.
-      key: a PRNG key, as for `jdropout.dropout`. Sample i has the stream
+      model: linen module.
+      variables: variables of the model, as for ``model.apply``.
+      x: input of the model, an array or a tree of arrays with the examples on the leading axis.
+      key: PRNG key, typed or raw; use a new one for every call. Sample i gets the stream
         ``jdropout.keys.at_site(key, i)``.
-      num_samples: as for `jdropout.mc_predict`.
-      batch_size: as for `jdropout.mc_predict`.
-      consistent: as for `jdropout.mc_predict`; whether all examples share a sample's masks.
-      return_samples: as for `jdropout.mc_predict`.
-      progress: as for `jdropout.mc_predict`.
-      apply: a function of the bound model and of `x` that calls the model, ``model(x)`` by default.
-        It may also go on with the result, as by `jax.nn.softmax`. Pass the same function every
-        time.
-      rng_collection: name of the stream that the layers take their keys from.
+      num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
+        is not checked, unless the samples are returned.
+      batch_size: number of samples to compute together; None for 8. With 1 there is no
+        `jax.vmap`, so layers that `layer_drop` skips are not computed.
+      consistent: if True, all examples share a sample's masks: the model sees one example at a
+        time, on a leading axis of size 1. If False, it sees the whole batch, and each example
+        has its own masks.
+      return_samples: if True, also return all samples. Memory then grows with their number, and
+        changing it recompiles.
+      progress: function of the number of finished samples and the total, called after each
+        batch; each batch is then a call of its own.
+      apply: function of the bound model and `x` that calls the model, ``model(x)`` by default.
+        It may also process the result, for example by `jax.nn.softmax`. Pass the same function
+        every time.
+      rng_collection: name of the random stream that the layers take their keys from.
 
     Returns:
-      As for `jdropout.mc_predict`.
+      An `MCPrediction`: mean and variance over the samples, their number, and the samples if
+      requested.
 
     Raises:
-      TypeError: if the model is no linen module, or as for `jdropout.mc_predict`.
-      ValueError: if no layer drops when the model is called, or as for `jdropout.mc_predict`.
+      TypeError: if the model is not a linen module or returns integers, or a number is not an
+        integer.
+      ValueError: if no layer drops when the model is called, a number is too small, the key is
+        missing or a batch of keys, `return_samples` is combined with a traced `num_samples` or
+        with `progress`, `progress` is used under `jax.jit`, or ``consistent=True`` and there is
+        no axis of examples.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,7 +88,10 @@ def mc_predict(
       ((3, 2), (3, 2))
 
     References:
-      As for `jdropout.mc_predict`.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), section 4; Chan, Golub and LeVeque, "Algorithms for
+      computing the sample variance" (The American Statistician, 1983), for the update of the
+      moments.
     """
     check_model(model, linen.Module)
     return _monte_carlo.mc_predict(

@@ -14,15 +14,17 @@ from jdropout.linen._dropout import Dropping, Layer
 
 
 class GaussianDropout(Dropping):
-    """`jdropout.gaussian_dropout` as a module: multiplies by normal noise.
+    """Layer of `jdropout.gaussian_dropout`: multiplies by normal noise.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      rate: that of the dropout whose variance the noise has, a number in [0, 1).
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      broadcast_dims: axes along which all elements share their noise.
+      rate: rate of the dropout with this variance, a number in [0, 1).
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      broadcast_dims: axes along which the noise is shared.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -33,7 +35,8 @@ class GaussianDropout(Dropping):
       1.00 0.50
 
     References:
-      As for `jdropout.gaussian_dropout`.
+      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+      JMLR 15 (2014), section 10.
     """
 
     _applies = Applied(gaussian_dropout, ("broadcast_dims",))
@@ -50,15 +53,17 @@ class GaussianDropout(Dropping):
 
 
 class GaussianNoise(FunctionLayer, Layer, linen.Module):
-    """`jdropout.gaussian_noise` as a module: adds normal noise.
+    """Layer of `jdropout.gaussian_noise`: adds normal noise.
 
-    Random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      stddev: standard deviation of the noise, a number of at least 0.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      broadcast_dims: axes along which all elements share their noise.
+      stddev: standard deviation of the noise, in units of the input; a number of at least 0.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      broadcast_dims: axes along which the noise is shared.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -69,7 +74,8 @@ class GaussianNoise(FunctionLayer, Layer, linen.Module):
       1.00 0.50
 
     References:
-      As for `jdropout.gaussian_noise`.
+      Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
+      7 (1995), section 2.
     """
 
     _applies = Applied(gaussian_noise, ("broadcast_dims",), amount="stddev")
@@ -83,19 +89,22 @@ class GaussianNoise(FunctionLayer, Layer, linen.Module):
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
     ) -> Any:
-        """Adds noise; the identity if deterministic.
+        """Adds noise to `inputs`; returns them unchanged if deterministic.
 
         Args:
-          inputs: array of any shape, of a real floating-point dtype.
-          deterministic: as for `Dropout`.
-          rng: as for `Dropout`.
+          inputs: array of any shape, with a real floating-point dtype.
+          deterministic: if True, return the input unchanged; a bool or a (traced) boolean
+            scalar. Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
           An array of the same shape and dtype.
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if the flag was set both here and in the constructor or in neither, or the
+            standard deviation is negative.
+          TypeError: if the standard deviation is not a number, or the input is not real
+            floating-point.
         """
         flag, key = self._resolve(deterministic, rng)
         return self._drop(key, inputs, flag)

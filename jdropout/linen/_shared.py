@@ -9,16 +9,20 @@ from jdropout.linen._dropout import Dropping
 
 
 class SpatialDropout(Dropping):
-    """`jdropout.spatial_dropout` as a module: drops whole channels of feature maps.
+    """Layer of `jdropout.spatial_dropout`: drops whole channels of feature maps.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      rate: probability of dropping a channel, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      channel_axis: the axis of the channels, -1 by default; 1 for channels first.
-      batch_axes: axes along which decisions are independent as well, (0,) by default.
+      rate: probability of dropping a channel, a number in [0, 1] or a (traced) floating-point
+        scalar.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      channel_axis: axis of the channels, -1 by default; 1 for channels-first layouts.
+      batch_axes: axes along which masks are independent, (0,) by default; () drops the same
+        channels in every example.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -29,7 +33,8 @@ class SpatialDropout(Dropping):
               [2., 0., 0., 0., 0., 2., 2., 2.]]], dtype=float32)
 
     References:
-      As for `jdropout.spatial_dropout`.
+      Tompson, Goroshin, Jain, LeCun and Bregler, "Efficient object localization using
+      convolutional networks" (CVPR 2015), section 3.2.
     """
 
     _applies = Applied(spatial_dropout, ("channel_axis", "batch_axes"))
@@ -39,15 +44,17 @@ class SpatialDropout(Dropping):
 
 
 class LockedDropout(Dropping):
-    """`jdropout.locked_dropout` as a module: drops the same units at every time step.
+    """Layer of `jdropout.locked_dropout`: drops the same units at every time step.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      rate: probability of dropping, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      time_axis: the axis of time, 1 by default.
+      rate: probability of dropping, a number in [0, 1] or a (traced) floating-point scalar.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      time_axis: axis of the time steps, along which the mask is shared; 1 by default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -58,7 +65,9 @@ class LockedDropout(Dropping):
               [2., 0., 0., 0., 0., 2., 2., 2.]]], dtype=float32)
 
     References:
-      As for `jdropout.locked_dropout`.
+      Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+      networks" (NeurIPS 2016), section 4; Merity, Keskar and Socher, "Regularizing and
+      optimizing LSTM language models" (ICLR 2018), section 4.2.
     """
 
     _applies = Applied(locked_dropout, ("time_axis",))
@@ -67,17 +76,20 @@ class LockedDropout(Dropping):
 
 
 class DropPath(Dropping):
-    """`jdropout.drop_path` as a module: stochastic depth.
+    """Layer of `jdropout.drop_path`: stochastic depth, used as ``x + drop_path(branch(x))``.
 
-    ``x + drop_path(branch(x))``. Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Attributes:
-      rate: probability of dropping the branch, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      mode: ``'row'``, the default, decides for each example, ``'batch'`` once for all.
-      scale_by_keep: whether to scale what is kept by ``1 / (1 - rate)``; True by default.
-      batch_axis: the axis of the examples, 0 by default.
+      rate: probability of dropping the branch, a number in [0, 1] or a (traced) floating-point
+        scalar.
+      deterministic: if True, return the input unchanged. Set it here or in the call, not in
+        both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      mode: ``'row'``, the default, decides for each example, ``'batch'`` once for all examples.
+      scale_by_keep: if True, the default, scale kept branches by ``1 / (1 - rate)``.
+      batch_axis: axis of the examples, 0 by default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,7 +102,8 @@ class DropPath(Dropping):
              [0., 0.]], dtype=float32)
 
     References:
-      As for `jdropout.drop_path`.
+      Huang, Sun, Liu, Sedra and Weinberger, "Deep networks with stochastic depth" (ECCV 2016),
+      section 3.
     """
 
     _applies = Applied(drop_path, ("mode", "scale_by_keep", "batch_axis"))

@@ -13,19 +13,23 @@ from jdropout.linen._dropout import Dropping
 
 
 class PatchDropout(Dropping):
-    """`jdropout.patch_dropout` as a module: leaves a fixed number of tokens out.
+    """Layer of `jdropout.patch_dropout`: removes a fixed number of tokens.
 
-    Call, random streams and flags are those of `Dropout`, but for a flag that must not be traced:
-    the shape of the result depends on it.
+    Flags, keys and random streams work as in `Dropout`, except that the flag must not be
+    traced, because the shape of the result depends on it.
 
     Attributes:
-      rate: fraction of tokens to leave out, a number in [0, 1).
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      axis: the axis of the tokens, 1 by default. The axes before it count examples.
-      num_prefix_tokens: number of tokens at the begin that always stay, 1 by default.
-      ordered: whether the tokens that stay are in the order that they had; False by default.
-      return_indices: whether a call returns a pair: the tokens that stay, and their indices.
+      rate: fraction of tokens to remove, a number in [0, 1).
+      deterministic: if True, keep all tokens. Set it here or in the call, not in both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      axis: axis of the tokens, 1 by default. The axes before it count examples.
+      num_prefix_tokens: number of leading tokens that are always kept, such as a class token; 1
+        by default.
+      ordered: if True, kept tokens stay in their original order; if False, the default, their
+        order is random.
+      return_indices: if True, a call returns a pair: the kept tokens, and their indices in the
+        input. False by default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -36,7 +40,8 @@ class PatchDropout(Dropping):
       Array([[0., 1., 6., 7., 8.]], dtype=float32)
 
     References:
-      As for `jdropout.patch_dropout`.
+      Liu, Matsoukas, Strand, Azizpour and Smith, "PatchDropout: economizing vision transformers
+      using patch dropout" (WACV 2023), section 3.
     """
 
     _applies = Applied(patch_dropout, ("axis", "num_prefix_tokens", "ordered"))

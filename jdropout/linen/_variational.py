@@ -14,23 +14,26 @@ from jdropout.linen._dropout import Layer
 
 
 class VariationalDense(Layer, linen.Module):
-    """A dense layer with noisy weights, whose variances are learned: `jdropout.variational_dense`.
+    """Layer of `jdropout.variational_dense`: a dense layer with noisy weights of learned variance.
 
-    Parameters are ``kernel``, ``log_alpha`` and ``bias``, whose dtypes and initialisation work as
-    in `flax.linen.Dense`. Random streams and flags are those of `Dropout`. Add `kl` to the loss,
-    divided by the number of samples where that is a mean.
+    Its parameters are ``kernel``, ``log_alpha`` and ``bias``; dtypes and initialisation work as
+    in `flax.linen.Dense`. Flags, keys and random streams work as in `Dropout`. Add `kl` to the
+    loss, divided by the number of training examples if the loss is a mean over them.
 
     Attributes:
       features: number of outputs.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      use_bias: whether to add a bias; True by default.
-      threshold: log_alpha above which evaluation sets a weight to 0, 3 by default; None for never.
-      dtype: of the computation; inferred by default.
-      param_dtype: of the parameters, float32 by default.
+      deterministic: if True, evaluate without noise and without pruned weights. Set it here or
+        in the call, not in both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      use_bias: if True, the default, add a bias.
+      threshold: ``log_alpha`` above which evaluation sets a weight to 0, 3 by default; None for
+        never.
+      dtype: dtype of the computation; None, the default, infers it from inputs and parameters.
+      param_dtype: dtype of the parameters, float32 by default.
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
-      log_alpha_init: initializer of log_alpha, -4 by default.
+      log_alpha_init: initializer of ``log_alpha``, -4 by default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -43,7 +46,8 @@ class VariationalDense(Layer, linen.Module):
       (2, 8)
 
     References:
-      As for `jdropout.variational_dense` and `jdropout.variational_kl`.
+      Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
+      2017), sections 4.1 and 4.3; Kingma, Salimans and Welling (NeurIPS 2015), section 2.3.
     """
 
     features: int
@@ -61,19 +65,20 @@ class VariationalDense(Layer, linen.Module):
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
     ) -> jax.Array:
-        """The dense layer, with noise in training and without what is pruned in evaluation.
+        """Applies the layer, with noise in training and without pruned weights in evaluation.
 
         Args:
           inputs: array of shape (..., inputs).
-          deterministic: as for `Dropout`.
-          rng: as for `Dropout`.
+          deterministic: if True, evaluate without noise and without pruned weights; a bool or a
+            (traced) boolean scalar. Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
           An array of shape (..., features).
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if the flag was set both here and in the constructor, or in neither.
+          TypeError: if the input is not a real floating-point array.
         """
         flag, key = self._resolve(deterministic, rng)
         shape = (jnp.shape(inputs)[-1], self.features)
@@ -90,9 +95,10 @@ class VariationalDense(Layer, linen.Module):
         )
 
     def kl(self) -> jax.Array:
-        """The divergence of all weights from the prior: the sum of `jdropout.variational_kl`.
+        """Returns `jdropout.variational_kl` summed over all weights.
 
-        For a layer that has its parameters: after a call, or in ``apply(..., method="kl")``.
+        The layer must have its parameters: call it after `__call__`, or by
+        ``apply(..., method="kl")``.
 
         Returns:
           A scalar, in float32 or float64.

@@ -14,20 +14,22 @@ from jdropout.linen._dropout import Layer
 
 
 class Zoneout(Layer, linen.RNNCellBase):
-    """A recurrent cell whose units keep their state at random.
+    """Wraps a recurrent cell so that random units of its state keep their old values.
 
-    After every step of the cell the new carry is ``jdropout.zoneout(key, carry, new, rate)``, in
-    evaluation its expectation. It is a cell itself: in a `linen.RNN` every time step has a key of
-    its own if it splits the stream, ``split_rngs={"params": False, "dropout": True}``. The output
-    is that of the cell, but where it is part of the carry (the hidden units, in all of Flax's
-    cells) it is zoned out as well.
+    After every step of the cell the new carry is ``jdropout.zoneout(key, carry, new, rate)``,
+    in evaluation its expectation. The wrapper is itself a cell: in a `linen.RNN` every time
+    step gets its own key if the stream is split,
+    ``split_rngs={"params": False, "dropout": True}``. The output is the cell's, except that any
+    part of it that is also part of the carry (the hidden units, in all of Flax's cells) is
+    zoned out as well.
 
     Attributes:
-      cell: a `linen.RNNCellBase`.
-      rate: probability of keeping the old value, a number in [0, 1]; or one for each part of the
-        carry, such as ``(0.5, 0.05)`` for the cells and hidden units of an LSTM.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
+      cell: the cell to wrap, a `linen.RNNCellBase`.
+      rate: probability of keeping the old value, a number in [0, 1]; or one for each part of
+        the carry, such as ``(0.5, 0.05)`` for the cells and hidden units of an LSTM.
+      deterministic: if True, return the expectation. Set it here or in the call, not in both.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -43,7 +45,8 @@ class Zoneout(Layer, linen.RNNCellBase):
       (2, 10, 8)
 
     References:
-      As for `jdropout.zoneout`.
+      Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations"
+      (ICLR 2017), section 3.2 and equations 5 to 7.
     """
 
     rng_position = 3
@@ -60,20 +63,22 @@ class Zoneout(Layer, linen.RNNCellBase):
         deterministic: Flag | None = None,
         rng: Key | None = None,
     ) -> tuple[Any, jax.Array]:
-        """A step of the cell.
+        """Runs one step of the cell and zones out its new carry.
 
         Args:
-          carry: the state: an array, or a tree of them.
-          inputs: array of shape (batch, features), or what the cell takes.
-          deterministic: as for `Dropout`.
-          rng: as for `Dropout`.
+          carry: state before the step, an array or a tree of them.
+          inputs: array of shape (batch, features), or whatever the cell takes.
+          deterministic: if True, return the expectation; a bool or a (traced) boolean scalar.
+            Set it here or in the constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
 
         Returns:
           The new carry, and the output.
 
         Raises:
-          ValueError: if rates and carry do not fit, or as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if rates and carry do not match, or the flag was set both here and in the
+            constructor, or in neither.
+          TypeError: if a rate is not a number, or a state is not floating-point or complex.
         """
         flag, key = self._resolve(deterministic, rng)
         new, output = self.cell(carry, inputs)
@@ -82,12 +87,20 @@ class Zoneout(Layer, linen.RNNCellBase):
 
     @linen.nowrap
     def initialize_carry(self, rng: Key, input_shape: tuple[int, ...]) -> Any:
-        """That of the cell."""
+        """Returns the initial carry of the cell.
+
+        Args:
+          rng: PRNG key, typed or raw, for the cell's initializers.
+          input_shape: shape of the inputs of one step, as the cell's own method takes it.
+
+        Returns:
+          An initial state, as the cell makes it.
+        """
         return self.cell.initialize_carry(rng, input_shape)  # type: ignore[arg-type]  # raw too
 
     @property
     def num_feature_axes(self) -> int:
-        """That of the cell."""
+        """Number of feature axes of the cell."""
         return self.cell.num_feature_axes
 
     @linen.nowrap

@@ -10,20 +10,22 @@ from jdropout.nnx._dropout import Dropout
 
 
 class AlphaDropout(Dropout):
-    """`jdropout.alpha_dropout` as a module: dropout for SELU.
+    """Layer of `jdropout.alpha_dropout`: dropout for SELU.
 
-    Call, random streams and flags are those of `Dropout`, and so is the constructor.
+    Flags, keys and random streams work as in `Dropout`.
 
     Args:
-      rate: probability of setting an element to the floor of SELU, a number in [0, 1].
-      broadcast_dims: axes along which all elements share their fate.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: probability of setting an element to SELU's floor, a Python number in [0, 1].
+      broadcast_dims: axes along which the mask is shared.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -35,28 +37,32 @@ class AlphaDropout(Dropout):
       0.00 1.00
 
     References:
-      As for `jdropout.alpha_dropout`.
+      Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
+      2017), section 3, "New dropout technique".
     """
 
     _applies = Applied(alpha_dropout, ("broadcast_dims",))
 
 
 class FeatureAlphaDropout(Dropout):
-    """`jdropout.feature_alpha_dropout` as a module: `AlphaDropout` of whole channels.
+    """Layer of `jdropout.feature_alpha_dropout`: dropout of whole channels for SELU.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Args:
-      rate: as for `AlphaDropout`.
-      channel_axis: the axis of the channels.
-      batch_axes: axes along which decisions are independent as well.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: probability of setting a channel to SELU's floor, a Python number in [0, 1].
+      channel_axis: axis of the channels; 1 for channels-first layouts.
+      batch_axes: axes along which masks are independent; () drops the same channels in every
+        example.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +74,8 @@ class FeatureAlphaDropout(Dropout):
               [ 1.67,  1.67, -0.78, -0.78]]], dtype=float32)
 
     References:
-      As for `jdropout.alpha_dropout`.
+      Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
+      2017), section 3, "New dropout technique".
     """
 
     _applies = Applied(feature_alpha_dropout, ("channel_axis", "batch_axes"))

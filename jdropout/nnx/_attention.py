@@ -30,7 +30,7 @@ def dot_product_attention(
 ) -> jax.Array:
     """`jdropout.dot_product_attention` with the signature of `flax.nnx.dot_product_attention`.
 
-    To be used as ``attention_fn`` of `flax.nnx.MultiHeadAttention`. Beware of Flax's default
+    Pass it as ``attention_fn`` to `flax.nnx.MultiHeadAttention`. Beware of Flax's default
     ``broadcast_dropout=True``: all heads and all examples of a batch then share one T x S mask.
     ``broadcast_dropout=False`` gives each its own, at the same cost here; it is the default of
     `MultiHeadAttention` in this module.
@@ -39,25 +39,31 @@ def dot_product_attention(
       query: array of shape (batch..., T, N, H).
       key: array of shape (batch..., S, K, H).
       value: array of shape (batch..., S, K, V).
-      bias: added to the logits; broadcastable to (batch..., N, T, S).
-      mask: True, or not zero, where a query may attend to a key; broadcastable likewise. A
-        query that may attend to no key has an output of zeros; Flax's is a mean of values.
-      broadcast_dropout: whether to share dropout's mask over batch and heads.
-      dropout_rng: a PRNG key.
-      dropout_rate: probability of dropping.
-      deterministic: whether to leave dropout out; may be traced.
-      dtype: of the computation; inferred by default. The softmax is in float32 at least.
-      precision: of the products.
+      bias: array added to the logits; broadcastable to (batch..., N, T, S).
+      mask: True, or nonzero, where a query may attend to a key; broadcastable to (batch..., N,
+        T, S). A query that may attend to no key gets an output of zeros, where Flax returns a
+        mean of the values.
+      broadcast_dropout: if True, share the dropout mask over batch and heads.
+      dropout_rng: PRNG key, typed or raw; use a new one for every call. May be None if no mask
+        is drawn (``deterministic=True``, or a static rate of 0 or 1).
+      dropout_rate: probability of dropping an attention probability, in [0, 1]; a number or a
+        (traced) floating-point scalar.
+      deterministic: if True, leave dropout out; a bool or a (traced) boolean scalar.
+      dtype: dtype of the computation; None infers it. The softmax is computed in float32 at
+        least.
+      precision: precision of the matrix products, as in `jax.numpy.einsum`.
       module: must be None, since there are no weights to sow.
-      promote_dtype: makes query, key and value of one dtype.
-      is_causal: whether queries attend to no later key.
+      promote_dtype: function that gives query, key and value a common dtype.
+      is_causal: if True, no query attends to a later key.
 
     Returns:
       An array of shape (batch..., T, N, V).
 
     Raises:
-      TypeError: as for `jdropout.dot_product_attention`.
-      ValueError: as for `jdropout.dot_product_attention`, or if ``module`` is given.
+      TypeError: if an argument has the wrong type or dtype.
+      ValueError: if shapes do not match, `module` is given, the rate is not a scalar in [0, 1]
+        (a traced one outside gives NaN, and an error under ``checkify``), or the key is missing
+        or a batch of keys.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,7 +78,9 @@ def dot_product_attention(
       (2, 8, 16)
 
     References:
-      As for `jdropout.dot_product_attention`.
+      Vaswani et al., "Attention is all you need" (2017), section 5.4, for the dropout; Milakov
+      and Gimelshein, "Online normalizer calculation for softmax" (2018), and Dao, Fu, Ermon,
+      Rudra and Ré, "FlashAttention" (2022), section 3.1, for the blocks.
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     return attention(
@@ -92,20 +100,20 @@ def dot_product_attention(
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
-    """`flax.nnx.MultiHeadAttention` in blocks, with a mask for every example and head.
+    """`flax.nnx.MultiHeadAttention` in blocks, with a mask per example and head.
 
-    Constructor, call and attributes are Flax's own, with two other defaults:
+    Constructor, call and attributes are Flax's own, with two different defaults:
     ``attention_fn=jdropout.nnx.dot_product_attention`` and ``broadcast_dropout=False``.
 
     Args:
       *args: positional arguments of Flax's constructor.
-      dropout_rate: probability of dropping an attention weight, a number in [0, 1].
-      broadcast_dropout: whether to share dropout's mask over batch and heads.
-      attention_fn: a function with the signature of `dot_product_attention`.
+      dropout_rate: probability of dropping an attention probability, a Python number in [0, 1].
+      broadcast_dropout: if True, share the dropout mask over batch and heads.
+      attention_fn: function with the signature of `dot_product_attention`.
       **options: further keyword arguments of Flax's constructor.
 
     Raises:
-      TypeError: if the rate is not a number.
+      TypeError: if the rate is not a Python number.
       ValueError: if the rate is outside [0, 1].
 
     Example:

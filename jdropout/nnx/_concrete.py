@@ -14,22 +14,25 @@ from jdropout.nnx._dropout import Layer, attach
 
 
 class ConcreteDropout(Layer):
-    """Dropout whose rate is learned: `jdropout.concrete_dropout` with its logit as a parameter.
+    """Layer of `jdropout.concrete_dropout`: learns its rate, whose logit is a parameter.
 
-    It has no fixed rate, and so is no `flax.nnx.Dropout`; flags, views and streams work as there.
-    Add `regularizer` to the loss.
+    Add `regularizer` to the loss. It has no fixed rate and is therefore not a
+    `flax.nnx.Dropout`, but flags, views and random streams work as there.
 
     Args:
-      initial_rate: probability of dropping to begin with, a number between 0 and 1.
-      temperature: of the relaxation, a number above 0; 2 / 3 for whole channels.
-      broadcast_dims: axes along which all elements share their noise.
-      param_dtype: of the logit.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      initial_rate: initial drop probability, a number between 0 and 1.
+      temperature: temperature of the relaxation, a number above 0; use 2 / 3 for whole
+        channels.
+      broadcast_dims: axes along which the noise is shared.
+      param_dtype: dtype of the logit.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: if an argument has a wrong type.
+      TypeError: if an argument has the wrong type.
       ValueError: if the initial rate is not between 0 and 1.
 
     Example:
@@ -45,7 +48,8 @@ class ConcreteDropout(Layer):
       0.10
 
     References:
-      As for `jdropout.concrete_dropout`.
+      Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), section 3 and equation 5;
+      Maddison, Mnih and Teh, "The concrete distribution" (ICLR 2017), for the relaxation.
     """
 
     _arguments = "initial_rate"
@@ -73,19 +77,21 @@ class ConcreteDropout(Layer):
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> jax.Array:
-        """Drops, softly, and scales; the identity if deterministic.
+        """Drops softly and scales `inputs`; returns them unchanged if deterministic.
 
         Args:
-          inputs: array of any shape, of a real floating-point dtype.
-          deterministic: as for `Dropout`.
-          rngs: as for `Dropout`.
+          inputs: array of any shape, with a real floating-point dtype.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
 
         Returns:
           An array of the same shape and dtype.
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
         return concrete_dropout(
@@ -99,7 +105,7 @@ class ConcreteDropout(Layer):
 
     @property
     def rate(self) -> jax.Array:
-        """The probability of dropping that is learned so far."""
+        """Drop probability learned so far, the sigmoid of the logit."""
         return jax.nn.sigmoid(self.logit[...])
 
     def regularizer(
@@ -110,20 +116,24 @@ class ConcreteDropout(Layer):
         weight_regularizer: float | jax.Array = 1e-6,
         dropout_regularizer: float | jax.Array = 1e-5,
     ) -> jax.Array:
-        """What is added to the loss: `jdropout.concrete_regularizer` of the logit.
+        """Returns the term to add to the loss: `jdropout.concrete_regularizer` of the logit.
 
         Args:
-          weight_sum_of_squares: sum of the squares of the weights that follow.
-          num_inputs: number of features that are dropped.
-          weight_regularizer: as for the function.
-          dropout_regularizer: as for the function.
+          weight_sum_of_squares: sum of the squares of the weights that the dropped inputs feed
+            into.
+          num_inputs: number of features that are dropped, at least 1.
+          weight_regularizer: weight of the term that favours a low rate, at least 0;
+            ``l**2 / N`` for N training examples and a prior of length scale l, see
+            `jdropout.concrete_regularizer`.
+          dropout_regularizer: weight of the term that favours a high rate, at least 0;
+            ``2 / N`` for N training examples, see `jdropout.concrete_regularizer`.
 
         Returns:
           A scalar.
 
         Raises:
-          TypeError: as for the function.
-          ValueError: as for the function.
+          TypeError: if an argument is not a floating-point array or a number.
+          ValueError: if a regularizer is negative, or `num_inputs` is below 1.
         """
         return concrete_regularizer(
             self.logit[...],

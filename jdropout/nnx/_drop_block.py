@@ -11,24 +11,27 @@ from jdropout.nnx._dropout import Dropout
 
 
 class DropBlock(Dropout):
-    """`jdropout.drop_block` as a module: drops contiguous blocks of a feature map.
+    """Layer of `jdropout.drop_block`: drops contiguous blocks of a feature map.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Args:
-      rate: expected fraction of elements to drop, a number in [0, 1].
-      block_size: of a block, in elements: one number, or one for each spatial axis.
-      spatial_axes: the axes of the map.
-      channel_axis: the axis of the channels.
-      shared_channels: whether all channels of an example have the same blocks.
-      scale: ``'expected'`` or ``'realised'``, as for the function.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: expected fraction of elements to drop, a Python number in [0, 1].
+      block_size: size of a block in elements; one number for all spatial axes, or one for each.
+      spatial_axes: axes of the map; ``(1,)`` for a sequence, ``(1, 2, 3)`` for a volume.
+      channel_axis: axis of the channels.
+      shared_channels: if True, all channels of an example get the same blocks.
+      scale: ``'expected'`` multiplies kept elements by ``1 / (1 - rate)``; ``'realised'`` by
+        the ratio of all elements to those that this particular mask keeps.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,7 +45,8 @@ class DropBlock(Dropout):
              [1, 1, 1, 1, 1, 1, 1, 1]], dtype=int32)
 
     References:
-      As for `jdropout.drop_block`.
+      Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks"
+      (NeurIPS 2018), section 3 and equation 1.
     """
 
     _applies = Applied(

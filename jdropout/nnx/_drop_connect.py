@@ -12,25 +12,29 @@ from jdropout.nnx._dropout import Dropout
 
 
 class DropConnect(Dropout):
-    """Any module with weights that are dropped in training.
+    """Wraps any module so that its weights are dropped in training.
 
-    In training the module is called with the parameters that `jdropout.drop_connect_tree` makes of
-    its own, in evaluation as it is. Around an `nnx.RNN` it is WeightDrop: one mask serves all time
-    steps. What else the module updates, such as batch statistics and random streams, it updates.
+    In training the module is called with the parameters that `jdropout.drop_connect_tree` makes
+    from its own, in evaluation as it is. Around an `nnx.RNN` this is WeightDrop: one mask
+    serves all time steps. Everything else the module updates, such as batch statistics and
+    random streams, is updated as usual.
 
     Args:
-      module: the module to call.
-      rate: probability of dropping a weight, a number in [0, 1].
-      select: which parameters to drop, by the paths that they have in the module: a function of
-        the path, or the last names of paths. For the recurrent weights alone of most of Flax's
-        cells it is ``["dense_h/kernel"]``.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      module: module to call.
+      rate: probability of dropping a weight, a Python number in [0, 1].
+      select: which parameters to drop, by their paths in the module: a function of the path, or
+        the trailing names of paths. For only the recurrent weights of most of Flax's cells use
+        ``["dense_h/kernel"]``.
+      deterministic: if True, call the module as it is. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`; in the call if nothing is selected.
+      TypeError: if the rate is not a Python number, `select` is neither a function nor a
+        sequence of names, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1]; in the call if nothing is selected.
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,7 +50,9 @@ class DropConnect(Dropout):
       (2, 10, 8)
 
     References:
-      As for `jdropout.drop_connect` and `jdropout.drop_connect_tree`.
+      Wan, Zeiler, Zhang, LeCun and Fergus, "Regularization of neural networks using
+      DropConnect" (ICML 2013), section 3; Merity, Keskar and Socher, "Regularizing and
+      optimizing LSTM language models" (ICLR 2018), section 2, "Weight-dropped LSTM".
     """
 
     _arguments = "module, rate"
@@ -78,16 +84,19 @@ class DropConnect(Dropout):
 
         Args:
           *args: positional arguments of the module.
-          deterministic: as for `Dropout`; the module does not see it.
-          rngs: as for `Dropout`; the module does not see it.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value. Not passed to the module.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key. Not passed to the module.
           **kwargs: further keyword arguments of the module.
 
         Returns:
-          What the module returns.
+          The result of the module.
 
         Raises:
-          ValueError: if nothing is selected, or as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if nothing is selected, or neither the call nor the constructor gave a
+            flag, or a source of keys.
+          TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
 

@@ -87,22 +87,23 @@ def attach(
 
 
 class Dropout(FunctionLayer, Layer, nnx.Dropout):
-    """`flax.nnx.Dropout` with the mask law of this library.
+    """Drop-in replacement for `flax.nnx.Dropout` that uses this library's mask law.
 
     Constructor, call, attributes and random streams are Flax's own (it is a subclass, so
     filters by type still find it): to migrate, change the import. Every call that draws a mask
     takes one key from the stream. The rate is static, never a leaf of the module's state.
 
     Args:
-      rate: probability of dropping, a number in [0, 1].
-      broadcast_dims: axes along which all elements share their fate.
-      deterministic: whether to return the input as it is; may be left to the call, or to
-        ``nnx.view(model, deterministic=...)``.
-      rng_collection: name of the stream that keys are taken from.
-      rngs: an `nnx.Rngs` or `nnx.RngStream`, forked here; may be left to the call.
+      rate: probability of dropping, a Python number in [0, 1].
+      broadcast_dims: axes along which the mask is shared.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: if the rate is not a number, or ``rngs`` has another type.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
       ValueError: if the rate is outside [0, 1].
 
     Example:
@@ -147,20 +148,21 @@ class Dropout(FunctionLayer, Layer, nnx.Dropout):
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> Any:
-        """Drops and scales; the identity if deterministic.
+        """Drops and scales `inputs`; returns them unchanged if deterministic.
 
         Args:
-          inputs: array of any shape, of a floating-point or complex dtype.
-          deterministic: takes precedence over the constructor's flag; may be traced, and then
-            takes a key whatever its value.
-          rngs: takes precedence over the constructor's; may also be a key.
+          inputs: array of any shape, with a floating-point or complex dtype.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
 
         Returns:
           An array of the same shape, dtype and sharding.
 
         Raises:
           ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
-          TypeError: if ``rngs`` has another type.
+          TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
         return self._drop(key, inputs, flag)

@@ -13,22 +13,24 @@ from jdropout.nnx._dropout import Dropout
 
 
 class EmbeddingDropout(Dropout):
-    """An embedding whose words are dropped in training, wherever they occur.
+    """Wraps an embedding so that words are dropped in training, wherever they occur.
 
-    Looks up in, and attends to, the table that `jdropout.embedding_dropout` makes of the
-    embedding's own. Every call of either method takes a key: for one mask in both pass them one
-    key as ``rngs``.
+    `__call__` and `attend` use the table that `jdropout.embedding_dropout` makes from the
+    embedding's own. Every call of either method takes a key: to use one mask in both, pass the
+    same key to both as `rngs`.
 
     Args:
-      embed: an `nnx.Embed`.
-      rate: probability of dropping a word, a number in [0, 1].
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      embed: embedding to wrap, an `nnx.Embed`.
+      rate: probability of dropping a word, a Python number in [0, 1].
+      deterministic: if True, use the table as it is. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,7 +45,8 @@ class EmbeddingDropout(Dropout):
              [0., 2., 2.]], dtype=float32)
 
     References:
-      As for `jdropout.embedding_dropout`.
+      Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+      networks" (NeurIPS 2016), section 4.2; Merity et al. (ICLR 2018), section 4.3.
     """
 
     _arguments = "embed, rate"
@@ -70,20 +73,22 @@ class EmbeddingDropout(Dropout):
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
         **kwargs: Any,
     ) -> jax.Array:
-        """Looks tokens up.
+        """Looks up tokens, in training in a table with dropped words.
 
         Args:
-          inputs: array of integers of any shape.
-          deterministic: as for `Dropout`.
-          rngs: as for `Dropout`.
+          inputs: integer array of any shape.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
           **kwargs: further arguments of the embedding.
 
         Returns:
           An array of shape (*inputs.shape, features).
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if `rngs` has the wrong type.
         """
         return self._dropped(lambda embed: embed(inputs, **kwargs), deterministic, rngs)
 
@@ -95,20 +100,22 @@ class EmbeddingDropout(Dropout):
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
         **kwargs: Any,
     ) -> jax.Array:
-        """Products of queries with all words; those with dropped ones are 0.
+        """Multiplies queries with all words; products with dropped words are 0.
 
         Args:
           query: array of shape (..., features).
-          deterministic: as for `Dropout`.
-          rngs: as for `Dropout`.
-          **kwargs: further arguments of the embedding's method.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
+          **kwargs: further arguments of the embedding's ``attend``.
 
         Returns:
           An array of shape (..., vocabulary).
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if `rngs` has the wrong type.
         """
         return self._dropped(lambda embed: embed.attend(query, **kwargs), deterministic, rngs)
 

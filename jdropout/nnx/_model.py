@@ -13,26 +13,31 @@ from jdropout.nnx._dropout import Dropout
 
 
 def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Index = 0) -> None:
-    """Starts every random stream of a model anew, from the key of its path at this step.
+    """Restarts every random stream of a model from the key of its path at this step.
 
-    Called at the beginning of a training step, it makes all masks of the model a function of
-    (root, step, microbatch, path): the model's random state then need not be saved, and training
-    resumes exactly. The stream at a path starts from ``site_key(root, step=step, site=path,
-    microbatch=microbatch)``, where the path is a tuple of names and indices as of
-    `flax.nnx.iter_graph`, such as ``("blocks", 0, "dropout", "rngs")``; the n-th call in the step,
-    from 0, draws ``fold_in`` of that and n, as always in Flax. In a stack of layers, as for
-    ``nnx.scan`` or ``nnx.vmap``, each has its index as a last part of its site.
+    Call it at the start of a training step. All masks of the model are then a function of
+    (root, step, microbatch, path), so the model's random state need not be saved and training
+    resumes exactly.
+
+    The stream at a path starts from
+    ``site_key(root, step=step, site=path, microbatch=microbatch)``, where the path is a tuple
+    of names and indices as given by `flax.nnx.iter_graph`, such as
+    ``("blocks", 0, "dropout", "rngs")``. The n-th call in the step, counted from 0, draws
+    ``fold_in`` of that key and n, as always in Flax. In a stack of layers, made for
+    ``nnx.scan`` or ``nnx.vmap``, each layer has its index as the last part of its site.
 
     Args:
-      model: a module whose dropouts were built with ``rngs``; changed in place. Under
-        `jax.jit`, one that was merged or made in the compiled function.
-      root: a PRNG key, the same one for the whole training.
-      step: number of the training step, an integer or a (traced) integer scalar.
-      microbatch: number of the microbatch within the step.
+      model: module whose dropouts were built with `rngs`; changed in place. Under `jax.jit`, it
+        must have been merged or made inside the compiled function.
+      root: PRNG key, typed or raw; the same one for the whole training.
+      step: number of the training step, an integer or a (traced) integer scalar, at least 0.
+      microbatch: number of the microbatch within the step, an integer or a (traced) integer
+        scalar below 2**32.
 
     Raises:
-      TypeError: as for `jdropout.keys.site_key`.
-      ValueError: if the model has no random stream, or as for `jdropout.keys.site_key`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if the model has no random stream, a number is negative or too large, or the
+        root is missing or a batch of keys.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -78,21 +83,22 @@ def _keys_of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def replace_dropout(model: nnx.Module) -> int:
-    """Turns every `flax.nnx.Dropout` of a model into a `Dropout` of this library, in place.
+    """Turns every `flax.nnx.Dropout` of a model into this library's `Dropout`, in place.
 
-    The layers stay the objects that they are, with their rates, flags and random streams; so it
-    reaches those that are shared, or in lists and dictionaries. Their next masks are those of
-    the mask law for the keys that they would have taken. Subclasses and attention layers are left
-    alone: for the latter pass ``attention_fn=jdropout.nnx.dot_product_attention`` to Flax's.
+    The layers remain the same objects, with their rates, flags and random streams, so layers
+    that are shared, or held in lists and dictionaries, are replaced too. Their next masks
+    follow the mask law, for the keys that they would have taken anyway. Subclasses and
+    attention layers are left alone; for attention pass
+    ``attention_fn=jdropout.nnx.dot_product_attention`` to Flax's layer.
 
     Args:
-      model: an nnx module; changed in place, outside of transformations such as `nnx.jit`.
+      model: nnx module; changed in place, outside of transformations such as `nnx.jit`.
 
     Returns:
       The number of layers that were replaced.
 
     Raises:
-      TypeError: if a layer's rate is no Python number. No layer is changed then.
+      TypeError: if a layer's rate is not a Python number. No layer is changed then.
       ValueError: if a layer's rate is outside [0, 1].
 
     Example:
@@ -108,7 +114,8 @@ def replace_dropout(model: nnx.Module) -> int:
       True
 
     References:
-      As for `Dropout`.
+      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+      JMLR 15 (2014), section 4.
     """
     layers = [node for _, node in nnx.iter_graph(model) if type(node) is nnx.Dropout]
     rates = [check_module_rate(layer.rate) for layer in layers]
@@ -120,26 +127,26 @@ def replace_dropout(model: nnx.Module) -> int:
 
 
 def set_rate(model: nnx.Module, rate: float, *filters: Any) -> int:
-    """Sets the rate of the dropout layers of a model, in place.
+    """Sets the rate of a model's dropout layers, in place.
 
-    That is of every `flax.nnx.Dropout`, and so of every layer of this library with a rate. It is
-    static: a compiled function that takes the model is compiled again for a new rate. To change it
-    in every step pass a traced rate to `jdropout.dropout` instead. The rate of attention is the
-    attribute ``dropout_rate`` of its layer, and stays.
+    It affects every `flax.nnx.Dropout`, and therefore every layer of this library that has a
+    rate. The rate is static: a compiled function that takes the model is recompiled for a new
+    rate. To change the rate at every step, pass a traced rate to `jdropout.dropout` instead.
+    Attention keeps its rate, which is the attribute ``dropout_rate`` of its layer.
 
     Args:
-      model: an nnx module; changed in place.
-      rate: the new rate, a number in [0, 1].
-      *filters: which layers to set, as for ``model.set_attributes``: those that any of the filters
-        finds, such as ``jdropout.nnx.DropPath``; all by default. A function of path and layer
-        does as well.
+      model: nnx module; changed in place.
+      rate: new rate, a Python number in [0, 1].
+      *filters: layers to set, in the form that ``model.set_attributes`` takes: types such as
+        ``jdropout.nnx.DropPath``, or functions of path and layer. A layer is set if any filter
+        matches; all by default.
 
     Returns:
       The number of layers whose rate was set.
 
     Raises:
-      TypeError: if the rate is not a number. No layer is changed then.
-      ValueError: if the rate is not possible for one of the layers, or there are none.
+      TypeError: if the rate is not a Python number. No layer is changed then.
+      ValueError: if the rate is not valid for one of the layers, or no layer matches.
 
     Example:
       >>> from flax import nnx
@@ -151,7 +158,8 @@ def set_rate(model: nnx.Module, rate: float, *filters: Any) -> int:
       [0.2, 0.5]
 
     References:
-      As for `Dropout`.
+      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+      JMLR 15 (2014), section 4.
     """
     predicates = [nnx.filterlib.to_predicate(each) for each in filters]
     layers = [

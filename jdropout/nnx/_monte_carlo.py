@@ -28,38 +28,50 @@ def mc_predict(
     progress: Callable[[int, int], object] | None = None,
     apply: Callable[[Any, Any], Any] | None = None,
 ) -> MCPrediction:
-    """Mean and variance of a model's prediction over the masks of its dropout.
+    """Computes mean and variance of a model's prediction over the masks of its dropout.
 
-    Every layer that drops draws its masks: `flax.nnx.Dropout`, the layers of this library and
-    attention of either, whatever flag, stream or key the model passes to it. All else is in
-    evaluation mode, as after ``model.eval()``, so that a `BatchNorm` uses its running averages
-    unless the model's call says otherwise. The model itself is not changed, whatever mode it is in,
-    nor are its random streams used: the masks are a function of the key and of the paths of the
-    layers, as of `set_site_keys`.
+    Every layer that drops draws its masks, `flax.nnx.Dropout`, this library's layers and
+    attention of either, whatever flag, stream or key the model passes to it. Everything else is
+    in evaluation mode, as after ``model.eval()``, so a `BatchNorm` uses its running averages
+    unless the model's call says otherwise. The model itself is not changed, whatever mode it is
+    in, and its random streams are not used: the masks are a function of the key and of the
+    paths of the layers, as in `set_site_keys`.
 
-    It is compiled once for each structure of model, whatever the values of its parameters and the
-    number of samples are.
+    It is compiled once for each structure of model, whatever the values of the parameters and
+    the number of samples.
 
     Args:
-      model: an nnx module. Its dropouts need no ``rngs``, unless they are in a stack of layers, as
+      model: nnx module. Its dropouts need no `rngs`, unless they are in a stack of layers, as
         for ``nnx.scan``.
-      x: its input, an array or a tree of arrays with the examples on the leading axis.
-      key: a PRNG key, as for `jdropout.dropout`. Sample i takes its masks from
+      x: input of the model, an array or a tree of arrays with the examples on the leading axis.
+      key: PRNG key, typed or raw; use a new one for every call. Sample i takes its masks from
         ``jdropout.keys.at_site(key, i)``.
-      num_samples: as for `jdropout.mc_predict`.
-      batch_size: as for `jdropout.mc_predict`.
-      consistent: as for `jdropout.mc_predict`; whether all examples share a sample's masks.
-      return_samples: as for `jdropout.mc_predict`.
-      progress: as for `jdropout.mc_predict`.
-      apply: a function of a model and of `x` that calls the model, ``model(x)`` by default. It may
-        also go on with the result, as by `jax.nn.softmax`. Pass the same function every time.
+      num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
+        is not checked, unless the samples are returned.
+      batch_size: number of samples to compute together; None for 8. With 1 there is no
+        `jax.vmap`, so layers that `layer_drop` skips are not computed.
+      consistent: if True, all examples share a sample's masks: the model sees one example at a
+        time, on a leading axis of size 1. If False, it sees the whole batch, and each example
+        has its own masks.
+      return_samples: if True, also return all samples. Memory then grows with their number, and
+        changing it recompiles.
+      progress: function of the number of finished samples and the total, called after each
+        batch; each batch is then a call of its own.
+      apply: function of a model and `x` that calls the model, ``model(x)`` by default. It may
+        also process the result, for example by `jax.nn.softmax`. Pass the same function every
+        time.
 
     Returns:
-      As for `jdropout.mc_predict`.
+      An `MCPrediction`: mean and variance over the samples, their number, and the samples if
+      requested.
 
     Raises:
-      TypeError: if the model is no nnx module, or as for `jdropout.mc_predict`.
-      ValueError: if no layer of the model drops, or as for `jdropout.mc_predict`.
+      TypeError: if the model is not an nnx module or returns integers, or a number is not an
+        integer.
+      ValueError: if no layer of the model drops, a number is too small, the key is missing or a
+        batch of keys, `return_samples` is combined with a traced `num_samples` or with
+        `progress`, `progress` is used under `jax.jit`, or ``consistent=True`` and there is no
+        axis of examples.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,7 +89,10 @@ def mc_predict(
       ((3, 2), (3, 2))
 
     References:
-      As for `jdropout.mc_predict`.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), section 4; Chan, Golub and LeVeque, "Algorithms for
+      computing the sample variance" (The American Statistician, 1983), for the update of the
+      moments.
     """
     check_model(model, nnx.Module)
     model = nnx.clone(model)

@@ -20,20 +20,22 @@ from jdropout.nnx._dropout import Dropout, Layer, attach
 
 
 class GaussianDropout(Dropout):
-    """`jdropout.gaussian_dropout` as a module: multiplies by normal noise.
+    """Layer of `jdropout.gaussian_dropout`: multiplies by normal noise.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Args:
-      rate: that of the dropout whose variance the noise has, a number in [0, 1).
-      broadcast_dims: axes along which all elements share their noise.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: rate of the dropout with this variance, a Python number in [0, 1).
+      broadcast_dims: axes along which the noise is shared.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: if the rate is 1, or as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,7 +46,8 @@ class GaussianDropout(Dropout):
       1.00 0.50
 
     References:
-      As for `jdropout.gaussian_dropout`.
+      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
+      JMLR 15 (2014), section 10.
     """
 
     _applies = Applied(gaussian_dropout, ("broadcast_dims",))
@@ -58,19 +61,23 @@ class GaussianDropout(Dropout):
 
 
 class GaussianNoise(FunctionLayer, Layer):
-    """`jdropout.gaussian_noise` as a module: adds normal noise.
+    """Layer of `jdropout.gaussian_noise`: adds normal noise.
 
-    It has no rate, and so is no `flax.nnx.Dropout`; flags, views and streams work as there.
+    It has no rate and is therefore not a `flax.nnx.Dropout`, but flags, views and random
+    streams work as there.
 
     Args:
-      stddev: standard deviation of the noise, a number of at least 0.
-      broadcast_dims: axes along which all elements share their noise.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      stddev: standard deviation of the noise, in units of the input; a Python number of at
+        least 0.
+      broadcast_dims: axes along which the noise is shared.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: if the standard deviation is not a number, or ``rngs`` has another type.
+      TypeError: if the standard deviation is not a Python number, or `rngs` has the wrong type.
       ValueError: if the standard deviation is negative.
 
     Example:
@@ -82,7 +89,8 @@ class GaussianNoise(FunctionLayer, Layer):
       1.00 0.50
 
     References:
-      As for `jdropout.gaussian_noise`.
+      Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
+      7 (1995), section 2.
     """
 
     _arguments = "stddev"
@@ -108,19 +116,21 @@ class GaussianNoise(FunctionLayer, Layer):
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> Any:
-        """Adds noise; the identity if deterministic.
+        """Adds noise to `inputs`; returns them unchanged if deterministic.
 
         Args:
-          inputs: array of any shape, of a real floating-point dtype.
-          deterministic: as for `Dropout`.
-          rngs: as for `Dropout`.
+          inputs: array of any shape, with a real floating-point dtype.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
 
         Returns:
           An array of the same shape and dtype.
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
         return self._drop(key, inputs, flag)

@@ -11,21 +11,24 @@ from jdropout.nnx._dropout import Dropout
 
 
 class SpatialDropout(Dropout):
-    """`jdropout.spatial_dropout` as a module: drops whole channels of feature maps.
+    """Layer of `jdropout.spatial_dropout`: drops whole channels of feature maps.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Args:
-      rate: probability of dropping a channel, a number in [0, 1].
-      channel_axis: the axis of the channels; 1 for channels first.
-      batch_axes: axes along which decisions are independent as well.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: probability of dropping a channel, a Python number in [0, 1].
+      channel_axis: axis of the channels; 1 for channels-first layouts.
+      batch_axes: axes along which masks are independent; () drops the same channels in every
+        example.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,7 +40,8 @@ class SpatialDropout(Dropout):
               [2., 2., 2., 2., 0., 0., 2., 2.]]], dtype=float32)
 
     References:
-      As for `jdropout.spatial_dropout`.
+      Tompson, Goroshin, Jain, LeCun and Bregler, "Efficient object localization using
+      convolutional networks" (CVPR 2015), section 3.2.
     """
 
     _applies = Applied(spatial_dropout, ("channel_axis", "batch_axes"))
@@ -60,20 +64,22 @@ class SpatialDropout(Dropout):
 
 
 class LockedDropout(Dropout):
-    """`jdropout.locked_dropout` as a module: drops the same units at every time step.
+    """Layer of `jdropout.locked_dropout`: drops the same units at every time step.
 
-    Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Args:
-      rate: probability of dropping, a number in [0, 1].
-      time_axis: the axis of time.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: probability of dropping, a Python number in [0, 1].
+      time_axis: axis of the time steps, along which the mask is shared.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,7 +91,9 @@ class LockedDropout(Dropout):
               [2., 2., 2., 2., 0., 0., 2., 2.]]], dtype=float32)
 
     References:
-      As for `jdropout.locked_dropout`.
+      Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+      networks" (NeurIPS 2016), section 4; Merity, Keskar and Socher, "Regularizing and
+      optimizing LSTM language models" (ICLR 2018), section 4.2.
     """
 
     _applies = Applied(locked_dropout, ("time_axis",))
@@ -106,22 +114,24 @@ class LockedDropout(Dropout):
 
 
 class DropPath(Dropout):
-    """`jdropout.drop_path` as a module: stochastic depth.
+    """Layer of `jdropout.drop_path`: stochastic depth, used as ``x + drop_path(branch(x))``.
 
-    ``x + drop_path(branch(x))``. Call, random streams and flags are those of `Dropout`.
+    Flags, keys and random streams work as in `Dropout`.
 
     Args:
-      rate: probability of dropping the branch, a number in [0, 1].
-      mode: ``'row'`` decides for each example, ``'batch'`` once for all.
-      scale_by_keep: whether to scale what is kept by ``1 / (1 - rate)``.
-      batch_axis: the axis of the examples.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: probability of dropping the branch, a Python number in [0, 1].
+      mode: ``'row'`` decides for each example, ``'batch'`` once for all examples.
+      scale_by_keep: if True, scale kept branches by ``1 / (1 - rate)``.
+      batch_axis: axis of the examples.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,7 +148,8 @@ class DropPath(Dropout):
              [2., 2.]], dtype=float32)
 
     References:
-      As for `jdropout.drop_path`.
+      Huang, Sun, Liu, Sedra and Weinberger, "Deep networks with stochastic depth" (ECCV 2016),
+      section 3.
     """
 
     _applies = Applied(drop_path, ("mode", "scale_by_keep", "batch_axis"))

@@ -13,24 +13,28 @@ from jdropout.nnx._dropout import Dropout
 
 
 class PatchDropout(Dropout):
-    """`jdropout.patch_dropout` as a module: leaves a fixed number of tokens out.
+    """Layer of `jdropout.patch_dropout`: removes a fixed number of tokens.
 
-    Call, random streams and flags are those of `Dropout`, but for a flag that must not be traced:
-    the shape of the result depends on it.
+    Flags, keys and random streams work as in `Dropout`, except that the flag must not be
+    traced, because the shape of the result depends on it.
 
     Args:
-      rate: fraction of tokens to leave out, a number in [0, 1).
-      axis: the axis of the tokens. The axes before it count examples.
-      num_prefix_tokens: number of tokens at the begin that always stay.
-      ordered: whether the tokens that stay are in the order that they had.
-      return_indices: whether a call returns a pair: the tokens that stay, and their indices.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      rate: fraction of tokens to remove, a Python number in [0, 1).
+      axis: axis of the tokens. The axes before it count examples.
+      num_prefix_tokens: number of leading tokens that are always kept, such as a class token.
+      ordered: if True, kept tokens stay in their original order; otherwise their order is
+        random.
+      return_indices: if True, a call returns a pair: the kept tokens, and their indices in the
+        input.
+      deterministic: if True, return the input unchanged. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,7 +47,8 @@ class PatchDropout(Dropout):
       (1, 9, 1)
 
     References:
-      As for `jdropout.patch_dropout`.
+      Liu, Matsoukas, Strand, Azizpour and Smith, "PatchDropout: economizing vision transformers
+      using patch dropout" (WACV 2023), section 3.
     """
 
     _applies = Applied(patch_dropout, ("axis", "num_prefix_tokens", "ordered"))

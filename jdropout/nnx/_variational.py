@@ -22,28 +22,30 @@ _LOG_ALPHA_INIT = nnx.initializers.constant(-4.0)
 
 
 class VariationalDense(Layer):
-    """A dense layer with noisy weights, whose variances are learned: `jdropout.variational_dense`.
+    """Layer of `jdropout.variational_dense`: a dense layer with noisy weights of learned variance.
 
-    Parameters are ``kernel``, ``log_alpha`` and ``bias``, whose dtypes and initialisation work as
-    in `flax.nnx.Linear`. It has no rate, and so is no `flax.nnx.Dropout`; flags, views and streams
-    work as there. Add `kl` to the loss, divided by the number of samples where that is a mean.
+    Its parameters are ``kernel``, ``log_alpha`` and ``bias``; dtypes and initialisation work as
+    in `flax.nnx.Linear`. Add `kl` to the loss, divided by the number of training examples if
+    the loss is a mean over them. It has no rate and is therefore not a `flax.nnx.Dropout`, but
+    flags, views and random streams work as there.
 
     Args:
       in_features: number of inputs.
       out_features: number of outputs.
-      use_bias: whether to add a bias.
-      threshold: log_alpha above which evaluation sets a weight to 0; None for never.
-      dtype: of the computation; inferred by default.
-      param_dtype: of the parameters.
+      use_bias: if True, add a bias.
+      threshold: `log_alpha` above which evaluation sets a weight to 0; None for never.
+      dtype: dtype of the computation; None infers it from inputs and parameters.
+      param_dtype: dtype of the parameters.
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
-      log_alpha_init: initializer of log_alpha.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: an `nnx.Rngs`, for the parameters; the stream of the noise is forked from it.
+      log_alpha_init: initializer of ``log_alpha``.
+      deterministic: if True, evaluate without noise and without pruned weights. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: an `nnx.Rngs` for the parameters; the stream of the noise is forked from it.
 
     Raises:
-      TypeError: if ``rngs`` has another type.
+      TypeError: if `rngs` has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,7 +58,8 @@ class VariationalDense(Layer):
       (2, 8)
 
     References:
-      As for `jdropout.variational_dense` and `jdropout.variational_kl`.
+      Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
+      2017), sections 4.1 and 4.3; Kingma, Salimans and Welling (NeurIPS 2015), section 2.3.
     """
 
     _arguments = "in_features, out_features"
@@ -94,19 +97,21 @@ class VariationalDense(Layer):
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> jax.Array:
-        """The dense layer, with noise in training and without what is pruned in evaluation.
+        """Applies the layer, with noise in training and without pruned weights in evaluation.
 
         Args:
           inputs: array of shape (..., in_features).
-          deterministic: as for `Dropout`.
-          rngs: as for `Dropout`.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
 
         Returns:
           An array of shape (..., out_features).
 
         Raises:
-          ValueError: as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
         bias = None if self.bias is None else self.bias[...]
@@ -122,7 +127,7 @@ class VariationalDense(Layer):
         )
 
     def kl(self) -> jax.Array:
-        """The divergence of all weights from the prior: the sum of `jdropout.variational_kl`.
+        """Returns `jdropout.variational_kl` summed over all weights.
 
         Returns:
           A scalar, in float32 or float64.

@@ -13,24 +13,26 @@ from jdropout.nnx._dropout import Dropout
 
 
 class Zoneout(Dropout, nnx.RNNCellBase):
-    """A recurrent cell whose units keep their state at random.
+    """Wraps a recurrent cell so that random units of its state keep their old values.
 
-    After every step of the cell the new carry is ``jdropout.zoneout(key, carry, new, rate)``, in
-    evaluation its expectation. It is a cell itself: in an `nnx.RNN` every time step has a key of
-    its own. The output is that of the cell, but where it is part of the carry (the hidden units,
-    in all of Flax's cells) it is zoned out as well.
+    After every step of the cell the new carry is ``jdropout.zoneout(key, carry, new, rate)``,
+    in evaluation its expectation. The wrapper is itself a cell: in an `nnx.RNN` every time step
+    gets its own key. The output is the cell's, except that any part of it that is also part of
+    the carry (the hidden units, in all of Flax's cells) is zoned out as well.
 
     Args:
-      cell: an `nnx.RNNCellBase`.
-      rate: probability of keeping the old value, a number in [0, 1]; or one for each part of the
-        carry, such as ``(0.5, 0.05)`` for the cells and hidden units of an LSTM.
-      deterministic: as for `Dropout`.
-      rng_collection: as for `Dropout`.
-      rngs: as for `Dropout`.
+      cell: the cell to wrap, an `nnx.RNNCellBase`.
+      rate: probability of keeping the old value, a Python number in [0, 1]; or one for each
+        part of the carry, such as ``(0.5, 0.05)`` for the cells and hidden units of an LSTM.
+      deterministic: if True, return the expectation. A call and
+        ``nnx.view(model, deterministic=...)`` override it; None requires one of them.
+      rng_collection: name of the random stream that keys are taken from.
+      rngs: source of keys, an `nnx.Rngs` or `nnx.RngStream`, forked here; None if every call is
+        given one.
 
     Raises:
-      TypeError: as for `Dropout`.
-      ValueError: as for `Dropout`.
+      TypeError: if the rate is not a Python number, or `rngs` has the wrong type.
+      ValueError: if the rate is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,7 +45,8 @@ class Zoneout(Dropout, nnx.RNNCellBase):
       (2, 10, 8)
 
     References:
-      As for `jdropout.zoneout`.
+      Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations"
+      (ICLR 2017), section 3.2 and equations 5 to 7.
     """
 
     _arguments = "cell, rate"
@@ -73,20 +76,23 @@ class Zoneout(Dropout, nnx.RNNCellBase):
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> tuple[Any, jax.Array]:
-        """A step of the cell.
+        """Runs one step of the cell and zones out its new carry.
 
         Args:
-          carry: the state: an array, or a tree of them.
-          inputs: array of shape (batch, features), or what the cell takes.
-          deterministic: as for `Dropout`.
-          rngs: as for `Dropout`.
+          carry: state before the step, an array or a tree of them.
+          inputs: array of shape (batch, features), or whatever the cell takes.
+          deterministic: overrides the constructor's flag; a bool or a (traced) boolean scalar.
+            A traced flag takes a key whatever its value.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
 
         Returns:
           The new carry, and the output.
 
         Raises:
-          ValueError: if rates and carry do not fit, or as for `Dropout`.
-          TypeError: as for `Dropout`.
+          ValueError: if rates and carry do not match, or neither the call nor the constructor
+            gave a flag, or a source of keys.
+          TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
         new, output = self.cell(carry, inputs)
@@ -94,12 +100,20 @@ class Zoneout(Dropout, nnx.RNNCellBase):
         return zoned, same_part(output, new, zoned)
 
     def initialize_carry(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the cell."""
+        """Returns the initial carry of the cell.
+
+        Args:
+          *args: positional arguments of the cell's own method.
+          **kwargs: keyword arguments of the cell's own method.
+
+        Returns:
+          An initial state, as the cell makes it.
+        """
         return self.cell.initialize_carry(*args, **kwargs)
 
     @property
     def num_feature_axes(self) -> int:
-        """That of the cell."""
+        """Number of feature axes of the cell."""
         return self.cell.num_feature_axes
 
     def _draws(self, flag: bool | jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""Schedules: functions from the number of the step to the rate of dropping, in Optax's style."""
+"""Schedules in Optax's style: functions from the training step to the drop rate."""
 
 from jdropout.schedules._pieces import early as early
 from jdropout.schedules._pieces import join as join

@@ -13,21 +13,22 @@ from jdropout.schedules._transitions import constant, linear
 
 
 def piecewise(rates: Sequence[Rate], boundaries: Sequence[int]) -> Schedule:
-    """Constant rates, one after another.
+    """Returns a schedule of constant rates, one after another.
 
     ``rates[i]`` holds for ``boundaries[i - 1] <= step < boundaries[i]``.
 
     Args:
-      rates: probabilities of dropping, at least one.
-      boundaries: the steps at which the next rate begins; one less than rates, increasing.
+      rates: drop probabilities in [0, 1], at least one; numbers or (traced) floating-point
+        scalars.
+      boundaries: steps at which the next rate begins, increasing; one fewer than rates.
 
     Returns:
       A schedule.
 
     Raises:
-      TypeError: if a rate is not a number, or a boundary not an integer.
-      ValueError: if a rate is outside [0, 1], or the boundaries do not increase from at least
-        1, or are not one less than the rates.
+      TypeError: if a rate is not a number, or a boundary is not an integer.
+      ValueError: if a rate is outside [0, 1], the boundaries do not increase from at least 1,
+        or there is not one fewer of them than rates.
 
     Example:
       >>> from jdropout import schedules
@@ -46,25 +47,25 @@ def piecewise(rates: Sequence[Rate], boundaries: Sequence[int]) -> Schedule:
 def early(
     rate: Rate, cutoff_step: int, *, decay: Literal["linear", "constant"] = "linear"
 ) -> Schedule:
-    """Early dropout: none from a step on. It is meant for networks that underfit.
+    """Returns a schedule for early dropout, for networks that underfit: none from a step on.
 
-    ``rate * (1 - step / cutoff_step)``, or ``rate`` with ``decay="constant"``, before the cutoff;
-    exactly 0 from there on. The authors' ``drop_scheduler`` comes to 0 one step earlier with
-    the linear decay, and to ours with the constant one: its linear schedule of n steps is
-    ``early(rate, n - 1)``.
+    ``rate * (1 - step / cutoff_step)``, or ``rate`` with ``decay="constant"``, before the
+    cutoff; exactly 0 from there on. With the constant decay the authors' ``drop_scheduler``
+    gives the same rates; with the linear decay it reaches 0 one step earlier: its linear
+    schedule of n steps is ``early(rate, n - 1)``.
 
     Args:
-      rate: probability of dropping at step 0.
-      cutoff_step: the first step without dropout, at least 1. In the paper the first 50 of 300
+      rate: drop probability at step 0, in [0, 1]; a number or a (traced) floating-point scalar.
+      cutoff_step: first step without dropout, at least 1. In the paper, the first 50 of 300
         epochs have dropout.
-      decay: ``"linear"``, or ``"constant"`` up to the cutoff.
+      decay: ``"linear"`` to fall to 0, or ``"constant"`` to stay at `rate` until the cutoff.
 
     Returns:
       A schedule.
 
     Raises:
-      TypeError: if the rate is not a number, or the cutoff not an integer.
-      ValueError: if the rate is outside [0, 1], the cutoff below 1, or the decay another word.
+      TypeError: if the rate is not a number, or the cutoff is not an integer.
+      ValueError: if the rate is outside [0, 1], the cutoff is below 1, or the decay is unknown.
 
     Example:
       >>> from jdropout import schedules
@@ -73,7 +74,7 @@ def early(
       [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
 
     References:
-      Liu, Xu, Jin, Shen and Darrell, "Dropout reduces underfitting", ICML 2023.
+      Liu, Xu, Jin, Shen and Darrell, "Dropout reduces underfitting" (ICML 2023).
     """
     value = as_float32("rate", rate)
     cutoff_step = check_num_steps(cutoff_step, "cutoff_step")
@@ -84,21 +85,22 @@ def early(
 
 
 def late(rate: Rate, cutoff_step: int) -> Schedule:
-    """Late dropout: none before a step, then always. It is meant for networks that overfit.
+    """Returns a schedule for late dropout, for networks that overfit: none before a step.
 
-    Exactly 0 before the cutoff, and ``rate`` from there on, as in the authors'
-    ``drop_scheduler``. For a gradual rise use `linear` with a ``start_step``.
+    Exactly 0 before the cutoff and `rate` from there on, as in the authors' ``drop_scheduler``.
+    For a gradual rise use `linear` with a ``start_step``.
 
     Args:
-      rate: probability of dropping from the cutoff on.
-      cutoff_step: the first step with dropout, at least 1.
+      rate: drop probability from the cutoff on, in [0, 1]; a number or a (traced)
+        floating-point scalar.
+      cutoff_step: first step with dropout, at least 1.
 
     Returns:
       A schedule.
 
     Raises:
-      TypeError: if the rate is not a number, or the cutoff not an integer.
-      ValueError: if the rate is outside [0, 1], or the cutoff below 1.
+      TypeError: if the rate is not a number, or the cutoff is not an integer.
+      ValueError: if the rate is outside [0, 1], or the cutoff is below 1.
 
     Example:
       >>> from jdropout import schedules
@@ -107,30 +109,29 @@ def late(rate: Rate, cutoff_step: int) -> Schedule:
       [0.0, 0.0, 0.5, 0.5]
 
     References:
-      Liu, Xu, Jin, Shen and Darrell, "Dropout reduces underfitting", ICML 2023.
+      Liu, Xu, Jin, Shen and Darrell, "Dropout reduces underfitting" (ICML 2023).
     """
     value = as_float32("rate", rate)
     return piecewise([0.0, value], [check_num_steps(cutoff_step, "cutoff_step")])
 
 
 def join(schedules: Sequence[Callable[..., ArrayLike]], boundaries: Sequence[int]) -> Schedule:
-    """Schedules one after another; each counts the steps from its own beginning.
+    """Returns a schedule of schedules, one after another, each counting steps from its own start.
 
     Args:
-      schedules: functions from a step to a rate: those of this module, Optax's, or any that JAX
-        can trace. They get an int32 scalar (float32 for a fractional step), never below 0,
-        also while another schedule holds.
-      boundaries: the steps at which the next schedule begins; one less than schedules,
-        increasing.
+      schedules: functions from a step to a rate: from this module, from Optax, or any that JAX
+        can trace. They receive an int32 scalar (float32 for a fractional step), never below 0,
+        even while another schedule is active.
+      boundaries: steps at which the next schedule begins, increasing; one fewer than schedules.
 
     Returns:
-      A schedule. Its rate is checked as that of `jdropout.dropout`: outside of [0, 1] it raises
-      an error where its value is known, and under ``checkify``.
+      A schedule. A rate outside [0, 1] raises an error where its value is known, and under
+      ``checkify``.
 
     Raises:
-      TypeError: if a schedule is not callable, or a boundary not an integer.
-      ValueError: if the boundaries do not increase from at least 1, or are not one less than
-        the schedules.
+      TypeError: if a schedule is not callable, or a boundary is not an integer.
+      ValueError: if the boundaries do not increase from at least 1, or there is not one fewer
+        of them than schedules.
 
     Example:
       >>> from jdropout import schedules

@@ -13,10 +13,10 @@ from jdropout._checks import type_name
 from jdropout._typing import ArrayLike, Rate
 
 Schedule: TypeAlias = Callable[[ArrayLike], jax.Array]
-"""From a step to a rate: a float32 scalar in [0, 1], for `jdropout.dropout` and its like.
+"""Function from a step to a rate, a float32 scalar in [0, 1] for `jdropout.dropout`.
 
-A step is a number, or a (traced) scalar array, of an integer or floating-point type. Integers
-are compared as integers, never rounded to float32. A step below 0 counts as 0.
+A step is a number or a (traced) scalar array, integer or floating-point. Integer steps are
+compared as integers, never rounded to float32. Steps below 0 count as 0.
 """
 
 

@@ -14,19 +14,19 @@ from jdropout.schedules._steps import Schedule, as_float32, check_num_steps, che
 
 
 def constant(rate: Rate) -> Schedule:
-    """The same rate at every step.
+    """Returns a schedule with the same rate at every step.
 
-    For code that takes any schedule, and for `join`. Where the rate never changes, a plain
-    number in its place says so to the compiler, and a rate of 0 then costs nothing.
+    For code that takes any schedule, and for `join`. If the rate never changes, pass a plain
+    number instead: the compiler then knows it, and a rate of 0 costs nothing.
 
     Args:
-      rate: probability of dropping, in [0, 1]: a number, or a (traced) floating-point scalar.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
 
     Returns:
       A schedule.
 
     Raises:
-      TypeError: if the rate is not a number or floating-point scalar.
+      TypeError: if the rate is not a number or a floating-point scalar.
       ValueError: if the rate is outside [0, 1].
 
     Example:
@@ -48,23 +48,25 @@ def constant(rate: Rate) -> Schedule:
 
 
 def linear(start_rate: Rate, end_rate: Rate, num_steps: int, start_step: int = 0) -> Schedule:
-    """From one rate to another along a straight line.
+    """Returns a schedule that follows a straight line between two rates.
 
     ``start_rate + (end_rate - start_rate) * p``, where ``p = (step - start_step) / num_steps``
     is clipped to [0, 1]. Both ends are exact.
 
     Args:
-      start_rate: rate up to step ``start_step``.
-      end_rate: rate from step ``start_step + num_steps`` on.
-      num_steps: number of steps from the one rate to the other, at least 1.
-      start_step: step that the change begins after, at least 0.
+      start_rate: rate up to step ``start_step``, in [0, 1]; a number or a (traced)
+        floating-point scalar.
+      end_rate: rate from step ``start_step + num_steps`` on, in [0, 1]; a number or a (traced)
+        floating-point scalar.
+      num_steps: number of steps between the two rates, at least 1.
+      start_step: last step at `start_rate`, after which the change begins; at least 0.
 
     Returns:
       A schedule.
 
     Raises:
-      TypeError: if a rate is not a number, or a number of steps not an integer.
-      ValueError: if a rate is outside [0, 1], or a number of steps too small or too large.
+      TypeError: if a rate is not a number, or a number of steps is not an integer.
+      ValueError: if a rate is outside [0, 1], or a number of steps is too small or too large.
 
     Example:
       >>> from jdropout import schedules
@@ -79,23 +81,25 @@ def linear(start_rate: Rate, end_rate: Rate, num_steps: int, start_step: int = 0
 
 
 def cosine(start_rate: Rate, end_rate: Rate, num_steps: int, start_step: int = 0) -> Schedule:
-    """From one rate to another along half a period of a cosine: slow at both ends.
+    """Returns a schedule that follows half a cosine between two rates, slow at both ends.
 
-    ``start_rate + (end_rate - start_rate) * (1 - cos(pi * p)) / 2`` with the ``p`` of `linear`.
-    Both ends are exact.
+    ``start_rate + (end_rate - start_rate) * (1 - cos(pi * p)) / 2``, where
+    ``p = (step - start_step) / num_steps`` is clipped to [0, 1]. Both ends are exact.
 
     Args:
-      start_rate: rate up to step ``start_step``.
-      end_rate: rate from step ``start_step + num_steps`` on.
-      num_steps: as for `linear`.
-      start_step: as for `linear`.
+      start_rate: rate up to step ``start_step``, in [0, 1]; a number or a (traced)
+        floating-point scalar.
+      end_rate: rate from step ``start_step + num_steps`` on, in [0, 1]; a number or a (traced)
+        floating-point scalar.
+      num_steps: number of steps between the two rates, at least 1.
+      start_step: last step at `start_rate`, after which the change begins; at least 0.
 
     Returns:
       A schedule.
 
     Raises:
-      TypeError: as for `linear`.
-      ValueError: as for `linear`.
+      TypeError: if a rate is not a number, or a number of steps is not an integer.
+      ValueError: if a rate is outside [0, 1], or a number of steps is too small or too large.
 
     Example:
       >>> from jdropout import schedules
@@ -104,7 +108,7 @@ def cosine(start_rate: Rate, end_rate: Rate, num_steps: int, start_step: int = 0
       [0.5, 0.427, 0.25, 0.073, 0.0]
 
     References:
-      Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017,
+      Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts" (ICLR 2017),
       equation 5, for learning rates.
     """
 
@@ -116,18 +120,22 @@ def cosine(start_rate: Rate, end_rate: Rate, num_steps: int, start_step: int = 0
 
 
 def warmup(rate: Rate, num_steps: int) -> Schedule:
-    """From no dropout up to a rate, along a straight line; then that rate.
+    """Returns a schedule that rises linearly from no dropout to a rate, and stays there.
+
+    ``rate * p``, where ``p = step / num_steps`` is clipped to [0, 1]. Both ends are exact.
 
     Args:
-      rate: rate from step ``num_steps`` on.
-      num_steps: number of steps up to there, at least 1.
+      rate: rate from step ``num_steps`` on, in [0, 1]; a number or a (traced) floating-point
+        scalar.
+      num_steps: number of steps until then, at least 1.
 
     Returns:
       A schedule.
 
     Raises:
-      TypeError: as for `linear`.
-      ValueError: as for `linear`.
+      TypeError: if the rate is not a number, or the number of steps is not an integer.
+      ValueError: if the rate is outside [0, 1], or the number of steps is too small or too
+        large.
 
     Example:
       >>> from jdropout import schedules
@@ -142,23 +150,24 @@ def warmup(rate: Rate, num_steps: int) -> Schedule:
 
 
 def curriculum(rate: Rate, gamma: float) -> Schedule:
-    """Curriculum dropout: from none towards a rate, fast at first, then ever more slowly.
+    """Returns a schedule for curriculum dropout, which rises from 0 towards a rate.
 
-    The probability of keeping is ``(1 - k) * exp(-gamma * step) + k`` with ``k = 1 - rate``,
-    which is a rate of ``rate * (1 - exp(-gamma * step))``. Half of the rate is reached at step
-    ``0.69 / gamma``, 90 % at ``2.3 / gamma`` and 99 % at ``4.6 / gamma``.
+    It rises quickly at first, then ever more slowly. The keep probability is
+    ``(1 - k) * exp(-gamma * step) + k`` with ``k = 1 - rate``, which gives the rate
+    ``rate * (1 - exp(-gamma * step))``. It reaches half of `rate` at step ``0.69 / gamma``,
+    90 % at ``2.3 / gamma`` and 99 % at ``4.6 / gamma``.
 
     Args:
-      rate: the limit of the rate.
-      gamma: speed of the rise per step, above 0. The paper takes ``10 / num_steps`` for a
-        training of ``num_steps``: at the end less than 1e-4 is missing.
+      rate: limit of the rate, in [0, 1]; a number or a (traced) floating-point scalar.
+      gamma: speed of the rise per step, above 0. The paper uses ``10 / num_steps`` for a
+        training of ``num_steps``, which ends less than 1e-4 below the limit.
 
     Returns:
       A schedule.
 
     Raises:
       TypeError: if the rate or gamma is not a number.
-      ValueError: if the rate is outside [0, 1], or gamma not a finite number above 0.
+      ValueError: if the rate is outside [0, 1], or gamma is not a finite number above 0.
 
     Example:
       >>> from jdropout import schedules
@@ -167,7 +176,7 @@ def curriculum(rate: Rate, gamma: float) -> Schedule:
       [0.0, 0.2492, 0.4499, 0.495, 0.5]
 
     References:
-      Morerio, Cavazza, Volpi, Vidal and Murino, "Curriculum dropout", ICCV 2017.
+      Morerio, Cavazza, Volpi, Vidal and Murino, "Curriculum dropout" (ICCV 2017).
     """
     value = as_float32("rate", rate)
     speed = np.float32(_check_gamma(gamma))

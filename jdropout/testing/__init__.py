@@ -1,7 +1,7 @@
-"""Assertions for your own tests: of masks, of layers with dropout, of whole trainings.
+"""Assertions for your own tests: of masks, of layers with dropout, of whole training runs.
 
-Each raises an AssertionError where its property does not hold, and a ValueError or TypeError where
-it could show nothing. None needs a test framework.
+Each raises an AssertionError if its property does not hold, and a ValueError or TypeError
+if the test could not show anything. None needs a test framework.
 """
 
 from jdropout.testing._backward import (

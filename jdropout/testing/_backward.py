@@ -17,28 +17,29 @@ from jdropout.testing._checks import check_floating, check_like_input
 def assert_backward_uses_forward_mask(
     fn: Callable[[jax.Array], jax.Array], x: ArrayLike, *, forward_mode: bool = True
 ) -> None:
-    """Asserts that the derivatives of a dropout have the mask and the scale of its output.
+    """Asserts that the derivatives of a dropout use the mask and the scale of its output.
 
-    ``fn`` has to be dropout with a fixed key: linear, and elementwise, ``fn(x) = d * x`` with a
-    constant ``d`` that is 0 where an element is dropped. Then its Jacobian is the diagonal of
-    ``d = fn(1)`` too. Checked are its products with ones and with other values: `jax.vjp` of
-    ``fn`` and of ``jax.checkpoint(fn)``, and `jax.jvp` of ``fn``, each as it is and under
-    `jax.jit`. Zeros have to be the same exactly, other values up to four roundings in the dtype.
+    `fn` must be dropout with a fixed key, that is, linear and elementwise: ``fn(x) = d * x``
+    with a constant ``d`` that is 0 where an element is dropped. Its Jacobian is then the
+    diagonal of ``d = fn(1)`` as well. The products of this Jacobian with ones and with other
+    values are checked for `jax.vjp` of ``fn`` and of ``jax.checkpoint(fn)``, and for `jax.jvp`
+    of ``fn``, each as it is and under `jax.jit`. Zeros must match exactly, other values up to
+    four roundings in the dtype.
 
-    A backward pass with a mask of its own differs in about ``2 * rate * (1 - rate)`` of all
-    elements, so a few dozen of them are enough.
+    A backward pass with a different mask differs in about ``2 * rate * (1 - rate)`` of all
+    elements, so a few dozen elements are enough.
 
     Args:
-      fn: a function of one array, such as ``lambda x: dropout(key, x, 0.5)``, wrapped in whatever
-        is to be tested.
-      x: the array to differentiate at, of a floating-point dtype.
-      forward_mode: whether to check `jax.jvp`, which a `jax.custom_vjp` does not have.
+      fn: function of one array, such as ``lambda x: dropout(key, x, 0.5)``, wrapped in whatever
+        you want to test.
+      x: array to differentiate at, with a floating-point dtype.
+      forward_mode: if True, check `jax.jvp` too, which a `jax.custom_vjp` does not support.
 
     Raises:
-      AssertionError: if a derivative has another mask or scale; names the transformation and the
-        element.
-      TypeError: if x is not a floating-point array.
-      ValueError: if ``fn`` is not linear and elementwise with a fixed mask, changes the shape, or
+      AssertionError: if a derivative uses another mask or scale; names the transformation and
+        the element.
+      TypeError: if `x` is not a floating-point array.
+      ValueError: if `fn` is not linear and elementwise with a fixed mask, changes the shape, or
         drops nothing or everything at x's shape.
 
     Example:

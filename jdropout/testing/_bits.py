@@ -24,27 +24,31 @@ def mask_fingerprint(
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
 ) -> str:
-    """A short text that stands for every bit of a mask, to be written into a test.
+    """Returns a short text that stands for every bit of a mask, to write into a test.
 
-    It is the same on every device and sharding, and with every version of JAX and of this library.
-    Two different masks have the same one by chance once in 2**64.
+    It is the same on every device and sharding, and with every version of JAX and of this
+    library. Two different masks have the same fingerprint by chance once in 2**64.
 
     Args:
-      key: a PRNG key, as for `keep_mask`; not a traced one.
-      rate: probability of dropping, as for `keep_mask`.
-      shape: shape of the mask.
-      broadcast_dims: axes along which all elements share their fate.
-      start: index of the block's first element in the whole mask.
-      global_shape: shape of the whole mask.
-      precision: bits of the rate, as for `keep_mask`.
+      key: PRNG key, typed or raw; not a traced one. May be None for a static rate of 0 or 1.
+      rate: probability of dropping, in [0, 1]; a number or a (traced) floating-point scalar.
+      shape: shape of the mask; of the part at `start` if `global_shape` is given.
+      broadcast_dims: axes along which the mask is shared.
+      start: index of the part's first element within a mask of `global_shape`, for code that
+        sees one part of it, as in `shard_map`.
+      global_shape: shape of the whole mask; required with `start`.
+      precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
+        rate by more than 0.1 %.
 
     Returns:
-      The first 16 hexadecimal digits of the SHA-256 of the shape, as in ``2,8:``, followed by the
-      bits in row-major order: the first one is the highest of its byte, zeros fill the last byte.
+      The first 16 hexadecimal digits of the SHA-256 of the shape, written as in ``2,8:``,
+      followed by the bits in row-major order: the first bit is the highest of its byte, and
+      zeros fill the last byte.
 
     Raises:
-      TypeError: as for `keep_mask`.
-      ValueError: as for `keep_mask`.
+      TypeError: if an argument has the wrong type, such as a boolean rate.
+      ValueError: if the rate is not a scalar in [0, 1], the key is missing or a batch of keys,
+        an axis does not exist, or the part at `start` does not fit into `global_shape`.
 
     Example:
       >>> import jax
@@ -71,21 +75,22 @@ def mask_fingerprint(
 def assert_reproducible(
     train: Callable[[], Any], *, runs: int = 2, clear_caches: bool = False
 ) -> None:
-    """Asserts that a training ends in the same bits every time.
+    """Asserts that a training run ends with the same bits every time.
 
-    What ``train`` returns is compared leaf by leaf: path, dtype, shape and all bits, so that -0.0
-    is not 0.0, and a NaN equals itself. Typed keys are compared by their words.
+    The results of `train` are compared leaf by leaf: path, dtype, shape and all bits, so -0.0
+    differs from 0.0 and a NaN equals itself. Typed keys are compared by their words.
 
     Args:
-      train: a function without arguments that trains from the beginning, and returns a pytree:
+      train: function without arguments that trains from scratch and returns a pytree:
         parameters, optimizer state, losses.
-      runs: how often to call it, at least 2.
-      clear_caches: whether every run compiles everything anew, after ``jax.clear_caches()``.
+      runs: number of times to call it, at least 2.
+      clear_caches: if True, call ``jax.clear_caches()`` before every run, so that each compiles
+        everything again.
 
     Raises:
       AssertionError: if a run differs from the first one; names the leaf and the element.
-      TypeError: if a leaf is neither an array, nor a number, nor a string.
-      ValueError: if there are no leaves, or ``runs`` is less than 2.
+      TypeError: if a leaf is not an array, a number or a string.
+      ValueError: if there are no leaves, or `runs` is less than 2.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -99,8 +104,8 @@ def assert_reproducible(
       >>> assert_reproducible(train)
 
     References:
-      Bouthillier, Laurent and Vincent, "Unreproducible research is reproducible", ICML 2019, for
-      what else changes from one training to the next.
+      Bouthillier, Laurent and Vincent, "Unreproducible research is reproducible" (ICML 2019),
+      for what else changes from one training run to the next.
     """
     _check_runs(runs)
     first: dict[str, _compare.Leaf] | None = None

@@ -30,45 +30,51 @@ def assert_unbiased(
     tolerance: float = 1e-3,
     false_alarm_rate: float = 1e-6,
 ) -> None:
-    """Asserts that the mean of ``fn(key, x)`` over the keys is x.
+    """Asserts that the mean of ``fn(key, x)`` over keys is x.
 
-    The factors ``z = fn(key, x) / x`` are averaged over many keys, and should have mean 1. Let
-    ``v = rate / (1 - rate)``, the variance of a factor in dropout (and in Gaussian dropout), and
-    ``b = max(1, v)``, how far dropout can take it from 1. By Bernstein's inequality the mean of `n`
-    independent factors is off by `t` or more with probability at most
-    ``2 exp(-n t**2 / (2 v + 2 b t / 3))``. A third of the false-alarm rate goes to each of
+    The factors ``z = fn(key, x) / x`` are averaged over many keys and should have mean 1. Let
+    ``v = rate / (1 - rate)``, the variance of a factor in dropout (and in Gaussian dropout),
+    and ``b = max(1, v)``, the largest distance from 1 that dropout can produce. By Bernstein's
+    inequality the mean of `n` independent factors is off by `t` or more with probability at
+    most ``2 exp(-n t**2 / (2 v + 2 b t / 3))``. A third of the false-alarm rate goes to each of
 
     - the mean of all factors, which may be off by ``tolerance / 2``;
-    - the mean of every element over the keys, by Bonferroni's correction for ``x.size`` means;
-    - the mean of every call over its elements, by the same for the number of calls. It shows that
-      elements share their fates, which leaves all expectations right.
+    - the mean of every element over the keys, with Bonferroni's correction for ``x.size``
+      means;
+    - the mean of every call over its elements, with the same correction for the number of
+      calls. It detects elements that are dropped together, which leaves all expectations
+      correct.
 
-    The number of keys is what makes the first bound true, ``n = (8 v + 4 b tolerance / 3) *
-    log(6 / false_alarm_rate) / tolerance**2`` factors, and at least what makes the second one true
-    for means that are off by 1/2. A common bias of ``tolerance`` is then found with a probability
-    of about ``1 - false_alarm_rate`` as well: by default a missing scale, a scale of another rate,
-    or an 8-bit threshold with the scale of the nominal rate (-0.17 % at 0.1). One element's own
-    bias is found if it is large: for 1024 elements at rate 0.1, which take 13 570 keys, from 4 %.
+    The number of keys is chosen to make the first bound hold, which takes ``n = (8 v + 4 b
+    tolerance / 3) * log(6 / false_alarm_rate) / tolerance**2`` factors, and at least to make
+    the second one hold for means that are off by 1/2. A common bias of ``tolerance`` is then
+    detected with a probability of about ``1 - false_alarm_rate`` too: by default a missing
+    scale, the scale of another rate, or an 8-bit threshold with the scale of the nominal rate
+    (-0.17 % at 0.1). The bias of a single element is detected if it is large: for 1024 elements
+    at rate 0.1, which take 13 570 keys, from 4 % up.
 
-    Rounding to x's dtype may bias each element by half a unit, and is allowed for: look for small
-    biases in float32. Keys are evaluated in batches, so memory does not grow with their number.
-    Time does, as ``v / tolerance**2``: at rate 0.5 there are 125 million factors, for a second.
+    Rounding to x's dtype may bias each element by half a unit, which is allowed for: look for
+    small biases in float32. Keys are evaluated in batches, so memory does not grow with their
+    number. Time does, as ``v / tolerance**2``: rate 0.5 needs 125 million factors, about a
+    second.
 
     Args:
-      fn: a function of a key and x that drops; it has to work under `jax.jit` and `jax.vmap`.
-      x: array of a floating-point dtype without zeros; its size hardly matters for the time, and a
-        few thousand elements are good.
-      key: a PRNG key, of which the others are made; typed or raw, and ``fn`` gets the same kind.
-      rate: the probability of dropping that ``fn`` has, or more; below 1.
-      broadcast_dims: axes along which elements share their fate, as for `dropout`.
-      tolerance: the relative bias that is to be found.
+      fn: function of a key and `x` that drops; it must work under `jax.jit` and `jax.vmap`.
+      x: array without zeros, with a floating-point dtype; its size hardly affects the time, and
+        a few thousand elements work well.
+      key: PRNG key, typed or raw, from which all others are made; `fn` gets keys of the same
+        kind.
+      rate: drop probability of `fn`, or more; below 1.
+      broadcast_dims: axes along which the mask is shared.
+      tolerance: relative bias to detect.
       false_alarm_rate: probability, over keys, that an unbiased function fails.
 
     Raises:
-      AssertionError: if fn is biased, or elements share their fates; gives every mean that is off.
-      TypeError: if x is not a floating-point array, or another argument has a wrong type.
-      ValueError: if x has zeros or no elements, the result has another shape, or an argument is out
-        of its range.
+      AssertionError: if `fn` is biased, or elements are dropped together; lists every mean that
+        is off.
+      TypeError: if `x` is not a floating-point array, or another argument has the wrong type.
+      ValueError: if `x` has zeros or no elements, the result has another shape, or an argument
+        is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -79,7 +85,8 @@ def assert_unbiased(
 
     References:
       Boucheron, Lugosi and Massart, "Concentration inequalities" (2013), corollary 2.11, for
-      Bernstein's inequality; Srivastava et al., JMLR 15 (2014), section 10, for Gaussian dropout.
+      Bernstein's inequality; Srivastava et al., JMLR 15 (2014), section 10, for Gaussian
+      dropout.
     """
     x = _check_factors_defined(check_floating(x))
     key = _checks.check_key(key)

@@ -26,27 +26,28 @@ def assert_sharding_invariant(
 ) -> None:
     """Asserts that a function returns the same bits however its arguments are sharded.
 
-    It is called with everything on one device, and then with one argument after the other, and all
-    at once, sharded in every way that puts one or two axes of a mesh on axes of the arrays. Arrays
-    that a sharding does not divide, and keys, are given to every device. All calls are made under
-    ``jax.set_mesh``, the first one under a mesh of one device with the same axis names: a
+    The function is called with everything on one device, and then with each argument in turn,
+    and all at once, sharded in every way that puts one or two axes of a mesh on axes of the
+    arrays. Arrays that a sharding does not divide, and keys, are replicated. All calls are made
+    under ``jax.set_mesh``, the first one under a mesh of one device with the same axis names: a
     `jax.shard_map` that takes its mesh from there is compared with itself on one device.
 
     Args:
-      fn: the function, called as it is: pass ``jax.jit(fn)`` to test what is compiled. One that
-        closes over a mesh computes the same whatever happens here; let it use the one that is set.
-      *args: its arguments, pytrees of arrays; what is not an array is passed on.
-      devices: the devices to use, at least two; all if None. They form a mesh with axes ``a`` and
+      fn: function to call as it is; pass ``jax.jit(fn)`` to test compiled code. A function that
+        closes over a mesh computes the same thing whatever happens here; let it use the mesh
+        that is set.
+      *args: arguments of `fn`, pytrees of arrays; anything that is not an array is passed on.
+      devices: devices to use, at least two; None for all. They form a mesh with axes ``a`` and
         ``b``, 2 x 4 for eight.
-      mesh: a mesh to use instead, with its axis names and types.
-      rtol: None compares bits. A number lets floating-point results differ by that much times the
-        largest magnitude in their array, as sums do that are split in another way: 1e-5 is
-        plenty in float32, and hides no other mask.
+      mesh: mesh to use instead, with its axis names and types.
+      rtol: None to compare bits. With a number, floating-point results may differ by that much
+        times the largest magnitude in their array, as sums do when they are split differently:
+        1e-5 is plenty in float32, and still detects a different mask.
 
     Raises:
       AssertionError: if a result differs; names the sharding, the leaf and the element.
-      TypeError: if a leaf of the result is neither an array, nor a number, nor a string.
-      ValueError: if there is one device only, nothing that can be sharded, or no result.
+      TypeError: if a leaf of the result is not an array, a number or a string.
+      ValueError: if there is only one device, nothing that can be sharded, or no result.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout

@@ -1,4 +1,4 @@
-"""Measures of uncertainty, from the samples of a prediction under several masks."""
+"""Measures of uncertainty, computed from predictions under several dropout masks."""
 
 from jdropout.uncertainty._classification import (
     expected_calibration_error as expected_calibration_error,

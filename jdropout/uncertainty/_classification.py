@@ -22,23 +22,25 @@ from jdropout.uncertainty._logs import (
 
 
 def variation_ratio(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 0) -> jax.Array:
-    """The part of the samples that do not predict the class that most of them predict.
+    """Computes the fraction of samples that do not predict the most common class.
 
     ``1 - n / samples``, where n samples have their largest logit at the most common class. Of
-    equal logits the first counts. Its gradient is zero.
+    equal logits the first counts. The gradient is zero.
 
     Args:
-      logits: as for `predictive_entropy`.
-      axis: the axis of the classes.
-      sample_axis: the axis of the samples.
+      logits: array with an axis of samples and one of classes, with a real floating-point
+        dtype; logits or log-probabilities, which are normalised here. A class whose logit is
+        -inf is impossible in that sample.
+      axis: axis of the classes.
+      sample_axis: axis of the samples.
 
     Returns:
       An array without the two axes, in [0, 1 - 1 / min(samples, classes)], float32 (float64 for
       64-bit logits).
 
     Raises:
-      TypeError: as for `predictive_entropy`.
-      ValueError: as for `predictive_entropy`.
+      TypeError: if the logits are not a floating-point array.
+      ValueError: if an axis does not exist or has size 0, or both axes are the same.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,30 +51,33 @@ def variation_ratio(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 0) 
 
     References:
       Freeman, "Elementary applied statistics" (1965); Gal, Islam and Ghahramani, "Deep Bayesian
-      active learning with image data", ICML 2017.
+      active learning with image data" (ICML 2017).
     """
     return _variation_ratio(*check_samples(logits, axis, sample_axis))
 
 
 def log_mean_probabilities(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 0) -> jax.Array:
-    """The logarithm of the mean distribution, which is the prediction of Monte Carlo dropout.
+    """Computes the logarithm of the mean distribution, the prediction of Monte Carlo dropout.
 
-    ``log(mean over t of softmax(logits_t))``, as a log-sum-exp: probabilities that float32 does
-    not hold have a logarithm, and that of a probability near 1 keeps its digits. The result serves
-    as the logits of one distribution, for `entropy`, `expected_calibration_error` or a loss.
+    ``log(mean over t of softmax(logits_t))``, as a log-sum-exp: probabilities too small for
+    float32 still have a logarithm, and logarithms of probabilities near 1 keep their precision.
+    The result can serve as the logits of one distribution, for `entropy`,
+    `expected_calibration_error` or a loss.
 
     Args:
-      logits: as for `predictive_entropy`.
-      axis: the axis of the classes.
-      sample_axis: the axis of the samples.
+      logits: array with an axis of samples and one of classes, with a real floating-point
+        dtype; logits or log-probabilities, which are normalised here. A class whose logit is
+        -inf is impossible in that sample.
+      axis: axis of the classes.
+      sample_axis: axis of the samples.
 
     Returns:
-      An array without the axis of the samples, none of it above 0, float32 (float64 for 64-bit
-      logits); -inf for a class that is impossible in all samples.
+      An array without the axis of the samples, at most 0, float32 (float64 for 64-bit logits);
+      -inf for a class that is impossible in all samples.
 
     Raises:
-      TypeError: as for `predictive_entropy`.
-      ValueError: as for `predictive_entropy`.
+      TypeError: if the logits are not a floating-point array.
+      ValueError: if an axis does not exist or has size 0, or both axes are the same.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,8 +87,8 @@ def log_mean_probabilities(logits: ArrayLike, *, axis: int = -1, sample_axis: in
       ['-0.2877', '-1.3863', '-300.2877']
 
     References:
-      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
-      deep learning", ICML 2016, equation 6, of probabilities.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), equation 6, for probabilities.
     """
     return _log_mean_probabilities(*check_samples(logits, axis, sample_axis))
 
@@ -91,25 +96,27 @@ def log_mean_probabilities(logits: ArrayLike, *, axis: int = -1, sample_axis: in
 def predictive_log_likelihood(
     logits: ArrayLike, labels: ArrayLike, *, axis: int = -1, sample_axis: int = 0
 ) -> jax.Array:
-    """The log-likelihood of labels under the mean distribution, one for each label.
+    """Computes the log-likelihood of each label under the mean distribution.
 
-    ``log(mean over t of softmax(logits_t)[label])``: what `log_mean_probabilities` has at the
-    label, and never below the mean of the samples' own log-likelihoods.
+    ``log(mean over t of softmax(logits_t)[label])``: the entry of `log_mean_probabilities` at
+    the label. It is never below the mean of the samples' own log-likelihoods.
 
     Args:
-      logits: as for `predictive_entropy`.
-      labels: array of integers, in the shape of the logits without the two axes. A traced label
-        that is no class gives NaN.
-      axis: the axis of the classes.
-      sample_axis: the axis of the samples.
+      logits: array with an axis of samples and one of classes, with a real floating-point
+        dtype; logits or log-probabilities, which are normalised here. A class whose logit is
+        -inf is impossible in that sample.
+      labels: integer array with the shape of the logits without the two axes. A traced label
+        that is not a class gives NaN.
+      axis: axis of the classes.
+      sample_axis: axis of the samples.
 
     Returns:
-      An array of the labels' shape, none of it above 0, float32 (float64 for 64-bit logits).
+      An array of the labels' shape, at most 0, float32 (float64 for 64-bit logits).
 
     Raises:
-      TypeError: as for `predictive_entropy`, or if the labels are no integers.
-      ValueError: as for `predictive_entropy`, or if the labels have another shape, or one that is
-        known is no class.
+      TypeError: if the logits are not a floating-point array, or the labels are not integers.
+      ValueError: if an axis does not exist or has size 0, both axes are the same, the labels
+        have another shape, or a label whose value is known is not a class.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,8 +127,8 @@ def predictive_log_likelihood(
       ['-0.6931', '-0.6931']
 
     References:
-      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
-      deep learning", ICML 2016, equation 2, by Monte Carlo integration.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), equation 2, by Monte Carlo integration.
     """
     x, axis, sample_axis = check_samples(logits, axis, sample_axis)
     rest = tuple(size for i, size in enumerate(x.shape) if i not in (axis, sample_axis))
@@ -131,26 +138,28 @@ def predictive_log_likelihood(
 def expected_calibration_error(
     logits: ArrayLike, labels: ArrayLike, *, num_bins: int = 15
 ) -> jax.Array:
-    """How far the confidence of predictions is from how often they are right.
+    """Measures how far the confidence of predictions is from their accuracy.
 
-    ``sum over m of |B_m| / n * |acc(B_m) - conf(B_m)|``, where the bin B_m has the examples whose
-    most probable class has a probability in ``((m - 1) / num_bins, m / num_bins]``: the error is
-    that of the average over a bin. For Monte Carlo dropout pass `log_mean_probabilities`.
+    ``sum over m of |B_m| / n * |acc(B_m) - conf(B_m)|``, where bin B_m holds the examples whose
+    most probable class has a probability in ``((m - 1) / num_bins, m / num_bins]``, so errors
+    are compared after averaging over a bin. For Monte Carlo dropout, pass
+    `log_mean_probabilities`.
 
     Args:
-      logits: array of shape (..., classes), of a real floating-point dtype: one distribution for
-        each example, as logits or log-probabilities, which are normalised here. Pass ``jnp.log``
-        of probabilities.
-      labels: array of integers, of shape (...). A traced label that is no class gives NaN.
+      logits: array of shape (..., classes), with a real floating-point dtype; one distribution
+        per example, as logits or log-probabilities, which are normalised here. For
+        probabilities pass their ``jnp.log``.
+      labels: integer array of shape (...). A traced label that is not a class gives NaN.
       num_bins: number of bins of equal width, at least 1.
 
     Returns:
       A scalar in [0, 1], float32 (float64 for 64-bit logits).
 
     Raises:
-      TypeError: if the logits are no floating-point array, or the labels or num_bins no integers.
-      ValueError: if there are no examples, the labels have another shape, one that is known is no
-        class, or num_bins is below 1.
+      TypeError: if the logits are not a floating-point array, or the labels or `num_bins` are
+        not integers.
+      ValueError: if there are no examples, the labels have another shape, a label whose value
+        is known is not a class, or `num_bins` is below 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,9 +173,9 @@ def expected_calibration_error(
       0.7500
 
     References:
-      Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", ICML 2017,
+      Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks" (ICML 2017),
       equation 3; Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using
-      Bayesian binning", AAAI 2015.
+      Bayesian binning" (AAAI 2015).
     """
     x, axis = check_categorical(logits, -1)
     _check_any_examples(x.shape)

@@ -22,26 +22,28 @@ from jdropout.uncertainty._logs import (
 
 
 def entropy(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
-    """The entropy of a categorical distribution, in nats.
+    """Computes the entropy of a categorical distribution, in nats.
 
-    ``-sum over c of p_c * log(p_c)`` with ``p = softmax(logits)``. No term is negative, and one of
-    probability 0 is 0. The logarithm of a probability near 1 keeps its digits.
+    ``-sum over c of p_c * log(p_c)`` with ``p = softmax(logits)``. No term is negative, and a
+    class of probability 0 contributes 0. Logarithms of probabilities near 1 keep their
+    precision.
 
-    With running means in place of samples, average `entropy` beside the probabilities. From the
-    means follow ``predictive = entropy(jnp.log(probabilities))``, the mean of the entropies, and
-    their difference, the mutual information, down to about 1e-6 (see `mutual_information`).
+    If you keep running means instead of samples, average `entropy` along with the
+    probabilities. The means then give ``predictive = entropy(jnp.log(probabilities))``, the
+    mean of the entropies, and their difference, the mutual information, accurate to about 1e-6
+    (`mutual_information` is more accurate).
 
     Args:
-      logits: array of shape (..., classes, ...), of a real floating-point dtype: logits or
+      logits: array of shape (..., classes, ...), with a real floating-point dtype; logits or
         log-probabilities, which are normalised here. A class whose logit is -inf is impossible.
-      axis: the axis of the classes.
+      axis: axis of the classes.
 
     Returns:
       An array without that axis, in [0, log(classes)], float32 (float64 for 64-bit logits).
 
     Raises:
-      TypeError: if the logits are no floating-point array.
-      ValueError: if the axis does not exist, or has size 0.
+      TypeError: if the logits are not a floating-point array.
+      ValueError: if the axis does not exist or has size 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,32 +53,32 @@ def entropy(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
       ['0.6931', '4.328e-08', '0']
 
     References:
-      Shannon, "A mathematical theory of communication", Bell System Technical Journal 27 (1948),
-      section 6.
+      Shannon, "A mathematical theory of communication", Bell System Technical Journal 27
+      (1948), section 6.
     """
     return _entropy(*check_categorical(logits, axis))
 
 
 def predictive_entropy(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 0) -> jax.Array:
-    """The entropy of the mean distribution: all uncertainty of a prediction, in nats.
+    """Computes the entropy of the mean distribution, a prediction's total uncertainty, in nats.
 
-    ``-sum over c of q_c * log(q_c)`` with ``q = mean over t of softmax(logits_t)``. It is
-    `expected_entropy`, which more data about the same inputs would leave, plus
-    `mutual_information`, which it would take away.
+    ``-sum over c of q_c * log(q_c)`` with ``q = mean over t of softmax(logits_t)``. It is the
+    sum of `expected_entropy`, which more data about the same inputs would not remove, and
+    `mutual_information`, which it would.
 
     Args:
-      logits: array with an axis of samples and one of classes, of a real floating-point dtype:
-        logits or log-probabilities, which are normalised here. A class whose logit is -inf is
-        impossible in that sample.
-      axis: the axis of the classes.
-      sample_axis: the axis of the samples.
+      logits: array with an axis of samples and one of classes, with a real floating-point
+        dtype; logits or log-probabilities, which are normalised here. A class whose logit is
+        -inf is impossible in that sample.
+      axis: axis of the classes.
+      sample_axis: axis of the samples.
 
     Returns:
       An array without the two axes, in [0, log(classes)], float32 (float64 for 64-bit logits).
 
     Raises:
-      TypeError: if the logits are no floating-point array.
-      ValueError: if an axis does not exist or has size 0, or the two are the same.
+      TypeError: if the logits are not a floating-point array.
+      ValueError: if an axis does not exist or has size 0, or both axes are the same.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -92,28 +94,30 @@ def predictive_entropy(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 
       ['0.3601', '0.4608']
 
     References:
-      Gal, Islam and Ghahramani, "Deep Bayesian active learning with image data", ICML 2017.
+      Gal, Islam and Ghahramani, "Deep Bayesian active learning with image data" (ICML 2017).
     """
     return _predictive_entropy(*check_samples(logits, axis, sample_axis))
 
 
 def expected_entropy(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 0) -> jax.Array:
-    """The mean of the samples' entropies: the uncertainty that all samples agree on, in nats.
+    """Computes the mean entropy of the samples, the uncertainty they agree on, in nats.
 
-    ``mean over t of entropy(logits_t)``. It is called aleatoric: more data about the same inputs
-    would not take it away.
+    ``mean over t of entropy(logits_t)``. This part is called aleatoric: more data about the
+    same inputs would not remove it.
 
     Args:
-      logits: as for `predictive_entropy`.
-      axis: the axis of the classes.
-      sample_axis: the axis of the samples.
+      logits: array with an axis of samples and one of classes, with a real floating-point
+        dtype; logits or log-probabilities, which are normalised here. A class whose logit is
+        -inf is impossible in that sample.
+      axis: axis of the classes.
+      sample_axis: axis of the samples.
 
     Returns:
       An array without the two axes, in [0, log(classes)], float32 (float64 for 64-bit logits).
 
     Raises:
-      TypeError: as for `predictive_entropy`.
-      ValueError: as for `predictive_entropy`.
+      TypeError: if the logits are not a floating-point array.
+      ValueError: if an axis does not exist or has size 0, or both axes are the same.
 
     Example:
       >>> import jax.numpy as jnp
@@ -123,37 +127,40 @@ def expected_entropy(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 0)
       9.837e-21
 
     References:
-      Gal, Islam and Ghahramani, "Deep Bayesian active learning with image data", ICML 2017: the
-      second term of BALD.
+      Gal, Islam and Ghahramani, "Deep Bayesian active learning with image data" (ICML 2017),
+      the second term of BALD.
     """
     return _expected_entropy(*check_samples(logits, axis, sample_axis))
 
 
 def mutual_information(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 0) -> jax.Array:
-    """How far the samples disagree: BALD, the mutual information of class and mask, in nats.
+    """Computes the mutual information of class and mask (BALD), in nats.
 
-    ``predictive_entropy - expected_entropy``, which is ``mean over t of KL(p_t || q)`` with
-    ``p_t = softmax(logits_t)`` and ``q = mean over t of p_t``. It is called epistemic: more data
-    about the same inputs would take it away.
+    It measures how far the samples disagree: ``predictive_entropy - expected_entropy``, which
+    is ``mean over t of KL(p_t || q)`` with ``p_t = softmax(logits_t)`` and
+    ``q = mean over t of p_t``. This part is called epistemic: more data about the same inputs
+    would remove it.
 
-    Computed as the mean of the sums over c of ``p * log(p / q) - p + q``, no term of which is
-    negative. The ratios come from differences of logits, and the terms from a series where p is
-    near q, so that nothing cancels: samples that nearly agree have a small result with nearly all
-    its digits, where a difference of two entropies in float32 has an error of 1e-7, of either
-    sign. Equal samples give exactly 0 and gradient 0.
+    It is computed as the mean of the sums over c of ``p * log(p / q) - p + q``, no term of
+    which is negative. The ratios come from differences of logits, and the terms from a series
+    where p is near q, so nothing cancels: samples that nearly agree give a small result that is
+    accurate to nearly all digits, where the difference of two float32 entropies is off by 1e-7
+    in either direction. Equal samples give exactly 0 and gradient 0.
 
     Args:
-      logits: as for `predictive_entropy`.
-      axis: the axis of the classes.
-      sample_axis: the axis of the samples.
+      logits: array with an axis of samples and one of classes, with a real floating-point
+        dtype; logits or log-probabilities, which are normalised here. A class whose logit is
+        -inf is impossible in that sample.
+      axis: axis of the classes.
+      sample_axis: axis of the samples.
 
     Returns:
       An array without the two axes, in [0, log(min(samples, classes))], float32 (float64 for
       64-bit logits).
 
     Raises:
-      TypeError: as for `predictive_entropy`.
-      ValueError: as for `predictive_entropy`.
+      TypeError: if the logits are not a floating-point array.
+      ValueError: if an axis does not exist or has size 0, or both axes are the same.
 
     Example:
       >>> import jax.numpy as jnp
@@ -167,8 +174,8 @@ def mutual_information(logits: ArrayLike, *, axis: int = -1, sample_axis: int = 
 
     References:
       Houlsby, Huszár, Ghahramani and Lengyel, "Bayesian active learning for classification and
-      preference learning" (2011); Gal, Islam and Ghahramani, "Deep Bayesian active learning with
-      image data", ICML 2017.
+      preference learning" (2011); Gal, Islam and Ghahramani, "Deep Bayesian active learning
+      with image data" (ICML 2017).
     """
     return _mutual_information(*check_samples(logits, axis, sample_axis))
 

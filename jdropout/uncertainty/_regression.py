@@ -23,31 +23,31 @@ def gaussian_log_likelihood(
     sample_axis: int = 0,
     output_axes: Sequence[int] = (),
 ) -> jax.Array:
-    """The log-likelihood of a regression's targets under the mean of the samples' Gaussians.
+    """Computes the log-likelihood of regression targets under a mixture of Gaussians.
 
-    ``log(mean over t of N(y; f_t, 1 / precision))``, which is ``logsumexp over t of
-    (-precision / 2 * (y - f_t)**2) - log(samples) - log(2 * pi) / 2 + log(precision) / 2``: a
-    mixture of as many Gaussians as there are samples. `gaussian_nll` takes one Gaussian of the
-    same mean and variance instead.
+    ``log(mean over t of N(y; f_t, 1 / precision))``, which is ``logsumexp over t of (-precision
+    / 2 * (y - f_t)**2) - log(samples) - log(2 * pi) / 2 + log(precision) / 2``: a mixture of
+    one Gaussian per sample. `gaussian_nll` instead uses a single Gaussian with the same mean
+    and variance.
 
     Args:
-      samples: array of predictions f_t, of a real floating-point dtype.
-      y: array of targets, in the shape of the samples without their axis.
-      precision: that of the noise, one over its variance, above 0: a number, or an array with axes
-        of y's sizes or 1, such as one for each output. See `model_precision`. A traced one that
-        is below 0 gives NaN.
-      sample_axis: the axis of the samples.
-      output_axes: axes of y whose elements are predicted together: of these the densities are
-        multiplied before the mean, since one mask made them all. The result is not the sum of
-        the elements' own.
+      samples: array of predictions f_t, with a real floating-point dtype.
+      y: array of targets, with the shape of `samples` without the sample axis.
+      precision: precision of the noise (one over its variance), above 0; a number, or an array
+        with axes of y's sizes or 1, such as one for each output. See `model_precision`. A
+        traced precision below 0 gives NaN.
+      sample_axis: axis of the samples.
+      output_axes: axes of `y` whose elements are predicted jointly: their densities are
+        multiplied before taking the mean, since one mask produced them all. The result is not
+        the sum of the elements' own log-likelihoods.
 
     Returns:
       An array of y's shape without the output axes, float32 (float64 for 64-bit samples or y).
 
     Raises:
-      TypeError: if samples, y or the precision are not floating-point numbers.
-      ValueError: if y has another shape, an axis does not exist or has size 0, or a precision that
-        is known is not above 0.
+      TypeError: if `samples`, `y` or the precision are not floating-point numbers.
+      ValueError: if `y` has another shape, an axis does not exist or has size 0, or a precision
+        whose value is known is not above 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,8 +59,8 @@ def gaussian_log_likelihood(
       -1.1444
 
     References:
-      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
-      deep learning", ICML 2016, equation 8, which is that of one output.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), equation 8, for one output.
     """
     f = _checks.check_floating_array("samples", samples)
     sample_axis = _checks.check_axis("sample_axis", sample_axis, f.ndim)
@@ -73,26 +73,27 @@ def gaussian_log_likelihood(
 
 
 def gaussian_nll(mean: ArrayLike, variance: ArrayLike, y: ArrayLike) -> jax.Array:
-    """The negative log-likelihood of targets under Gaussians of given moments.
+    """Computes the negative log-likelihood of targets under Gaussians.
 
     ``(y - mean)**2 / (2 * variance) + log(variance) / 2 + log(2 * pi) / 2``, for each element.
 
-    For Monte Carlo dropout the variance is that of the samples plus that of the noise, one over the
-    `model_precision`: ``samples.var(0) + 1 / precision``. That of the samples alone says how far
-    the masks disagree, not how far the target is. It needs no samples, only their moments.
+    For Monte Carlo dropout the variance is the variance of the samples plus the variance of the
+    noise, one over the `model_precision`: ``samples.var(0) + 1 / precision``. The samples'
+    variance alone measures how far the masks disagree, not how far away the target is. Only the
+    moments are needed, not the samples.
 
     Args:
-      mean: array of predictive means, of a real floating-point dtype.
-      variance: predictive variance, above 0: a number, or an array with axes of the mean's sizes
-        or 1. A traced one that is below 0 gives NaN.
+      mean: array of predictive means, with a real floating-point dtype.
+      variance: predictive variance, above 0; a number, or an array with axes of the mean's
+        sizes or 1. A traced variance below 0 gives NaN.
       y: array of targets, of the mean's shape.
 
     Returns:
       An array of the mean's shape, float32 (float64 for a 64-bit mean or y).
 
     Raises:
-      TypeError: if an argument is no floating-point array.
-      ValueError: if y has another shape, or a variance that is known is not above 0.
+      TypeError: if an argument is not a floating-point array.
+      ValueError: if `y` has another shape, or a variance whose value is known is not above 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,8 +104,8 @@ def gaussian_nll(mean: ArrayLike, variance: ArrayLike, y: ArrayLike) -> jax.Arra
       1.4305
 
     References:
-      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
-      deep learning", ICML 2016, section 4, for the variance.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), section 4, for the variance.
     """
     center = _checks.check_floating_array("mean", mean)
     target = _check_target(y, center.shape, "mean")
@@ -114,39 +115,41 @@ def gaussian_nll(mean: ArrayLike, variance: ArrayLike, y: ArrayLike) -> jax.Arra
 def model_precision(
     rate: Rate, *, length_scale: float, weight_decay: float, num_examples: int
 ) -> float | jax.Array:
-    """The precision of the noise that a regression with dropout and weight decay assumes.
+    """Returns the precision of the noise that a regression with dropout and weight decay implies.
 
-    ``tau = p * length_scale**2 / (2 * num_examples * weight_decay)`` with ``p = 1 - rate``, the
-    probability of keeping. ``1 / tau`` is the variance of the noise, which a prediction's variance
-    has in addition to that of the samples.
+    ``tau = p * length_scale**2 / (2 * num_examples * weight_decay)`` with the keep probability
+    ``p = 1 - rate``. ``1 / tau`` is the variance of the noise, which adds to the variance of
+    the samples in a prediction.
 
     The weight decay is the factor of the weights' squared norm, without a half, in a loss whose
     other term is half the squared error, summed over outputs and averaged over examples:
     ``sum((y - f)**2) / (2 * num_examples) + weight_decay * sum(w**2)``. From other conventions:
 
-    - a squared error without the half: pass half of its weight decay;
-    - a gradient to which ``d * w`` is added, as by ``optax.add_decayed_weights(d)`` before plain
-      gradient descent: pass ``d / 2``; decoupled from an adaptive step, as in ``optax.adamw``, it
-      is no such term;
-    - a mean over outputs as well: multiply by their number.
+    - for a squared error without the half, pass half of its weight decay;
+    - for a gradient to which ``d * w`` is added, as by ``optax.add_decayed_weights(d)`` before
+      plain gradient descent, pass ``d / 2``; decoupled from an adaptive step, as in
+      ``optax.adamw``, the decay is not a term of this kind;
+    - for a mean over outputs as well, multiply by their number.
 
-    The masks of the formula are zeros and ones. Where dropout also scales by ``1 / p``, as
-    `jdropout.dropout` does, its weights are those of the layer over p, and its weight decay that of
-    the layer times ``p**2``. The published experiments leave this factor out; it can also be seen
-    as a part of the length scale, which is chosen anyway, by the likelihood of held-out data.
+    The formula assumes masks of zeros and ones. If dropout also scales by ``1 / p``, as
+    `jdropout.dropout` does, the formula's weights are the layer's divided by p, and its weight
+    decay is the layer's times ``p**2``. The published experiments leave this factor out; you
+    can also see it as part of the length scale, which has to be chosen anyway, by the
+    likelihood of held-out data.
 
     Args:
-      rate: probability of dropping, in [0, 1): a number, or a (traced) floating-point scalar.
-      length_scale: the prior of the weights has the variance ``1 / length_scale**2``; above 0.
-      weight_decay: the weight decay lambda, as above; above 0.
-      num_examples: number of the examples in training, at least 1.
+      rate: probability of dropping, in [0, 1); a number or a (traced) floating-point scalar.
+      length_scale: prior length scale; the weights have the prior variance
+        ``1 / length_scale**2``; above 0.
+      weight_decay: weight decay in the convention above; above 0.
+      num_examples: number of training examples, at least 1.
 
     Returns:
       A float for a static rate; a float32 scalar for an array.
 
     Raises:
-      TypeError: if an argument is no number, or `num_examples` no integer.
-      ValueError: if the rate is outside [0, 1), or another number not above 0.
+      TypeError: if an argument is not a number, or `num_examples` is not an integer.
+      ValueError: if the rate is outside [0, 1), or another number is not above 0.
 
     Example:
       >>> from jdropout import uncertainty
@@ -154,8 +157,8 @@ def model_precision(
       2.5
 
     References:
-      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty in
-      deep learning", ICML 2016, equations 1, 4 and 7.
+      Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
+      in deep learning" (ICML 2016), equations 1, 4 and 7.
     """
     checked = _check_rate_that_keeps(_checks.check_rate(rate))
     scale = _check_positive_number("length_scale", length_scale)
