@@ -1,4 +1,4 @@
-"""The sections about attention with dropout on its probabilities."""
+"""Sections on attention with dropout on its probabilities."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -25,11 +25,11 @@ import jdropout
 
 HEADS, FEATURES = 8, 64
 LONGEST_MATRIX = 4096
-"""Beyond it, nobody who stores the matrix of probabilities is timed."""
+"""Longest length at which competitors that store the probability matrix are timed."""
 
 
 def attentions(is_causal: bool) -> dict[str, Function]:
-    """Attention of a key, queries, keys and values, with dropout and without."""
+    """Attention as functions of a PRNG key, queries, keys and values, with and without dropout."""
     flax = functools.partial(
         nnx.dot_product_attention, dropout_rate=RATE, broadcast_dropout=False, is_causal=is_causal
     )
@@ -56,7 +56,7 @@ def attention(plan: Plan) -> Iterator[Row]:
 
 
 def attention_memory(plan: Plan) -> Iterator[Row]:
-    """Temporaries of the gradient of attention; ours / T is in units of its first row."""
+    """Temporaries of the gradient of attention; ours / T is relative to its first row."""
     names = ("ours", "ours without", "flax", "jax.nn")
     functions = attentions(is_causal=False)
     gradients = attention_passes({name: functions[name] for name in names})["gradient"]
@@ -94,7 +94,7 @@ def attention_length(plan: Plan) -> Iterator[Row]:
 
 
 def attention_blocks(plan: Plan) -> Iterator[Row]:
-    """Attention by the queries and keys in a block: time over the default blocks'; temporaries."""
+    """Attention by block size (queries, keys): time relative to the default; temporaries."""
     plan = plan._replace(rounds=plan.few_rounds)
     columns = tuple(f"{size} keys / default" for size in plan.block_sizes)
     base = plan.attention_length
@@ -120,12 +120,12 @@ def attention_blocks(plan: Plan) -> Iterator[Row]:
 
 
 def in_block_row(rows: int, sizes: list[int], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What was found for blocks of so many queries, by their number of keys."""
+    """Results for blocks with a given number of queries, by number of keys."""
     return {f"{keys} keys": found[f"{rows} x {keys}"] for keys in sizes}
 
 
 def attention_passes(functions: Mapping[str, Function]) -> dict[str, dict[str, Function]]:
-    """Attention, and the gradient of sum(attention * queries) for all three inputs."""
+    """Returns attention, and the gradient of sum(attention * queries) for all three inputs."""
 
     def gradient(attend: Function) -> Function:
         def loss(inputs: tuple[jax.Array, ...], key: jax.Array) -> jax.Array:

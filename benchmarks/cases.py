@@ -1,4 +1,4 @@
-"""What is measured: for each section a function that yields the rows of its table."""
+"""The sections: for each one a function that yields the rows of its table."""
 
 import functools
 import subprocess
@@ -41,7 +41,7 @@ OVER_COPY = ("ours / copy", "flax / copy", "equinox / copy", "haiku / copy", "fl
 
 
 def dropout(plan: Plan) -> Iterator[Row]:
-    """Dropout under jit, over x * 2."""
+    """Dropout under jit, relative to x * 2."""
     functions = libraries() | {"copy": copy}
     for x in arrays(SHAPES, plan):
         for name, jitted in passes(functions, KEY, x).items():
@@ -49,7 +49,7 @@ def dropout(plan: Plan) -> Iterator[Row]:
 
 
 def chain(plan: Plan) -> Iterator[Row]:
-    """The chain residual + dropout(gelu(x + bias)) under jit, over the same without dropout."""
+    """The chain residual + dropout(gelu(x + bias)) under jit, relative to no dropout."""
 
     def with_dropout(drop: Function) -> Function:
         return lambda key, x, bias, residual: residual + drop(key, jax.nn.gelu(x + bias))
@@ -63,7 +63,7 @@ def chain(plan: Plan) -> Iterator[Row]:
 
 
 def vmap(plan: Plan) -> Iterator[Row]:
-    """Vmap over 256 keys, over one call with one key."""
+    """Vmap over 256 keys, relative to one call with one key."""
     ours, flax = libraries()["ours"], libraries()["flax"]
     keys = jax.random.split(KEY, 256)
     columns = ("ours / one key", "flax / one key", "flax / ours", "one key / copy")
@@ -91,7 +91,7 @@ def temporaries(plan: Plan) -> Iterator[Row]:
 
 
 def compilation(plan: Plan) -> Iterator[Row]:
-    """Gradient of layers dropout(tanh(x @ w)) in one jit: its compilation and its step."""
+    """Gradient of layers dropout(tanh(x @ w)) in one jit: compilation, then a step."""
     drops = {"ours": libraries()["ours"], "flax": libraries()["flax"], "without": identity}
     gradients = {name: layers(drop, jax.random.fold_in, plan) for name, drop in drops.items()}
     columns = ("ours / flax", "without / flax", "ours / without", "flax / without")
@@ -115,7 +115,7 @@ def keys(plan: Plan) -> Iterator[Row]:
 
 
 def layers(drop: Function, make_key: Function, plan: Plan) -> Function:
-    """The gradient of a deep network of dropout(tanh(x @ w))."""
+    """Returns the gradient of a deep network of dropout(tanh(x @ w))."""
 
     def loss(w: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         for i in range(plan.layers):
@@ -148,14 +148,14 @@ def compiled_rows(
 
 
 def eager(plan: Plan) -> Iterator[Row]:
-    """Dropout without jit, over a jitted x * 2."""
+    """Dropout without jit, relative to a jitted x * 2."""
     for x in (normal((32, 128)), normal((256, 512))):
         calls = bind(libraries() | {"copy": jax.jit(copy)}, KEY, x)
         yield timed_row(labels(x), calls, OVER_COPY, plan)
 
 
 def importing(plan: Plan) -> Iterator[Row]:
-    """Time of `import jax`, and of `import jdropout` after it; minimum of several processes."""
+    """Time of `import jax`, then of `import jdropout`; minimum over several processes."""
     code = "import jax, jdropout, sys; print(*sys.modules)"
     command = [sys.executable, "-X", "importtime", "-c", code]
     times: dict[str, float] = {"jax": float("inf"), "jdropout": float("inf")}

@@ -1,4 +1,4 @@
-"""What the sections share: inputs, competitors, programs and rows made of them."""
+"""Shared by the sections: inputs, competitors, programs and rows."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ Compiled = jax.stages.Compiled
 
 
 def libraries() -> dict[str, Function]:
-    """Dropout of a key and an array, in every library that is installed."""
+    """Dropout as a function of key and array, for every installed library."""
     flax_layer = nnx.Dropout(RATE, deterministic=False)
     found: dict[str, Function] = {
         "ours": lambda key, x: jdropout.dropout(key, x, RATE),
@@ -77,7 +77,7 @@ def bind(functions: Mapping[str, Function], *arguments: Any) -> dict[str, Functi
 def passes(
     functions: Mapping[str, Function], key: jax.Array, x: jax.Array, *others: jax.Array
 ) -> dict[str, dict[str, Function]]:
-    """The jitted forward pass, and both passes with x, as far as it goes, as every cotangent."""
+    """The jitted forward pass, and both passes with (a part of) x as every cotangent."""
 
     def both(function: Function) -> Function:
         def forward_and_backward(key: jax.Array, g: jax.Array, *inputs: jax.Array) -> Any:
@@ -111,7 +111,7 @@ def step_rows(
     columns: tuple[str, ...],
     plan: Plan,
 ) -> Iterator[Row]:
-    """Time and temporaries of the compiled steps of a network, in the same columns."""
+    """Yields time and temporaries of a network's compiled steps, in the same columns."""
     calls = bind(steps, *arguments)
     yield timed_row({"quantity": f"{network}: time of a step"}, calls, columns, plan)
 

@@ -1,4 +1,4 @@
-"""The section about the family: every variant of dropout over a copy, at 16 M elements."""
+"""Section on the family: every variant of dropout relative to a copy, at 16 M elements."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], Function]] = {
 
 
 def family(plan: Plan) -> Iterator[Row]:
-    """Every variant over x * 2, at 16 M float32; temporaries of its gradient in bytes / (n / 8)."""
+    """Every variant relative to x * 2, 16 M float32; temporaries of its gradient in n / 8 bytes."""
     for name, (shape, function) in VARIANTS.items():
         x = normal(shape if plan.max_size >= 2**24 else SMALL[shape])
         labels = {"variant": name, "shape": str(x.shape)}

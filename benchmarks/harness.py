@@ -1,4 +1,4 @@
-"""Timing in interleaved rounds, and the ratios that come out of it."""
+"""Timing in interleaved rounds, and ratios of the times."""
 
 import random
 import time
@@ -10,25 +10,25 @@ import numpy as np
 
 
 class Plan(NamedTuple):
-    """How much to measure."""
+    """Size of the measurement."""
 
     rounds: int
     few_rounds: int
-    """Rounds of what takes long."""
+    """Rounds for slow sections."""
     sample_seconds: float
-    """A sample repeats its call until it lasts this long."""
+    """A sample repeats its call until it takes this long, in seconds."""
     layers: int
-    """Depth of the network that is compiled."""
+    """Depth of the network whose compilation is timed."""
     max_size: float
     """Larger arrays are not timed."""
     attention_length: int
-    """Queries and keys of an attention."""
+    """Number of queries and keys of an attention."""
     lengths: tuple[int, ...]
-    """Of attention that is timed."""
+    """Lengths of attention that are timed."""
     compiled_lengths: tuple[int, ...]
-    """Of attention that is compiled and not run."""
+    """Lengths of attention that are compiled but not run."""
     block_sizes: tuple[int, ...]
-    """Queries or keys in a block of attention."""
+    """Number of queries or keys per block of attention."""
     transformer_blocks: int
 
 
@@ -57,7 +57,7 @@ QUICK = Plan(
     transformer_blocks=1,
 )
 LONG_SECONDS = 0.5
-"""A call as long as this is timed without one before it."""
+"""Calls that take this long, in seconds, are timed without an untimed call first."""
 
 
 class Ratio(NamedTuple):
@@ -73,7 +73,7 @@ class Ratio(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a table; the details, such as absolute times, are for the JSON file only."""
+    """A row of a table; details, such as absolute times, only go into the JSON file."""
 
     labels: dict[str, str]
     cells: dict[str, Ratio | str]
@@ -89,9 +89,9 @@ def timed_row(
     """Times competitors against each other.
 
     Args:
-      labels: what the row is about.
-      functions: the competitors by name; each returns JAX arrays.
-      columns: the wanted ratios, such as ``"ours / copy"``.
+      labels: description of the row.
+      functions: competitors by name; each returns JAX arrays.
+      columns: ratios to compute, such as ``"ours / copy"``.
       plan: number of rounds, and length of a sample.
 
     Returns:
@@ -101,16 +101,16 @@ def timed_row(
 
 
 def time_all(functions: Mapping[str, Callable[[], Any]], plan: Plan) -> dict[str, np.ndarray]:
-    """Seconds of a call, for every competitor and round."""
+    """Returns the seconds per call, for every competitor and round."""
     samplers = {name: sampler(function, plan) for name, function in functions.items()}
     return interleave(samplers, plan.rounds)
 
 
 def interleave(samplers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Takes one sample of every competitor per round, in an order drawn anew for each round.
+    """Takes one sample of every competitor per round, in a new random order each time.
 
-    What slows the machine down for a while then falls on all alike, and none has a favourite
-    predecessor.
+    A temporary slowdown of the machine then affects all of them equally, and no competitor always
+    runs after the same one.
     """
     samples: dict[str, list[Any]] = {name: [] for name in samplers}
     generator = random.Random(0)
@@ -135,13 +135,14 @@ def ratio_row(
 
 
 def sampler(function: Callable[[], Any], plan: Plan) -> Callable[[], float]:
-    """Returns what measures the mean time of a call, in seconds."""
-    # Calls queued on a CPU may run side by side; on an accelerator it is the wait that costs.
+    """Returns a function that measures the mean time of a call, in seconds."""
+    # Queued calls may run concurrently on a CPU; on an accelerator, waiting is what costs time.
     wait_for_each = jax.default_backend() == "cpu"
 
     def sample(calls: int, warm_up: bool = True) -> float:
-        # The first call pays for what its predecessor left behind: on a busy machine, 4096 x 4096,
-        # the quartiles of ours / copy were 0.85 and 1.39 in first calls, 1.08 and 1.16 in second.
+        # The first call pays for the state its predecessor left behind: on a busy machine, at
+        # 4096 x 4096, the quartiles of ours / copy were 0.85 and 1.39 in first calls, 1.08 and 1.16
+        # in second calls.
         if warm_up:
             jax.block_until_ready(function())
         start = time.perf_counter()

@@ -22,8 +22,8 @@ from rich.table import Table
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("jdropout", "jax", "jaxlib", "flax", "equinox", "dm-haiku", "optax", "numpy")
 LEGEND = """\
-a / b is the time of a over that of b: median ± half the distance between the quartiles. Where a
-section speaks of memory, it is bytes. A dash stands for what is not installed or not measured."""
+a / b is the time of a divided by the time of b: median ± half the interquartile range. In sections
+on memory it is bytes. A dash means not installed or not measured."""
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     names = [environment["device"].replace(" ", "-"), f"jax{environment['jax']}", *options.only]
     path = options.output / "-".join([*names, "quick"] if options.quick else names)
 
-    # Neither spinner nor progress bar: their thread would run beside what is timed.
+    # No spinner or progress bar: its thread would run alongside the timed code.
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     console.print(*(f"{name}: {value}" for name, value in environment.items()), sep="\n")
     sections: dict[str, list[Row]] = {}
@@ -51,10 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     today = datetime.date.today().isoformat()
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="small arrays, few rounds: a trial")
+    add("--quick", action="store_true", help="small arrays and few rounds, as a trial")
     add("--only", action="append", default=[], choices=SECTIONS, help="may be repeated")
     add("--output", type=pathlib.Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
-    add("--date", default=today, help="to write into the files (default: today)")
+    add("--date", default=today, help="date to write into the files (default: today)")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""The section about several devices: a data-parallel training step, and its collectives.
+"""Section on several devices: a data-parallel training step, and its collectives.
 
-Eight CPU devices have to be asked for before JAX starts: the section is a process of its own, this
-file as a script. The devices share the machine's cores; what they show is the cost of the program,
-not of a network between them.
+Eight CPU devices must be requested before JAX starts, so the section runs this file as a script in
+a separate process. The devices share the machine's cores; they show the cost of the program, not of
+a network between them.
 """
 
 import os
@@ -26,7 +26,7 @@ COLLECTIVE = r" (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-sc
 
 
 def sharded(plan: Plan) -> Iterator[Row]:
-    """Training step of an MLP, its batch on 8 devices: 8 CPU devices, which share the cores."""
+    """Training step of an MLP with its batch on 8 CPU devices, which share the cores."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
@@ -53,7 +53,7 @@ def rows(plan: Plan) -> Iterator[Row]:
     drops = {"ours": libraries()["ours"], "flax": libraries()["flax"], "without": identity}
     functions = {name: training_step(optimizer, drop) for name, drop in drops.items()}
     steps = compile_all(functions, *arguments)
-    # As JAX made its random bits before 0.5: no device makes its own without the others.
+    # The way JAX made random bits before 0.5: devices cannot make theirs independently.
     with jax.threefry_partitionable(False):
         steps |= compile_all({"flax, old bits": functions["flax"]}, *arguments)
 

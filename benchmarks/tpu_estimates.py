@@ -1,9 +1,9 @@
-"""Compiles dropout for a TPU v5e, without having one, and prints the compiler's own estimates.
+"""Compiles dropout for a TPU v5e, without needing one, and prints the compiler's estimates.
 
     pip install "jax[tpu]" && python benchmarks/tpu_estimates.py
 
-A cell is the sum of the `estimated_cycles` in the compiled program over that of `x * 2`: a model,
-not a measurement. Nothing is run.
+A cell is the sum of `estimated_cycles` in the compiled program, divided by the same sum for
+`x * 2`: a model, not a measurement. Nothing is run.
 """
 
 import os
@@ -48,13 +48,13 @@ def main() -> None:
 
 
 def flax_style(key: jax.Array, x: jax.Array) -> jax.Array:
-    """The expression in Flax's Dropout."""
+    """The expression that Flax's Dropout uses."""
     keep = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - RATE, x.shape)
     return jax.lax.select(keep, x / (1 - RATE), jnp.zeros_like(x))
 
 
 def estimate(function: Callable[..., jax.Array], *arguments: jax.ShapeDtypeStruct) -> tuple:
-    """Returns the estimated cycles of the compiled program, and the bytes of its temporaries."""
+    """Returns the compiled program's estimated cycles, and the bytes of its temporaries."""
     compiled = jax.jit(function).lower(*arguments).compile()
     text = compiled.as_text()
     entry = text[text.index("ENTRY") :]

@@ -1,4 +1,4 @@
-"""The sections about a transformer: a training step, and the fused ends of its layers."""
+"""Sections on a transformer: a training step, and the fused ends of its layers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +39,7 @@ def transformer(plan: Plan) -> Iterator[Row]:
         "ours": (attention["ours"], drops["ours"]),
         "ours without": (attention["ours without"], identity),
         "flax": (attention["flax"], drops["flax"]),
-        "flax without": (attention["jax.nn"], identity),  # what Flax calls at rate 0
+        "flax without": (attention["jax.nn"], identity),  # this is what Flax calls at rate 0
     }
     steps = {name: training_step(optimizer, *pair) for name, pair in functions.items()}
     columns = ("ours / ours without", "flax / flax without", "ours / flax")
@@ -66,7 +66,7 @@ def training_step(
 def apply_block(
     params: dict[str, Any], key: jax.Array, x: jax.Array, attend: Function, drop: Function
 ) -> jax.Array:
-    """Dropout where GPT-2 has it: on the probabilities, after the attention, after the MLP."""
+    """Dropout where GPT-2 has it: on the probabilities, after attention and after the MLP."""
     attention_key, residual_key, mlp_key = jax.random.split(key, 3)
     projected = layer_norm(x, *params["attention norm"]) @ params["to query, key, value"]
     inputs = jnp.moveaxis(projected.reshape(*x.shape[:-1], 3, HEADS, -1), -3, 0)
@@ -93,7 +93,7 @@ def block_params(key: jax.Array) -> dict[str, Any]:
 
 
 def fused(plan: Plan) -> Iterator[Row]:
-    """Fused ends of a layer over what they fuse, and x * 2; kept for backward, in sizes of x."""
+    """Fused ends of a layer relative to the unfused code and x * 2; kept bytes in sizes of x."""
     columns = ("fused / unfused", "fused / copy")
     for x in arrays(((8192, 1024), (512, 1024)), plan):
         inputs = (x, x[::-1], x[0], x[1])
@@ -142,7 +142,7 @@ def fused_and_unfused() -> dict[str, dict[str, Function]]:
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """As Flax computes it: in float32, the variance as a difference of means."""
+    """Normalises as Flax does: in float32, with the variance as a difference of means."""
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0)
@@ -157,7 +157,7 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def residual_bytes(function: Function, *inputs: jax.Array) -> int:
-    """Bytes that the forward pass keeps for the backward pass, inputs among them."""
+    """Returns the bytes that the forward pass keeps for the backward pass, including inputs."""
     _, pullback = jax.vjp(lambda *inputs: jax.jit(function)(KEY, *inputs), *inputs)
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(pullback)}
     return sum(leaf.nbytes for leaf in leaves.values())

@@ -1,4 +1,4 @@
-"""The section about Monte Carlo dropout: many masks over as many passes without any."""
+"""Section on Monte Carlo dropout: many masks relative to as many passes without dropout."""
 
 import functools
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from jdropout.keys import at_site
 SAMPLES = 100
 INPUTS, OUTPUTS = 64, 10
 SIZES = ((32, 256), (256, 128), (256, 256), (256, 1024))
-"""Examples, and units of each of the two hidden layers."""
+"""Number of examples, and units in each of the two hidden layers."""
 COLUMNS = ("mc / passes", "consistent / passes", "stacked / passes", "1 / passes", "32 / passes")
 
 
 def uncertainty(plan: Plan) -> Iterator[Row]:
-    """mc_predict of an MLP with 100 samples, over 100 passes without dropout in one batch."""
+    """mc_predict of an MLP, 100 samples, relative to 100 passes without dropout in one batch."""
     for examples, width in SIZES:
         params = [
             normal(shape) / shape[0] ** 0.5
@@ -40,7 +40,7 @@ def uncertainty(plan: Plan) -> Iterator[Row]:
 
 
 def mlp(key: jax.Array | None, params: list[jax.Array], x: jax.Array) -> jax.Array:
-    """Two hidden layers with dropout; no key means none."""
+    """Two hidden layers with dropout; no key means no dropout."""
     *hidden, output = params
     for index, weight in enumerate(hidden):
         x = jax.nn.relu(x @ weight)

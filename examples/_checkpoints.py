@@ -1,4 +1,4 @@
-"""Orbax checkpoints with checksums, so that damage is noticed and the last good one is used."""
+"""Orbax checkpoints with checksums: damage is detected, and the last good checkpoint is used."""
 
 import hashlib
 import json
@@ -19,21 +19,21 @@ Settings = Mapping[str, float]
 
 
 def open_directory(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Opens a directory, and clears away what a killed process did not complete in it."""
+    """Opens a directory and removes incomplete checkpoints of killed processes from it."""
     hide_late_failures()
     for path in sorted(directory.glob("*.orbax-checkpoint-tmp*")):
         say(f"{path} is half-written: it is not used")
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(KEPT),
-        enable_async_checkpointing=False,  # a call of save() returns when all is on disk
+        enable_async_checkpointing=False,  # save() returns once everything is on disk
         cleanup_tmp_directories=True,
-        lightweight_initialize=True,  # or else one damaged checkpoint can keep all from opening
+        lightweight_initialize=True,  # otherwise one damaged checkpoint can prevent opening
     )
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, settings: Settings) -> None:
-    """Saves a checkpoint: the state, what it belongs to, and a checksum of each."""
+    """Saves a checkpoint: the state, its settings and step, and a checksum of everything."""
     label = {"step": step, "settings": dict(settings)}
     metadata = {
         "label": label,
@@ -47,31 +47,31 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, settings: Settin
 def load_newest(
     manager: ocp.CheckpointManager, start: State, settings: Settings
 ) -> tuple[int, State]:
-    """Returns the newest good checkpoint, or 0 and `start` if the directory has none at all.
+    """Returns the newest good checkpoint, or 0 and `start` if there are no checkpoints.
 
     Args:
-      manager: of the directory.
-      start: the state before the first step. Its leaves are NumPy arrays, and so are those that
-        are returned: they know nothing of the devices that made them.
-      settings: by their option, those that a checkpoint must have been made with.
+      manager: checkpoint manager of the directory.
+      start: state before the first step. Its leaves are NumPy arrays, and so are the leaves that
+        are returned, so they are not tied to the devices that made them.
+      settings: required settings of a checkpoint, by option.
 
     Returns:
-      The step and the state. Damaged checkpoints that are newer have been removed.
+      The step and the state. Newer, damaged checkpoints have been removed.
 
     Raises:
-      SystemExit: if there are checkpoints but no good one, or one has other settings.
+      SystemExit: if there are checkpoints but no good one, or the settings differ.
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
         path = pathlib.Path(manager.directory) / str(step)
         try:
             state = load(manager, step, start, settings)
-        except Exception as error:  # Orbax and the libraries below it raise errors of many types
+        except Exception as error:  # Orbax and its dependencies raise errors of many types
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             say(f"{path} is damaged ({reason}): it is not used")
             damaged.append(step)
         else:
-            # Nothing is lost: the steps from here on will make them again, with the same bits.
+            # Nothing is lost: the following steps will make them again, with the same bits.
             for newer in damaged:
                 manager.delete(newer)
             return step, state
@@ -84,7 +84,7 @@ def load_newest(
 
 
 def load(manager: ocp.CheckpointManager, step: int, like: State, settings: Settings) -> State:
-    """Reads one checkpoint; an exception of any type means that it is damaged."""
+    """Reads one checkpoint; any exception means that it is damaged."""
     metadata = read(manager, step, metadata=ocp.args.JsonRestore())
     label = metadata["label"]
     if label_checksum(label) != metadata["sha256 of label"]:
@@ -104,7 +104,7 @@ def read(manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
 
 
 def check_settings(found: Settings, wanted: Settings, directory: Any) -> None:
-    """Ends the process if a setting differs; no exception, since the checkpoint is good."""
+    """Ends the process if a setting differs; SystemExit, since the checkpoint is good."""
     for option, value in wanted.items():
         if found.get(option) != value:
             raise SystemExit(
@@ -118,7 +118,7 @@ def label_checksum(label: Mapping[str, Any]) -> str:
 
 
 def state_checksum(state: Any) -> str:
-    """The checksum of all arrays: Orbax reads altered ones without an error if they are large."""
+    """Returns a checksum of all arrays: Orbax reads large altered arrays without an error."""
     leaves = jax.tree.leaves(jax.device_get(state))
     return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
 
@@ -126,9 +126,9 @@ def state_checksum(state: Any) -> str:
 def hide_late_failures() -> None:
     """Keeps a damaged checkpoint from printing tracebacks.
 
-    Orbax reads many arrays at a time and raises the first failure, which is what we report. The
-    others come too late: nobody asks for them, or they find the event loop closed, and would print
-    that with a traceback each.
+    Orbax reads many arrays at once and raises the first failure, which we report. The others come
+    too late: nobody retrieves them, or they find the event loop closed, and each would print a
+    traceback.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

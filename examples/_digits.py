@@ -1,4 +1,4 @@
-"""Data, results and figures of the handwritten-digits examples."""
+"""Data, results and figures for the handwritten-digits examples."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,14 @@ class Samples(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a run trains on, and what it is tested on."""
+    """Training and test samples of a run."""
 
     train: Samples
     test: Samples
 
 
 class Scores(NamedTuple):
-    """An evaluation; as a history, NumPy arrays with axes (run, evaluation)."""
+    """Scores of an evaluation; in a history, NumPy arrays with axes (run, evaluation)."""
 
     train_accuracy: jax.Array | np.ndarray
     test_accuracy: jax.Array | np.ndarray
@@ -45,9 +45,9 @@ class Scores(NamedTuple):
 
 
 def load() -> tuple[Samples, Samples]:
-    """Returns the pool that training samples are drawn from, and the test samples.
+    """Returns the pool of training samples, and the test samples.
 
-    The split is always the same one.
+    The split is always the same.
     """
     digits = load_digits()
     images, labels = jnp.float32(digits.data), jnp.int32(digits.target)
@@ -57,12 +57,12 @@ def load() -> tuple[Samples, Samples]:
 
 
 def draw(key: jax.Array, pool: Samples, test: Samples, size: int, label_noise: float) -> Data:
-    """Draws the training samples of a run, makes some labels wrong and standardises the images.
+    """Draws the training samples of a run, corrupts some labels and standardises the images.
 
     Args:
       key: a PRNG key.
       pool: samples to draw from, without replacement.
-      test: samples for the test; their labels stay as they are.
+      test: test samples; their labels stay as they are.
       size: number of training samples.
       label_noise: probability that a training label is replaced by another digit.
 
@@ -75,8 +75,8 @@ def draw(key: jax.Array, pool: Samples, test: Samples, size: int, label_noise: f
     shift = jax.random.randint(shift_key, (size,), 1, CLASSES)
     labels = (pool.labels[rows] + jnp.where(wrong, shift, 0)) % CLASSES
     images = pool.images[rows]
-    # One scale for all pixels: at the border a pixel is 0 in nearly every image, so that its own
-    # standard deviation is zero or hangs on a single image.
+    # One scale for all pixels: a pixel at the border is 0 in nearly every image, so its own
+    # standard deviation is zero or depends on a single image.
     mean, scale = images.mean(axis=0, keepdims=True), images.std()
     return Data(
         Samples((images - mean) / scale, labels),
@@ -85,7 +85,7 @@ def draw(key: jax.Array, pool: Samples, test: Samples, size: int, label_noise: f
 
 
 def print_results(histories: Mapping[str, Scores], steps: Sequence[int], caption: str) -> None:
-    """Prints the table, and what each setting gains over the first one."""
+    """Prints the table, and the gain of each setting over the first one."""
     Console().print(results_table(histories, caption))
     (_, plain), *others = histories.items()
     for name, history in others:
@@ -121,7 +121,7 @@ def gain(name: str, plain: Scores, dropped: Scores) -> str:
 
 
 def best_on_the_way(histories: Mapping[str, Scores], steps: Sequence[int]) -> str:
-    """Describes what stopping at the best moment would have given."""
+    """Describes what early stopping would have given."""
     parts = []
     for name, history in histories.items():
         mean = history.test_accuracy.mean(axis=0)
@@ -140,10 +140,10 @@ def save_curves(
 
     Args:
       path: file to write.
-      histories: by name.
+      histories: histories by name.
       steps: number of steps at each evaluation.
-      title: of the figure.
-      rates: the rates of the steps 0, 1, ... by name, to be drawn in a panel of their own.
+      title: title of the figure.
+      rates: rates of the steps 0, 1, ... by name, drawn in a separate panel.
     """
     figure = Figure(figsize=(10, 6 if rates is None else 9), layout="constrained")
     figure.suptitle(title, fontsize=13)
@@ -176,7 +176,7 @@ def save_curves(
 def draw_panel(
     axes: Axes, scores: Mapping[str, np.ndarray], steps: Sequence[int] | None = None
 ) -> None:
-    """Draws one kind of scores, arrays with axes (run, step), and names each at its end."""
+    """Draws scores, arrays with axes (run, step), with the name at the end of each curve."""
     for colour, score in zip(COLOURS, scores.values(), strict=False):
         mean, spread = score.mean(axis=0), score.std(axis=0, ddof=min(1, len(score) - 1))
         x = np.arange(len(mean)) if steps is None else steps
@@ -184,7 +184,7 @@ def draw_panel(
         axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
     low, high = axes.get_ylim()
     ends = np.array([score[:, -1].mean() for score in scores.values()])
-    gap = 0.085 * (high - low)  # of one line of text
+    gap = 0.085 * (high - low)  # height of a line of text
     heights = spread_out(ends, gap, low + gap / 2, high - gap / 2)
     for colour, name, height in zip(COLOURS, scores, heights, strict=False):
         axes.annotate(
@@ -203,11 +203,11 @@ def draw_panel(
 
 
 def spread_out(positions: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
-    """Moves positions at least `gap` apart, in their order, and into bounds if they fit."""
+    """Moves positions at least `gap` apart, keeping their order, and into bounds if they fit."""
     order = np.argsort(positions, kind="stable")
     least = gap * np.arange(len(positions))
     offsets = positions[order] - least
-    # Moving up alone and moving down alone both keep the gaps, and so does their mean.
+    # Only moving up keeps the gaps, only moving down does too, and so does the mean of both.
     up, down = np.maximum.accumulate(offsets), np.minimum.accumulate(offsets[::-1])[::-1]
     moved = np.empty_like(positions)
     moved[order] = np.clip((up + down) / 2, low, high - least[-1]) + least

@@ -1,4 +1,4 @@
-"""Command-line options whose errors say which values fit."""
+"""Command-line options whose errors say which values are valid."""
 
 import argparse
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def checked(kind: type, fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """Makes a type for an option: an error tells which values fit."""
+    """Makes a type for an option whose errors say which values are valid."""
 
     def parse(text: str) -> Any:
         try:
@@ -21,7 +21,7 @@ def checked(kind: type, fits: Callable[[Any], bool], wanted: str) -> Callable[[s
 
 
 def parse_and_make_output(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parses the command line, and makes the directory of ``--output``."""
+    """Parses the command line and creates the directory of ``--output``."""
     options = parser.parse_args()
     try:
         options.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A regression on a line with a gap, and the band of its Monte Carlo dropout."""
+"""A one-dimensional regression with a gap in the data, and its Monte Carlo dropout band."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -23,19 +23,19 @@ BLUE = _digits.COLOURS[1]
 
 
 class Band(NamedTuple):
-    """Arrays with an axis of size 1 at their end."""
+    """Arrays with a trailing axis of size 1."""
 
     x: np.ndarray
     y: np.ndarray
     grid: np.ndarray
     samples: np.ndarray
-    """On the grid: axes (mask, point)."""
+    """Predictions on the grid, with axes (mask, point)."""
     noise: float
-    """A variance."""
+    """Variance of the noise."""
 
 
 class MLP(train_mlp.NnxMLP):
-    """The network of the digits, but from a number to a number."""
+    """The network of the digits example, but from a number to a number."""
 
     def __init__(self, width: int, rate: float, rngs: nnx.Rngs):
         super().__init__(width, rate, rngs)
@@ -44,7 +44,7 @@ class MLP(train_mlp.NnxMLP):
 
 
 def fit(key: jax.Array, width: int, steps: int) -> Band:
-    """Trains on 80 points; 40 others choose the length scale, and so the variance of the noise."""
+    """Trains on 80 points; 40 others choose the length scale and thus the noise variance."""
     u = jax.random.uniform(at_site(key, "points"), (120, 1), minval=-1)
     x = 0.7 * u + 0.3 * jnp.sign(u)  # none between -0.3 and 0.3
     y = x + jnp.sin(5 * x) / 2 + 0.1 * jax.random.normal(at_site(key, "noise"), x.shape)
@@ -94,14 +94,14 @@ def function_samples(
     def model(key: jax.Array, params: optax.Params, x: jax.Array) -> jax.Array:
         return network.apply(params, x, key)
 
-    # Consistent, so that a sample is one function, which can be drawn as a line.
+    # Consistent samples: each is one function, which can be drawn as a line.
     return jdropout.mc_predict(
         model, key, params, x, num_samples=1000, consistent=True, return_samples=True
     ).samples
 
 
 def draw(path: pathlib.Path, band: Band) -> None:
-    """Draws the mean and two standard deviations, of the masks and with the noise."""
+    """Draws the mean and bands of two standard deviations, without and with the noise."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     x, mean, variance = (

@@ -17,27 +17,27 @@ from jdropout import uncertainty
 RED, BLUE, GREEN, PURPLE, INK = _digits.COLOURS
 
 Runs = np.ndarray
-"""An array whose first axis is that of the runs."""
+"""An array whose first axis is the runs."""
 Scores = Mapping[str, Runs]
 
 
 class Results(NamedTuple):
-    """What is printed and drawn."""
+    """Everything that is printed and drawn."""
 
     likelihoods: dict[float, Runs]
-    """Of the validation samples, by rate."""
+    """Log-likelihoods of the validation samples, by rate."""
     separations: dict[str, dict[str, Runs]]
-    """By what is told from the test samples, and by measure."""
+    """AUROC by kind of out-of-distribution input, and by measure."""
     qualities: dict[str, dict[str, dict[str, Runs]]]
-    """By test set, prediction and score."""
+    """Scores by test set, prediction and score."""
     rejections: dict[str, Runs]
-    """By measure; axes (run, number of rejected images)."""
+    """Accuracies by measure, with axes (run, number of rejected images)."""
     many: int
-    """Number of masks that few masks are compared with."""
+    """Number of masks to compare few masks with."""
     numbers: tuple[dict[int, list[float]], dict[str, float]]
-    """Errors by number of masks, and what many masks give."""
+    """Errors by number of masks, and the values with many masks."""
     turn: tuple[np.ndarray, np.ndarray]
-    """Pictures and logits."""
+    """Pictures and logits of rotating digits."""
     band: Band
 
 
@@ -58,7 +58,7 @@ def rates_table(likelihoods: Mapping[float, Runs]) -> Table:
 
 
 def separation_table(separations: Mapping[str, Scores]) -> Table:
-    caption = "probability that one of these is doubted more than a test sample"
+    caption = "probability that such an input is more uncertain than a test sample"
     table = Table("AUROC in %", *separations, caption=caption)
     for name in next(iter(separations.values())):
         table.add_row(name, *(percent(scores[name]) for scores in separations.values()))
@@ -77,7 +77,7 @@ def quality_table(qualities: Mapping[str, Mapping[str, Scores]]) -> Table:
 
 
 def rejection_table(curves: Scores) -> Table:
-    caption = "test samples and the same turned 60°, without the most doubtful ones"
+    caption = "test samples and the same turned 60°, after rejecting the most uncertain ones"
     table = Table("accuracy in % without", "0 %", "20 %", "50 %", "area", caption=caption)
     for name, curve in curves.items():
         points = (curve[:, int(part * curve.shape[1])] for part in (0, 0.2, 0.5))
@@ -96,7 +96,7 @@ def numbers_table(
 
 
 def verdict(results: Results) -> str:
-    """Names all that MC does better or worse than dropout off, run by run, beyond chance."""
+    """Lists what MC does better or worse than dropout off, run by run, beyond chance."""
     curves = results.rejections
     gains = {}
     for measure in ("entropy", "mutual information"):
@@ -136,7 +136,7 @@ def draw_turn(
 
     Args:
       path: file to write.
-      angles: in degrees.
+      angles: angles in degrees.
       pictures: array of shape (angle, image, pixel).
       logits: array of shape (mask, angle, image, class).
       digit: index of the image to draw.
@@ -177,7 +177,7 @@ def draw_turn(
 
 
 def draw_rejection(path: pathlib.Path, curves: Scores) -> None:
-    """Draws accuracy against the rejected part, the mean of the runs."""
+    """Draws accuracy against the rejected fraction, averaged over the runs."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     styles = ((PURPLE, "-"), (GREEN, ":"), (GREEN, "-"), (BLUE, "-"), (RED, "-"), (INK, "--"))

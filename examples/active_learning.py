@@ -1,20 +1,20 @@
-"""Active learning: which images of digits to have labelled, so that few labels do.
+"""Active learning: chooses which images of digits to label, so that few labels suffice.
 
-A network starts with two labelled images of each digit. Then, in rounds, it is trained from scratch
-on what is labelled so far, and ten more images of the pool are labelled, which are those
+A network starts with two labelled images of each digit. In every round it is trained from scratch
+on the labels so far, and then ten more images of the pool are labelled, either
 
-* of a random order, or
-* of the largest predictive entropy: the network is unsure of them, or
-* of the largest mutual information (BALD): predictions under different masks contradict each other.
+* in random order, or
+* those with the largest predictive entropy: the network is uncertain about them, or
+* those with the largest mutual information (BALD): different masks give contradicting predictions.
 
-The scores come from Monte Carlo dropout. The runs of a seed share the pool's order, the first
-images, initial parameters and, from batch to batch, positions in the list of labelled images.
+The scores come from Monte Carlo dropout. Runs with the same seed share the order of the pool, the
+first images, the initial parameters and, batch by batch, positions in the list of labelled images.
 
     python examples/active_learning.py
     python examples/active_learning.py --rate 0.25 --samples 100
 
-All that is random follows from one key, the round and the step. So the same command on the same
-machine ends in the same labelled images and parameters, bit for bit; compare the digest in the last
+All randomness derives from one key, the round and the step. The same command on the same machine
+ends with the same labelled images and parameters, bit for bit; compare the digest in the last
 line.
 """
 
@@ -58,22 +58,22 @@ def main() -> None:
 
 
 class Run(NamedTuple):
-    """One run, with what the rounds change; or all runs, along two leading axes."""
+    """A run and its state; or all runs, along two leading axes."""
 
     key: jax.Array
     acquisition: jax.Array
     """Index into ACQUISITIONS."""
     data: _digits.Data
-    """Its training samples are the pool."""
+    """Data of the run; its training samples are the pool."""
     rows: jax.Array
-    """Of the pool: those that are labelled, and behind them zeros."""
+    """Indices of labelled images in the pool, padded with zeros."""
 
 
 def learn(options: argparse.Namespace, counts: np.ndarray) -> tuple[np.ndarray, optax.Params]:
     """Returns test accuracies, with axes (acquisition, run, round), and the last parameters.
 
-    All runs of all acquisitions are one call of one compiled function, which serves every round:
-    the number of labels is an argument, and no shape depends on it.
+    All runs of all acquisitions are one call of one compiled function, which is the same in every
+    round: the number of labels is an argument, and no shape depends on it.
     """
     network = train_mlp.nnx_network(options.width, options.rate)
     play_one = functools.partial(play, options, network)
@@ -90,11 +90,11 @@ def learn(options: argparse.Namespace, counts: np.ndarray) -> tuple[np.ndarray, 
 
 
 def start(options: argparse.Namespace) -> Run:
-    """Returns all runs, with axes (acquisition, run), each with the first of its labels."""
+    """Returns all runs, with axes (acquisition, run), each with its first labels."""
     pool, test = _digits.load()
 
     def start_one(key: jax.Array, acquisition: jax.Array) -> Run:
-        # All of the pool in a random order, and standardised: that takes no labels.
+        # Shuffles and standardises the whole pool, which needs no labels.
         data_key, size = at_site(key, "data"), _digits.POOL_SIZE
         data = _digits.draw(data_key, pool, test, size, options.label_noise)
         is_digit = jax.nn.one_hot(data.train.labels, _digits.CLASSES, dtype=jnp.int32)
@@ -111,7 +111,7 @@ def start(options: argparse.Namespace) -> Run:
 def play(
     options: argparse.Namespace, network: train_mlp.Network, run: Run, count: jax.Array
 ) -> tuple[jax.Array, optax.Params, jax.Array]:
-    """A round: trains on the first `count` rows, tests, and appends the next rows."""
+    """Plays a round: trains on the first `count` rows, tests, and appends the next rows."""
     key = at_site(jax.random.fold_in(run.key, count), "round")
     params = train(options, network, run, key, count)
     accuracy, _ = train_mlp.evaluate(network, params, run.data.test)
@@ -157,7 +157,7 @@ def score(
     key: jax.Array,
     params: optax.Params,
 ) -> jax.Array:
-    """Returns a number for each image of the pool: the largest are to be labelled."""
+    """Returns a score for each image of the pool: the largest are labelled next."""
     prediction = jdropout.mc_predict(
         lambda key, params, images: network.apply(params, images, key),
         at_site(key, "masks"),
@@ -175,7 +175,7 @@ def score(
 
 
 def print_results(options: argparse.Namespace, counts: np.ndarray, accuracies: np.ndarray) -> None:
-    """Prints what each acquisition reached, and the paired differences to the random one."""
+    """Prints the scores of each acquisition, and the paired differences from random order."""
     reached = accuracies >= options.target / 100
     needed = np.where(reached.any(-1), counts[reached.argmax(-1)], counts[-1] + MORE)
     columns = {
@@ -200,12 +200,12 @@ def print_results(options: argparse.Namespace, counts: np.ndarray, accuracies: n
 
 
 def standard_error(scores: np.ndarray) -> np.ndarray:
-    """Returns that of the mean over the first axis."""
+    """Returns the standard error of the mean over the first axis."""
     return scores.std(axis=0, ddof=1) / np.sqrt(len(scores))
 
 
 def save_curves(path: pathlib.Path, counts: np.ndarray, accuracies: np.ndarray, title: str) -> None:
-    """Draws the accuracies, and their paired differences to the random order."""
+    """Draws the accuracies, and their paired differences from random order."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(f"{title}; bands: standard error", fontsize=12)
     panels = {"test accuracy": accuracies, "minus random, in pairs": accuracies - accuracies[:1]}
@@ -234,7 +234,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Active learning on handwritten digits with Monte Carlo dropout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        conflict_handler="resolve",  # of options that are added twice the second counts
+        conflict_handler="resolve",  # if an option is added twice, the second one wins
     )
     add = parser.add_argument
     train_mlp.add_training_options(add)
@@ -243,7 +243,7 @@ def parse_options() -> argparse.Namespace:
     percent = checked(float, lambda x: 0 < x < 100, "a number above 0 and below 100")
     most = _digits.POOL_SIZE
     size = checked(int, lambda n: FIRST <= n <= most, f"a whole number from {FIRST} to {most}")
-    add("--samples", type=several, default=50, help="masks that a score is made from")
+    add("--samples", type=several, default=50, help="masks per score")
     add("--target", type=percent, default=90.0, help="test accuracy to reach, in percent")
     add("--train-size", type=size, help="labels in the last round")
     parser.set_defaults(train_size=300, label_noise=0.0, steps=300)

@@ -1,9 +1,9 @@
-"""Draws the whole family in one picture: what every function makes of ones, at the same rate.
+"""Draws the whole family in one picture: every function applied to ones, at the same rate.
 
     python examples/gallery.py
     python examples/gallery.py --rate 0.5 --seed 7
 
-Every cell is a number, and its colour tells what became of an input of 1. Nothing is sketched: all
+Every cell is a number, and its colour shows what became of an input of 1. Nothing is sketched: all
 cells come from calls of the library, which makes the same masks from the same seed everywhere.
 """
 
@@ -26,8 +26,8 @@ from matplotlib.patches import Patch, Rectangle
 import jdropout
 from jdropout.keys import at_site
 
-ROWS, COLUMNS = 8, 17  # of most panels, whose cells then are squares
-LOWEST, HIGHEST = -1.5, 3.0  # of the colour scale
+ROWS, COLUMNS = 8, 17  # in most panels; makes their cells squares
+LOWEST, HIGHEST = -1.5, 3.0  # ends of the colour scale
 REPLACED, LEFT_OUT = np.inf, np.nan  # in place of numbers
 REPLACED_COLOUR, INK, MUTED = "#a855f7", "#0f172a", "#475569"
 DASHES = (0, (2, 1.5))
@@ -51,12 +51,12 @@ def main() -> None:
 
 
 class Panel(NamedTuple):
-    """What one call does."""
+    """The effect of one call."""
 
     name: str
-    """Of the function, and options."""
+    """Name of the function, and options."""
     note: str
-    """What shares a fate."""
+    """The elements that are dropped together."""
     rows: str
     """Name of the vertical axis."""
     columns: str
@@ -64,16 +64,16 @@ class Panel(NamedTuple):
     values: jax.Array | np.ndarray
     """Of shape (rows, columns), or (tile rows, tile columns, rows, columns)."""
     words: Sequence[Sequence[str]] = ()
-    """Written into the cells."""
+    """Words written into the cells."""
     row_names: Sequence[str] = ()
     sizes: np.ndarray | None = None
-    """Of the cells, at most 1."""
+    """Sizes of the cells, at most 1."""
 
 
 Panels = Iterator[Panel]
 
 
-# --- what is shown ------------------------------------------------------------------------
+# --- contents -----------------------------------------------------------------------------
 
 
 def axes_panels(key: jax.Array, rate: float) -> Panels:
@@ -93,7 +93,11 @@ def axes_panels(key: jax.Array, rate: float) -> Panels:
     sequences = jnp.ones((3, ROWS, 5))
     dropped = jdropout.locked_dropout(at_site(key, "locked"), sequences, rate)
     yield Panel(
-        "locked_dropout", "a feature, at all times", "time", "feature, in 3 examples", dropped[None]
+        "locked_dropout",
+        "a feature, at all time steps",
+        "time",
+        "feature, in 3 examples",
+        dropped[None],
     )
 
 
@@ -120,7 +124,7 @@ def branch_panels(key: jax.Array, rate: float) -> Panels:
 
     yield Panel(
         "layer_drop",
-        "a whole layer, and its work",
+        "a whole layer, which does not run",
         "layer",
         "training step",
         jax.vmap(jax.vmap(run, (0, None)), (None, 0))(jnp.arange(COLUMNS), jnp.arange(ROWS)),
@@ -143,7 +147,7 @@ def region_panels(key: jax.Array, rate: float) -> Panels:
     maps = jnp.ones((1, ROWS, ROWS, 2))
     for shared, name, note in (
         (True, "drop_block, 2-D", "squares, the same in all channels"),
-        (False, "… shared_channels=False", "squares, others in each channel"),
+        (False, "… shared_channels=False", "squares, different in each channel"),
     ):
         dropped = jdropout.drop_block(
             at_site(key, "squares"), maps, rate, block_size=3, shared_channels=shared
@@ -228,7 +232,7 @@ def value_panels(key: jax.Array, rate: float) -> Panels:
 
 
 def noise_panels(key: jax.Array, rate: float) -> Panels:
-    # Zeros on the left, ones on the right: what multiplies leaves zeros alone.
+    # Zeros on the left, ones on the right: multiplicative noise does not change zeros.
     halves = jnp.broadcast_to(jnp.arange(COLUMNS + 1) > COLUMNS // 2, (ROWS, COLUMNS + 1))
     halves = halves.astype(jnp.float32)
     deviation = math.sqrt(rate / (1 - rate))
@@ -251,7 +255,7 @@ def noise_panels(key: jax.Array, rate: float) -> Panels:
 
 
 FAMILY: dict[str, Callable[[jax.Array, float], Panels]] = {
-    "Elements, and what is shared along axes": axes_panels,
+    "Elements, and masks shared along axes": axes_panels,
     "Branches, layers and updates": branch_panels,
     "Regions and patches": region_panels,
     "Words and weights": word_and_weight_panels,
@@ -261,11 +265,11 @@ FAMILY: dict[str, Callable[[jax.Array, float], Panels]] = {
 
 
 def as_tiles(maps: jax.Array) -> jax.Array:
-    """From (example, height, width, channel) to a tile for each example and channel."""
+    """Turns (example, height, width, channel) into a tile for each example and channel."""
     return maps.transpose(0, 3, 1, 2)
 
 
-# --- how it is drawn ----------------------------------------------------------------------
+# --- drawing ------------------------------------------------------------------------------
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Panel]]], rate: float) -> Figure:
@@ -292,7 +296,7 @@ def write(figure: Figure, left: float, above: float, text: str, **style: Any) ->
 
 
 def colour_scale(rate: float) -> ScalarMappable:
-    """From negative (orange) by 0 (nearly white) and 1 (light blue) to what is scaled (blue)."""
+    """From negative (orange) via 0 (nearly white) and 1 (light blue) to scaled values (blue)."""
     scaled = min(1 / (1 - rate), 0.9 * HIGHEST)
     anchors = {
         LOWEST: "#9a3412",
@@ -309,12 +313,12 @@ def colour_scale(rate: float) -> ScalarMappable:
 
 def draw_header(figure: Figure, colours: ScalarMappable, rate: float) -> None:
     width, height = figure.get_size_inches()
-    write(figure, 0.15, 0.16, "The family, on one law", fontsize=18, fontweight="bold")
+    write(figure, 0.15, 0.16, "The family, built on one law", fontsize=18, fontweight="bold")
     write(
         figure,
         0.15,
         0.56,
-        f"What each function makes of ones at rate {rate:g}; under its name, what shares a fate",
+        f"Each function applied to ones at rate {rate:g}; below its name, what is dropped together",
         fontsize=10.5,
         color=MUTED,
     )
@@ -325,7 +329,7 @@ def draw_header(figure: Figure, colours: ScalarMappable, rate: float) -> None:
             Patch(color=colours.to_rgba(1.0), label="1: kept"),
             Patch(color=colours.to_rgba(scaled), label=f"{scaled:.2f}: kept and scaled"),
             Patch(color=REPLACED_COLOUR, label="replaced, or not updated"),
-            Patch(facecolor="white", edgecolor=MUTED, linestyle=DASHES, label="left out"),
+            Patch(facecolor="white", edgecolor=MUTED, linestyle=DASHES, label="removed"),
         ],
         loc="upper left",
         bbox_to_anchor=(0.15 / width, 1 - 0.87 / height),
@@ -402,15 +406,15 @@ def draw_tile(
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draws what every function of the family makes of ones, at the same rate.",
+        description="Draws every function of the family applied to ones, at the same rate.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     probability = checked(float, lambda p: 0.05 <= p <= 0.6, "a number from 0.05 to 0.6")
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
     add = parser.add_argument
     add("--rate", type=probability, default=0.3, help="probability of dropping, in all panels")
-    # With few decisions in a panel, chance often drops none or most: this seed drops about a rate.
-    add("--seed", type=seed, default=37, help="number that the keys are made from")
+    # With few decisions in a panel, chance often drops none or most; this seed comes close to rate.
+    add("--seed", type=seed, default=37, help="seed of the keys")
     add("--output", type=pathlib.Path, default="output", help="directory for the picture")
     return parse_and_make_output(parser)
 

@@ -3,12 +3,13 @@
 A neuron adds up 100 activations of 1 through weights of 1: in evaluation it receives 100. In
 training, each activation is dropped with probability 0.4.
 
-* Setting the dropped ones to zero, and no more, leaves about 60: the neuron would learn from
-  inputs that are 40% smaller than those it meets in evaluation.
-* So dropout also multiplies what it keeps by 1 / (1 - 0.4). A single draw may come out above or
-  below 100, but the mean over many is 100, and evaluation uses the activations as they are.
+* Just setting the dropped ones to zero leaves about 60: the neuron would learn from inputs that are
+  40% smaller than the inputs it receives in evaluation.
+* Dropout therefore multiplies the kept ones by 1 / (1 - 0.4). A single draw may be above or below
+  100, but the mean over many is 100, and evaluation uses the activations as they are.
 
-The script draws many masks, each with a key of its own, and raises an error if a claim is false.
+The script draws many masks, each with its own key, and raises an error if one of its claims is
+false.
 
     python examples/how_dropout_works.py
     python examples/how_dropout_works.py --rate 0.2 --units 500 --torch
@@ -46,7 +47,7 @@ def main() -> None:
     check_evaluation(value_key, options.rate, options.units)
     evaluated = jdropout.dropout(None, jnp.ones(options.units), options.rate, deterministic=True)
     # A mask compares 16 random bits per element with the rate (32 where 16 would be too coarse),
-    # so that 0.4 becomes 26214 / 65536 = 0.399994. Scaling by this rate keeps the mean exact.
+    # which turns 0.4 into 26214 / 65536 = 0.399994. Scaling by this rate keeps the mean exact.
     rate = jdropout.effective_rate(options.rate)
     results = {
         "evaluation": Result(options.units, 0.0, np.float64([evaluated.sum()])),
@@ -66,20 +67,20 @@ def main() -> None:
 
 
 class Result(NamedTuple):
-    """What the neuron received, and what it should have."""
+    """The inputs that the neuron received, and the moments that they should have."""
 
     mean: float
-    """Of one draw, in theory."""
+    """Theoretical mean of one draw."""
     deviation: float
-    """Standard deviation of one draw, in theory."""
+    """Theoretical standard deviation of one draw."""
     inputs: np.ndarray
-    """One for each key."""
+    """One input per key."""
 
 
 def draw_inputs(
     key: jax.Array, rate: float, units: int, draws: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what the neuron receives with masking alone, and with dropout: one input per key."""
+    """Returns the neuron's input for each key, with masking only and with dropout."""
     activations = jnp.ones(units)
     keys = jax.random.split(key, draws)
     masks = jax.vmap(lambda key: jdropout.keep_mask(key, rate, activations.shape))(keys)
@@ -128,11 +129,11 @@ def check_kept_values(key: jax.Array, rate: float, units: int) -> None:
 def check_evaluation(key: jax.Array, rate: float, units: int) -> None:
     x = jax.random.uniform(key, (units,))
     y = jdropout.dropout(None, x, rate, deterministic=True)
-    require("evaluation returns the very array that it was given", y is x)
+    require("evaluation returns the same array object", y is x)
 
 
 def draw_torch_inputs(torch: ModuleType, options: argparse.Namespace) -> np.ndarray:
-    """Makes the same checks of PyTorch's layer; returns what the neuron receives in training."""
+    """Runs the same checks on PyTorch's layer; returns the neuron's inputs in training."""
     torch.manual_seed(options.seed)
     layer = torch.nn.Dropout(options.rate)
     x = torch.rand(options.units) + 0.5
@@ -175,7 +176,7 @@ def make_table(results: dict[str, Result], options: argparse.Namespace, rate: fl
 def draw_picture(
     path: pathlib.Path, masked: Result, scaled: Result, options: argparse.Namespace
 ) -> None:
-    """Draws how the inputs are distributed, with every label next to what it names."""
+    """Draws the distributions of the inputs, each labelled directly."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     units, rate = options.units, options.rate
@@ -184,7 +185,7 @@ def draw_picture(
     top = 1.05 * max(masked_peak, scaled_peak)
     axes.vlines(units, 0, top, color=EVALUATION_COLOUR, linewidth=3)
 
-    # The labels stand outside of both curves, which may overlap, and have room at any rate.
+    # The curves may overlap, so the labels go outside both of them, where any rate leaves room.
     left = masked.mean - 1.3 * masked.deviation
     right = scaled.mean + 1.3 * scaled.deviation
     room = 0.75 * (right - left)
@@ -211,7 +212,7 @@ def draw_picture(
 
 
 def draw_histogram(axes: Axes, inputs: np.ndarray, spacing: float, colour: str) -> float:
-    """Draws the histogram of inputs that are multiples of the spacing; returns its peak."""
+    """Draws a histogram of inputs that are multiples of `spacing`; returns its peak."""
     kept, counts = np.unique(np.rint(inputs / spacing).astype(int), return_counts=True)
     heights = np.zeros(kept[-1] - kept[0] + 1)
     heights[kept - kept[0]] = counts / spacing
@@ -241,7 +242,7 @@ def parse_options() -> argparse.Namespace:
     add("--rate", type=probability, default=0.4, help="probability of dropping an activation")
     add("--units", type=count, default=100, help="activations that the neuron adds up")
     add("--keys", type=several, default=20_000, help="number of masks to draw")
-    add("--seed", type=seed, default=0, help="number that the keys are made from")
+    add("--seed", type=seed, default=0, help="seed of the keys")
     add("--torch", action="store_true", help="check torch.nn.Dropout as well")
     add("--output", type=pathlib.Path, default="output", help="directory for the picture")
     return parse_and_make_output(parser)

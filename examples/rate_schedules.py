@@ -1,16 +1,16 @@
-"""Trains the network of `train_mlp` with a rate of dropping that depends on the step.
+"""Trains the network of `train_mlp` with a drop rate that depends on the step.
 
-No dropout and constant dropout are compared with early dropout (a rate that falls to 0), late
-dropout (0 up to a step) and curriculum dropout (a rate that rises from 0). All trainings share
-samples, initial parameters and batches; in each step the higher of two rates drops what the lower
-one drops, and more.
+The script compares no dropout and constant dropout with early dropout (a rate that falls to 0),
+late dropout (0 up to a step) and curriculum dropout (a rate that rises from 0). All runs share
+samples, initial parameters and batches; in each step the higher of two rates drops everything that
+the lower one drops, and more.
 
     python examples/rate_schedules.py
     python examples/rate_schedules.py --width 6 --rate 0.1 --train-size 1000 --label-noise 0
 
-The first network learns wrong labels by heart, the second one is so small that it has not even
-learnt all of the right ones at the end. What is random follows from one key and the number of the
-step, and the same command on the same machine ends in the same digest.
+The first network memorises wrong labels; the second one is so small that it has not even learnt all
+of the right ones by the end. All randomness derives from one key and the step number, and the same
+command on the same machine ends with the same digest.
 """
 
 import argparse
@@ -53,14 +53,14 @@ def make_schedules(options: argparse.Namespace) -> dict[str, schedules.Schedule]
 
 def make_training(options: argparse.Namespace, schedule: schedules.Schedule) -> train_mlp.Training:
     def network_at(step: jax.Array) -> train_mlp.Network:
-        # An nnx module has a static rate: there, call jdropout.dropout in the model instead.
+        # An nnx module has a static rate; with nnx, call jdropout.dropout in the model instead.
         return train_mlp.linen_network(options.width, schedule(step))
 
     return train_mlp.Training(network_at, optax.adam(options.learning_rate), options.batch_size)
 
 
 def rates(by_name: dict[str, schedules.Schedule], steps: int) -> dict[str, np.ndarray]:
-    """Returns the rates of all steps."""
+    """Returns the rates at all steps."""
     return {name: np.asarray(jax.vmap(f)(jnp.arange(steps))) for name, f in by_name.items()}
 
 

@@ -1,12 +1,12 @@
 """Sequence-parallel attention: queries and keys sharded, keys passed around a ring of devices.
 
-Every device holds a part of the sequence. In each of as many rounds as there are devices it
-attends from its queries to the keys that it holds just now, then hands these on to its
-neighbour. `start` says where the part lies in the whole attention matrix, so that dropout's
-mask and causality are those of one device that holds it all, and the log-sum-exps say how to
-weigh the parts. The script checks outputs and gradients against one device.
+Each device holds a part of the sequence. There are as many rounds as devices. In each round a
+device attends from its queries to the keys it currently holds, then passes these keys to its
+neighbour. `start` gives the position of the part in the whole attention matrix, so the dropout mask
+and causality are the same as on one device that holds everything. The log-sum-exps determine the
+weights of the parts. The script compares outputs and gradients with a single device.
 
-Run it on the devices of this machine, or on eight pretended ones:
+Run it on the devices of this machine, or on eight virtual ones:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/ring_attention.py
 """
@@ -65,7 +65,7 @@ def main() -> None:
 def ring_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, dropout_key: jax.Array, devices: int
 ) -> jax.Array:
-    """Causal attention of this device's queries to the keys of all devices."""
+    """Computes causal attention from this device's queries to the keys of all devices."""
     batch, size, heads, _ = query.shape
     me = jax.lax.axis_index("ring")
     neighbours = [(device, (device + 1) % devices) for device in range(devices)]

@@ -1,16 +1,16 @@
 """Prunes most weights of a small network on handwritten digits, by sparse variational dropout.
 
 Every weight learns the variance of its own noise. The data keep the noise of some weights small;
-the others, on which nothing depends, become all noise and are set to zero after the training. The
-same network without noise, from the same start and with the same batches, is trained beside it.
-With the defaults 78 % of the weights go, and of the test images 0.16 ± 0.09 points (mean and
-standard error of 16 pairs) fewer are right: a loss of about one image in 797.
+the others, on which nothing depends, become pure noise and are set to zero after training. The same
+network without noise is trained alongside, from the same start and with the same batches. With the
+defaults 78 % of the weights are pruned, and test accuracy falls by 0.16 ± 0.09 points (mean and
+standard error of 16 pairs): a loss of about one image in 797.
 
     python examples/sparse_digits.py
     python examples/sparse_digits.py --width 256 --steps 6000
 
-The weight of the divergence and the variance to begin with were chosen without the test images, on
-a fifth of the training samples that the networks were not trained on:
+The weight of the divergence and the initial variance were chosen without the test images, on a
+fifth of the training samples that the networks were not trained on:
 
     python examples/sparse_digits.py --validate --log-variance -6 --kl-weight 0.1
 
@@ -20,9 +20,9 @@ a fifth of the training samples that the networks were not trained on:
               -6       0.1   81.0 %  -0.06 ± 0.20
               -6       0.2   87.1 %  -0.31 ± 0.18
 
-The weight that Bayes gives the prior is 1; a thousand samples need a smaller one.
+Bayes' rule gives the prior a weight of 1; with a thousand samples a smaller weight is needed.
 
-All that is random follows from one key and the number of the step.
+All randomness derives from one key and the step number.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from jdropout.keys import at_site, site_key
 
 THRESHOLD = 3.0
 VALIDATION_PART = 5
-"""One in so many training samples is set aside to choose the settings."""
+"""One in this many training samples is set aside to choose the settings."""
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 class Layer(NamedTuple):
-    """The parameters of a layer; the variance of the noise is additive, see the paper."""
+    """Parameters of a layer; the variance of the noise is additive, see the paper."""
 
     weight: jax.Array
     bias: jax.Array
@@ -69,13 +69,13 @@ class Layer(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of a run."""
+    """Results of a run."""
 
     train_accuracy: jax.Array
     accuracy: jax.Array
-    """On the test samples or, to choose the settings, on the validation samples."""
+    """Accuracy on the test samples or, to choose the settings, on the validation samples."""
     kept: jax.Array
-    """Number of weights in each layer that are not pruned."""
+    """Number of unpruned weights in each layer."""
 
 
 def init(key: jax.Array, widths: list[int], log_variance: float) -> list[Layer]:
@@ -97,7 +97,7 @@ def log_alpha(layer: Layer) -> jax.Array:
 
 
 def logits(layers: list[Layer], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """The network with noise; without a key pruned, as it is after the training."""
+    """Applies the network with noise; without a key, pruned as after training."""
     for index, layer in enumerate(layers):
         x = jax.nn.relu(x) if index else x
         x = jdropout.variational_dense(
@@ -126,7 +126,7 @@ def run(
     sparse: bool,
     key: jax.Array,
 ) -> Scores:
-    """Trains one network, and evaluates it."""
+    """Trains one network and evaluates it."""
     data_key, init_key, train_key = jax.random.split(key, 3)
     data = _digits.draw(data_key, pool, test, options.train_size, label_noise=0.0)
     data = validation_split(data) if options.validate else data
@@ -144,7 +144,7 @@ def run(
             return cross_entropy(plain_logits(layers, x), labels)
         noise_key = site_key(train_key, step=step, site="noise")
         divergence = sum(jdropout.variational_kl(log_alpha(layer)).sum() for layer in layers)
-        # The weights first learn the task, and then which of them it needs.
+        # The weights learn the task first, and then which of them are needed.
         weight = options.kl_weight * jnp.minimum(2 * step / options.steps, 1.0)
         return (
             cross_entropy(logits(layers, x, noise_key), labels) + weight * divergence / train_size
@@ -168,7 +168,7 @@ def run(
 
 
 def validation_split(data: _digits.Data) -> _digits.Data:
-    """Puts a part of the training samples, another one in every run, in the place of the test."""
+    """Replaces the test samples by a part of the training samples, different in each run."""
     first = len(data.train.labels) // VALIDATION_PART
     validation = _digits.Samples(*(array[:first] for array in data.train))
     return _digits.Data(_digits.Samples(*(array[first:] for array in data.train)), validation)
@@ -223,10 +223,15 @@ def parse_options() -> argparse.Namespace:
     size = checked(int, lambda n: 1 <= n <= _digits.POOL_SIZE, f"1 to {_digits.POOL_SIZE}")
     step_size = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-    add("--width", type=positive, default=64, help="units in a hidden layer")
+    add("--width", type=positive, default=64, help="units per hidden layer")
     add("--steps", type=positive, default=3000, help="training steps")
-    add("--batch-size", type=positive, default=128, help="samples in a step")
-    add("--learning-rate", type=step_size, default=3e-3, help="of Adam, falling to 0")
+    add("--batch-size", type=positive, default=128, help="samples per step")
+    add(
+        "--learning-rate",
+        type=step_size,
+        default=3e-3,
+        help="initial learning rate of Adam, which falls to 0",
+    )
     weight = checked(float, lambda w: 0 <= w < math.inf, "a finite number of at least 0")
     add(
         "--kl-weight",
@@ -236,8 +241,8 @@ def parse_options() -> argparse.Namespace:
     )
     finite = checked(float, math.isfinite, "a finite number")
     add("--log-variance", type=finite, default=-6.0, help="of the noise, to begin with")
-    add("--train-size", type=size, default=_digits.POOL_SIZE, help="training samples of a run")
-    add("--seed", type=seed, default=0, help="number that the key is made from")
+    add("--train-size", type=size, default=_digits.POOL_SIZE, help="training samples per run")
+    add("--seed", type=seed, default=0, help="seed of the key")
     add("--seeds", type=several, default=16, help="number of runs of each setting")
     add(
         "--validate",

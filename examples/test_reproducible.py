@@ -1,6 +1,6 @@
 """Tests that the training of a small network is reproducible.
 
-Copy this file into your tests and put your own model, data and training step in place of these.
+Copy this file into your tests and replace the model, data and training step with your own.
 
     pip install pytest optax 'jdropout[flax]'
     python -m pytest test_reproducible.py
@@ -8,8 +8,8 @@ Copy this file into your tests and put your own model, data and training step in
 
 import os
 
-# Eight CPU devices, for the test of shardings. It has to be said before JAX starts: with more than
-# one test file, say it in conftest.py.
+# Eight CPU devices, for the sharding test. This must be set before JAX starts: if you have several
+# test files, set it in conftest.py.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -31,7 +31,7 @@ from jdropout.testing import (
     mask_fingerprint,
 )
 
-# --- what is tested: a network and its training --------------------------------------------
+# --- a network and its training, to be tested ----------------------------------------------
 
 RATE = 0.25
 ROOT = jax.random.key(2026)
@@ -57,7 +57,7 @@ GRAPH, PARAMS = nnx.split(Network(nnx.Rngs(0)))
 
 
 def batch(step):
-    """Data from a generator of this step alone, so that any step can be repeated."""
+    """Generates the data of a step from the step number only, so any step can be repeated."""
     x = np.random.default_rng([1, step]).normal(size=(16, 16)).astype(np.float32)
     return x, x[:, :4].argmax(axis=1)
 
@@ -104,7 +104,7 @@ def test_masks_do_not_depend_on_the_sharding():
 
 
 def test_gradients_do_not_depend_on_the_sharding():
-    # Sums over shards are rounded in another way, so compare up to rounding. The mesh is yours.
+    # Sums over shards round differently, so compare up to rounding. Use your own mesh.
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     gradient = jax.jit(lambda x, labels: jax.grad(loss)(PARAMS, x, labels, 0))
     assert_sharding_invariant(gradient, *batch(step=0), mesh=mesh, rtol=1e-5)

@@ -1,28 +1,28 @@
 """Trains a recurrent network on Python's own source code, with four kinds of dropout.
 
-A recurrent network that drops units anew at every time step forgets what it should remember. So
-AWD-LSTM (Merity, Keskar and Socher, ICLR 2018) and zoneout (Krueger et al., ICLR 2017) drop in
-other ways:
+A recurrent network that draws a new mask at every time step forgets things it should remember.
+AWD-LSTM (Merity, Keskar and Socher, ICLR 2018) and zoneout (Krueger et al., ICLR 2017) therefore
+drop in other ways:
 
 * `EmbeddingDropout` drops characters of the vocabulary, wherever they occur in the batch;
 * `LockedDropout` drops units between the layers, the same ones at every time step;
-* `DropConnect` drops recurrent weights: one mask serves all time steps;
-* `Zoneout` lets units of an LSTM's state skip a time step, and keep what they had.
+* `DropConnect` drops recurrent weights, with one mask for all time steps;
+* `Zoneout` lets units of an LSTM's state skip a time step and keep their values.
 
-The task is that of train_transformer.py: to predict the next character. The network is trained
-without them, with each of them alone and with all, from the same parameters and on the same
-batches. The text is short: without dropout the held-out loss is lowest before a third of the
-steps, 2.24 nats a character, and ends at 2.42. With all it falls nearly to the end, to 2.10, and
-most of that comes from locked dropout, which alone gives 2.12. The rates were chosen among a few
-with seeds 1 and 2, on the same held-out text.
+The task is the same as in train_transformer.py: to predict the next character. The network is
+trained without them, with each of them alone and with all, from the same parameters and on the same
+batches. The text is short: without dropout the held-out loss is lowest before a third of the steps,
+2.24 nats per character, and ends at 2.42. With all of them it falls nearly to the end, to 2.10.
+Most of that comes from locked dropout, which reaches 2.12 alone. The rates were chosen from a few
+candidates with seeds 1 and 2, on the same held-out text.
 
     python examples/train_charlm.py
     python examples/train_charlm.py --seed 3 --zoneout 0
     python examples/train_charlm.py --layers 2 --train-chars 40000
 
-No random state is stored: all that is random in a step follows from the seed and the number of the
-step. So the same command on the same machine ends in the same parameters, bit for bit; compare the
-digest in the last line.
+No random state is stored: all randomness in a step derives from the seed and the step number. The
+same command on the same machine ends with the same parameters, bit for bit; compare the digest in
+the last line.
 """
 
 import argparse
@@ -85,17 +85,17 @@ class CharLM(nnx.Module):
 
 
 class Training(NamedTuple):
-    """What the steps do not change."""
+    """Everything that the steps do not change."""
 
     structure: nnx.GraphDef
     streams: nnx.State
-    """Where the layers take their keys from; every step sets them anew."""
+    """Streams that the layers take their keys from; every step resets them."""
     optimizer: optax.GradientTransformation
     batch_size: int
     context: int
 
     def model(self, params: nnx.State) -> CharLM:
-        """Returns a model of its own for whoever calls: calls of it change its streams."""
+        """Returns a separate model for each caller, since calling it changes its streams."""
         return nnx.merge(self.structure, params, self.streams, copy=True)
 
 
@@ -119,7 +119,7 @@ def start(options: argparse.Namespace, text: Text) -> list[Run]:
 
 
 def settings(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Returns the rates of each training: without dropout, with each kind alone, and with all."""
+    """Returns the rates of each run: without dropout, with each kind alone, and with all."""
     rates = {kind: getattr(options, kind) for kind in KINDS if getattr(options, kind)}
     alone = {kind: {kind: rate} for kind, rate in rates.items()}
     return {"no dropout": {}, **alone, **({"all together": rates} if len(rates) > 1 else {})}
@@ -128,7 +128,7 @@ def settings(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def train_step(
     training: Training, state: State, text: jax.Array, root: jax.Array, step: jax.Array
 ) -> State:
-    """Takes one step. What is random in it is a function of the root key and the step alone."""
+    """Runs one step. Its randomness depends only on the root key and the step."""
     batch_key = site_key(root, step=step, site="batch")
     windows = train_transformer.draw_windows(
         batch_key, text, training.batch_size, training.context + 1
@@ -143,7 +143,7 @@ def train_step(
 
 
 def evaluate(training: Training, params: nnx.State, windows: jax.Array) -> jax.Array:
-    """Returns the loss with nothing dropped, and the expectation of zoneout."""
+    """Returns the loss without dropout, and with the expectation of zoneout."""
     model = nnx.view(training.model(params), deterministic=True)
     return train_transformer.cross_entropy(model(windows[:, :-1]), windows)
 

@@ -1,21 +1,21 @@
 """Trains a small residual network on images of digits, with three kinds of structured dropout.
 
-Neighbours in a feature map are alike, so that dropping single elements takes little away. What is
-dropped here is larger:
+Neighbouring elements of a feature map are similar, so dropping single elements removes little
+information. This script drops larger parts:
 
 * `drop_block` drops squares of a feature map, after each residual block;
 * `spatial_dropout` drops whole channels, between the two convolutions of a block;
-* `drop_path` drops the branch of a block, and leaves the identity; deeper blocks more often.
+* `drop_path` drops the branch of a block and leaves the identity, more often in deeper blocks.
 
-The network is trained without them, with each of them alone and with all three, several times
-each. Trainings with the same number share samples, wrong labels, initial parameters and batches,
-and the last two columns of the table compare them in pairs.
+The network is trained without them, with each of them alone and with all three, several times each.
+Runs with the same number share samples, wrong labels, initial parameters and batches, and the last
+two columns of the table compare them in pairs.
 
     python examples/train_cnn.py
     python examples/train_cnn.py --rate 0.1 --block-size 2 --label-noise 0
 
-All that is random follows from one key and the number of the step. So the same command on the same
-machine ends in the same parameters, bit for bit; compare the digest in the last line.
+All randomness derives from one key and the step number. The same command on the same machine ends
+with the same parameters, bit for bit; compare the digest in the last line.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 class CNN(nnx.Module):
-    """A convolution and residual blocks at two scales. No key means evaluation."""
+    """A convolution, then residual blocks at two scales. No key means evaluation."""
 
     def __init__(
         self,
@@ -120,14 +120,14 @@ class Block(nnx.Module):
     def drop(
         self, function: Callable[..., jax.Array], x: jax.Array, key: jax.Array | None, **more: Any
     ) -> jax.Array:
-        """Calls a function of jdropout with a key of its own: each is a site of its name."""
+        """Calls a function of jdropout with its own key: the function's name is its site."""
         kind = function.__name__
         site_key = None if key is None else at_site(key, kind)
         return function(site_key, x, self.rates[kind], deterministic=key is None, **more)
 
 
 class Conv(nnx.Linear):
-    """A 3 x 3 convolution as a product of matrices: in a loop on a CPU, faster than XLA's own."""
+    """A 3 x 3 convolution as a matrix product: in a loop on a CPU, faster than XLA's own."""
 
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
         super().__init__(9 * inputs, outputs, rngs=rngs)
@@ -148,7 +148,7 @@ def make_training(options: argparse.Namespace, kinds: Collection[str]) -> train_
 
 
 def differences_table(histories: Mapping[str, _digits.Scores]) -> Table:
-    """Makes a table of the last test with each kind minus the test without any, pair by pair."""
+    """Makes a table of the final scores with each kind minus those without, pair by pair."""
     caption = "mean and its standard error of the paired differences at the end"
     table = Table("minus none", "test accuracy", "test loss", caption=caption)
     (_, plain), *others = histories.items()

@@ -1,14 +1,14 @@
 """Trains a small network on handwritten digits, without and with dropout.
 
-The samples are few and some of their labels wrong: without dropout the network ends up learning
-the mistakes by heart. Each setting is trained several times, and the two trainings of a pair share
-samples, wrong labels, initial parameters and batches, so that they differ in the dropout alone.
+There are few samples, and some labels are wrong: without dropout the network ends up memorising the
+mistakes. Each setting is trained several times, and the two runs of a pair share samples, wrong
+labels, initial parameters and batches, so they differ only in the dropout.
 
     python examples/train_mlp.py
     python examples/train_mlp.py --api linen --rate 0.3 --label-noise 0.1
 
-All that is random follows from one key and the number of the step. So the same command on the same
-machine ends in the same parameters, bit for bit; compare the digest in the last line.
+All randomness derives from one key and the step number. The same command on the same machine ends
+with the same parameters, bit for bit; compare the digest in the last line.
 """
 
 import argparse
@@ -81,12 +81,12 @@ class LinenMLP(linen.Module):
 
 
 class Network(NamedTuple):
-    """A network as two pure functions, so that one training serves both APIs."""
+    """A network as two pure functions, so both APIs share the training code."""
 
     init: Callable[[jax.Array], optax.Params]
-    """From a key to parameters."""
+    """Maps a key to parameters."""
     apply: Callable[[optax.Params, jax.Array, jax.Array | None], jax.Array]
-    """From parameters, images and a key (None in evaluation) to logits."""
+    """Maps parameters, images and a key (None in evaluation) to logits."""
 
 
 def nnx_network(
@@ -108,14 +108,14 @@ NETWORKS = {"nnx": nnx_network, "linen": linen_network}
 
 
 class Training(NamedTuple):
-    """What all runs of a setting have in common."""
+    """Settings that all runs share."""
 
     network_at: Callable[[jax.Array], Network]
-    """From a step to the network, of which only the rate may depend on the step."""
+    """Maps a step to the network, in which only the rate may depend on the step."""
     optimizer: optax.GradientTransformation
     batch_size: int
     evaluations: int = 50
-    """At most so many, evenly spaced."""
+    """Maximum number of evaluations, evenly spaced."""
 
 
 def make_training(options: argparse.Namespace, rate: float) -> Training:
@@ -124,7 +124,7 @@ def make_training(options: argparse.Namespace, rate: float) -> Training:
 
 
 class Run(NamedTuple):
-    """One run, with what the steps change; or all runs, along a leading axis."""
+    """A run and its training state; or all runs, along a leading axis."""
 
     key: jax.Array
     data: _digits.Data
@@ -135,7 +135,7 @@ class Run(NamedTuple):
 def train_each(
     options: argparse.Namespace, trainings: Mapping[str, Training]
 ) -> tuple[dict[str, _digits.Scores], dict[str, optax.Params]]:
-    """Trains in each of several ways, from the same start; returns histories and parameters."""
+    """Trains with each setting, from the same start; returns histories and parameters."""
     runs = start(options, next(iter(trainings.values())))
     histories, params = {}, {}
     bar_console = Console(stderr=True)
@@ -148,7 +148,7 @@ def train_each(
 
 
 def start(options: argparse.Namespace, training: Training) -> Run:
-    """Returns all runs as they are before the first step: the same ones for every rate."""
+    """Returns all runs before their first step, which are the same for every rate."""
     pool, test = _digits.load()
 
     def start_one(key: jax.Array) -> Run:
@@ -178,7 +178,7 @@ def train(
 def train_steps(
     training: Training, run: Run, first: jax.Array, last: jax.Array
 ) -> tuple[Run, _digits.Scores]:
-    """Takes the steps first, ..., last - 1 and evaluates."""
+    """Runs the steps first, ..., last - 1 and evaluates."""
     run = jax.lax.fori_loop(first, last, functools.partial(train_step, training), run)
     network = training.network_at(last)
     train_accuracy, train_loss = evaluate(network, run.params, run.data.train)
@@ -187,7 +187,7 @@ def train_steps(
 
 
 def train_step(training: Training, step: jax.Array, run: Run) -> Run:
-    """Takes one step. What is random in it is a function of the run's key and the step alone."""
+    """Runs one step. Its randomness depends only on the run's key and the step."""
     batch_key, dropout_key = jax.random.split(jax.random.fold_in(run.key, step))
     images, labels = run.data.train
     rows = jax.random.randint(batch_key, (training.batch_size,), 0, len(labels))
@@ -206,7 +206,7 @@ def train_step(training: Training, step: jax.Array, run: Run) -> Run:
 def evaluate(
     network: Network, params: optax.Params, samples: _digits.Samples
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns accuracy and loss. Nothing is dropped here, whatever the rate in training."""
+    """Returns accuracy and loss, with dropout off whatever the rate in training."""
     logits = network.apply(params, samples.images, None)
     accuracy = (logits.argmax(axis=-1) == samples.labels).mean()
     return accuracy, cross_entropy(logits, samples.labels)
@@ -217,7 +217,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def evaluation_steps(steps: int, most: int = 50) -> list[int]:
-    """Up to `most` numbers of steps, evenly spaced and ending at `steps`."""
+    """Returns up to `most` step numbers, evenly spaced and ending at `steps`."""
     count = min(steps, most)
     return [steps * (index + 1) // count for index in range(count)]
 
@@ -256,20 +256,20 @@ def add_comparison_options(add: Callable[..., object]) -> None:
 
 
 def add_training_options(add: Callable[..., object]) -> None:
-    """Adds the options of a single run, by `add`, the method of a parser."""
+    """Adds the options of a single run; `add` is a parser's `add_argument`."""
     probability = checked(float, lambda p: 0 <= p < 1, "a number of at least 0 and below 1")
     positive = checked(int, lambda n: n >= 1, "a whole number of at least 1")
     size = checked(int, lambda n: 1 <= n <= _digits.POOL_SIZE, f"1 to {_digits.POOL_SIZE}")
     step_size = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
     add("--rate", type=probability, default=0.5, help="probability of dropping")
-    add("--width", type=positive, default=64, help="units or channels of a layer")
+    add("--width", type=positive, default=64, help="units or channels per layer")
     add("--steps", type=positive, default=2000, help="training steps")
-    add("--batch-size", type=positive, default=64, help="samples in a step")
-    add("--learning-rate", type=step_size, default=1e-3, help="of Adam")
-    add("--seed", type=seed, default=0, help="number that the key is made from")
-    add("--train-size", type=size, default=500, help="training samples of a run")
-    add("--label-noise", type=probability, default=0.3, help="share of wrong training labels")
+    add("--batch-size", type=positive, default=64, help="samples per step")
+    add("--learning-rate", type=step_size, default=1e-3, help="learning rate of Adam")
+    add("--seed", type=seed, default=0, help="seed of the key")
+    add("--train-size", type=size, default=500, help="training samples per run")
+    add("--label-noise", type=probability, default=0.3, help="fraction of wrong training labels")
 
 
 if __name__ == "__main__":

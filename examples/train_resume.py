@@ -1,16 +1,16 @@
-"""Trains on handwritten digits with checkpoints. Killed and restarted, it ends in the same bits.
+"""Trains on digits with checkpoints: killed and restarted, it ends with the same bits.
 
     python examples/train_resume.py
     python examples/train_resume.py --output elsewhere --steps 4000 --microbatches 4
 
-Kill it, with ``kill -9`` too, and run it again: it goes on from its newest good checkpoint and ends
-with the digest that it would have had. A checkpoint holds the parameters, the state of the
-optimizer and the number of the step, and no random state. What is random in a step follows from
-the seed, the step, the microbatch and the name of the place: `jdropout.keys.site_key`.
+Kill it, even with ``kill -9``, and run it again: it resumes from its newest good checkpoint and
+ends with the same digest as an uninterrupted run. A checkpoint holds the parameters, the optimizer
+state and the step number, but no random state. All randomness in a step derives from the seed, the
+step, the microbatch and the name of the site: `jdropout.keys.site_key`.
 
-A batch is shared by all devices, and the masks do not depend on how many there are. So it may also
-go on with another number of devices; then the same units are dropped, and the sums over the batch
-differ in their rounding:
+All devices share a batch, and the masks do not depend on their number. You can therefore resume
+with a different number of devices: the same units are dropped, and only the rounding of sums over
+the batch differs:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/train_resume.py
 """
@@ -49,7 +49,7 @@ SETTINGS = (
     "train_size",
     "label_noise",
 )
-"""The options that decide how the training goes. A checkpoint belongs to one choice of them."""
+"""Options that determine the training. A checkpoint belongs to one choice of them."""
 
 
 def main() -> None:
@@ -63,10 +63,10 @@ def main() -> None:
 
 
 class MLP(train_mlp.NnxMLP):
-    """The network of `train_mlp`, whose dropout layers take their keys by name."""
+    """The network of `train_mlp`, with dropout layers that take their keys by name."""
 
     def __call__(self, x: jax.Array, key_at: Callable[..., jax.Array] | None) -> jax.Array:
-        """Returns the logits. Without `key_at`, a function of the site, nothing is dropped."""
+        """Returns the logits. `key_at` maps a site to a key; without it nothing is dropped."""
         for site, hidden in zip(SITES, [self.hidden1, self.hidden2], strict=True):
             key = None if key_at is None else key_at(site=site)
             x = nnx.relu(hidden(x))
@@ -75,7 +75,7 @@ class MLP(train_mlp.NnxMLP):
 
 
 class Training(NamedTuple):
-    """What the steps do not change."""
+    """Everything that the steps do not change."""
 
     network: train_mlp.Network
     optimizer: optax.GradientTransformation
@@ -86,7 +86,7 @@ class Training(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the steps change, which is what a checkpoint holds. There is no key in it."""
+    """The training state, as stored in a checkpoint. It contains no key."""
 
     step: jax.Array
     params: optax.Params
@@ -105,7 +105,7 @@ def make_training(options: argparse.Namespace) -> Training:
 
 
 def make_mesh(size: int) -> jax.sharding.Mesh:
-    """Returns as many devices as can share `size` samples evenly."""
+    """Returns the largest number of devices that can share `size` samples evenly."""
     count = math.gcd(size, jax.device_count())
     _checkpoints.say(f"training on {count} of {jax.device_count()} device(s)")
     return jax.make_mesh(
@@ -116,7 +116,7 @@ def make_mesh(size: int) -> jax.sharding.Mesh:
 def make_data_and_start(
     options: argparse.Namespace, training: Training
 ) -> tuple[_digits.Data, State]:
-    """Returns the data, on all devices, and the state before the first step, in NumPy arrays."""
+    """Returns the data, on all devices, and the state before the first step, as NumPy arrays."""
 
     @jax.jit
     def make(pool: _digits.Samples, test: _digits.Samples) -> tuple[_digits.Data, State]:
@@ -132,7 +132,7 @@ def make_data_and_start(
 def resume(
     options: argparse.Namespace, training: Training, manager: CheckpointManager, start: State
 ) -> State:
-    """Returns the state of the newest good checkpoint, or that before the first step."""
+    """Returns the state of the newest good checkpoint, or the state before the first step."""
     step, state = _checkpoints.load_newest(manager, start, settings(options))
     if step > options.steps:
         raise SystemExit(
@@ -154,7 +154,7 @@ def train(
     data: _digits.Data,
     state: State,
 ) -> State:
-    """Takes the steps that are left; saves a checkpoint at multiples of --save-every and last."""
+    """Runs the remaining steps; saves checkpoints at multiples of --save-every and at the end."""
     take_steps = jax.jit(functools.partial(train_steps, training))
     step = int(state.step)
     while step < options.steps:
@@ -168,7 +168,7 @@ def train(
 def train_steps(
     training: Training, samples: _digits.Samples, state: State, last: jax.Array
 ) -> tuple[State, jax.Array]:
-    """Takes the steps state.step, ..., last - 1; returns the last one's loss, too."""
+    """Runs the steps state.step, ..., last - 1; also returns the last loss."""
 
     def take(_: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         return train_step(training, samples, carry[0])
@@ -179,7 +179,7 @@ def train_steps(
 def train_step(
     training: Training, samples: _digits.Samples, state: State
 ) -> tuple[State, jax.Array]:
-    """Takes one step. What is random in it is a function of the root key and the step alone."""
+    """Runs one step. Its randomness depends only on the root key and the step."""
     key = site_key(training.root, step=state.step, site="batch")
     rows = jax.random.randint(key, (training.batch_size,), 0, len(samples.labels))
     batch = jax.tree.map(lambda x: split_batch(training, x[rows]), samples)
@@ -190,7 +190,7 @@ def train_step(
 
 
 def split_batch(training: Training, x: jax.Array) -> jax.Array:
-    """Cuts a batch into microbatches, along a new first axis; all devices share each of them."""
+    """Splits a batch into microbatches along a new first axis; all devices share each of them."""
     x = x.reshape(training.microbatches, -1, *x.shape[1:])
     return jax.lax.with_sharding_constraint(x, NamedSharding(training.mesh, P(None, "data")))
 
@@ -198,9 +198,9 @@ def split_batch(training: Training, x: jax.Array) -> jax.Array:
 def accumulate(
     training: Training, params: optax.Params, step: jax.Array, batch: _digits.Samples
 ) -> tuple[jax.Array, optax.Params]:
-    """Returns the means of loss and gradient over the microbatches, each with its own masks.
+    """Returns the mean loss and gradient over the microbatches, each with its own masks.
 
-    Their definition: the sum for microbatch = 0, 1, ... of `loss_and_gradient` with the keys
+    They are defined as the sum of `loss_and_gradient` over microbatch = 0, 1, ... with the keys
     ``site_key(root, step=step, microbatch=microbatch, site=...)``, divided by their number.
     """
 
@@ -243,7 +243,7 @@ def print_results(
 
 
 def make_masks(options: argparse.Namespace, training: Training, step: jax.Array) -> jax.Array:
-    """Makes the masks of a step again, shared by all devices as they were in training.
+    """Recomputes the masks of a step, sharded over all devices as in training.
 
     Returns:
       Booleans of shape (microbatches, layers, samples of a microbatch, width).
@@ -276,8 +276,8 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     train_mlp.add_training_options(add)
     positive = checked(int, lambda n: n >= 1, "a whole number of at least 1")
-    add("--microbatches", type=positive, default=1, help="parts that a batch is cut into")
-    add("--save-every", type=positive, default=200, help="steps from a checkpoint to the next")
+    add("--microbatches", type=positive, default=1, help="number of parts of a batch")
+    add("--save-every", type=positive, default=200, help="steps between checkpoints")
     add("--output", type=pathlib.Path, default="output", help="directory for the checkpoints")
     options = parse_and_make_output(parser)
     if options.batch_size % options.microbatches:

@@ -1,20 +1,20 @@
 """Trains a small transformer on Python's own source code, without and with dropout.
 
-The model reads characters and predicts the next one. It learns from files of the standard library
-of the Python that runs this script, and is evaluated on other files of it. The text is short, so
-that without dropout the model ends up learning it by heart. Both trainings start from the same
-parameters and see the same batches: they differ in the dropout alone.
+The model reads characters and predicts the next one. It learns from files in the standard library
+of the Python that runs this script, and is evaluated on other files there. The text is short, so
+without dropout the model ends up memorising it. Both runs start from the same parameters and see
+the same batches: they differ only in the dropout.
 
     python examples/train_transformer.py
     python examples/train_transformer.py --rate 0.2 --train-chars 100000 --steps 3000
     python examples/train_transformer.py --attention flax
 
-With ``--attention flax`` the attention is Flax's own, which makes the whole matrix of probabilities
-and a mask for it. The second table says what a step costs; run both to compare.
+With ``--attention flax`` the attention is Flax's own, which stores the whole matrix of
+probabilities and a mask for it. The second table shows the cost of a step; run both to compare.
 
-No random state is stored: all that is random in a step follows from the seed and the number of the
-step. So the same command on the same machine ends in the same parameters, bit for bit; compare the
-digest in the last line.
+No random state is stored: all randomness in a step derives from the seed and the step number. The
+same command on the same machine ends with the same parameters, bit for bit; compare the digest in
+the last line.
 """
 
 import argparse
@@ -63,14 +63,14 @@ def main() -> None:
 
 
 class Text(NamedTuple):
-    """Source code as indices into the vocabulary; no file is in both parts."""
+    """Source code as indices into the vocabulary; the two parts have no file in common."""
 
     train: np.ndarray
     held_out: np.ndarray
 
 
 def load_text(train_chars: int) -> Text:
-    """Takes two files for the training, the next one for the evaluation, and so on."""
+    """Takes two files for training, the next one for evaluation, and so on."""
     train, held_out = [], []
     for index, part in enumerate(standard_library()):
         (held_out if index % 3 == 2 else train).append(part)
@@ -89,14 +89,14 @@ def held_out_chars(train_chars: int) -> int:
 
 
 def standard_library() -> Iterator[np.ndarray]:
-    """Yields the beginning of every public module that is a file, in the order of their names."""
+    """Yields the beginning of every public module that is a file, in alphabetical order."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(folder.glob("[a-z]*.py")):
         yield encode(path.read_text(encoding="utf-8", errors="ignore"))[:CHARS_OF_A_FILE]
 
 
 def encode(text: str) -> np.ndarray:
-    """Returns the indices of the characters, without those that the vocabulary lacks."""
+    """Returns the indices of the characters, skipping any that are not in the vocabulary."""
     index = {character: number for number, character in enumerate(VOCABULARY)}
     return np.array([index[character] for character in text if character in index], np.int32)
 
@@ -115,7 +115,7 @@ ATTENTIONS = {
 
 
 class Block(nnx.Module):
-    """Attention and a perceptron, each on a residual branch that ends in dropout."""
+    """Attention and an MLP, each on a residual branch that ends in dropout."""
 
     def __init__(self, options: argparse.Namespace, rate: float, rngs: nnx.Rngs):
         width = options.width
@@ -129,7 +129,7 @@ class Block(nnx.Module):
         self.dropout = jdropout.nnx.Dropout(rate)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        """Maps (batch, context, width) to the same shape. Without `rngs`, nothing is dropped."""
+        """Maps (batch, context, width) to the same shape. Nothing is dropped without `rngs`."""
         randomness = {"deterministic": rngs is None, "rngs": rngs}
         causal = nnx.make_causal_mask(x[:1, :, 0])
         branch = self.attention(self.attention_norm(x), mask=causal, **randomness)
@@ -140,7 +140,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A decoder: blocks between embeddings, with dropout too, and logits."""
+    """A decoder: embeddings with dropout, blocks, and logits."""
 
     def __init__(self, options: argparse.Namespace, rate: float, rngs: nnx.Rngs):
         self.characters = nnx.Embed(len(VOCABULARY), options.width, rngs=rngs)
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, characters: jax.Array, key: jax.Array | None) -> jax.Array:
         """Returns the logits of the next character at every position; no key means evaluation."""
-        # Every call of a dropout takes a key of its own from here, made from `key` by counting.
+        # Every dropout call takes its own key from here, derived from `key` by a counter.
         rngs = None if key is None else nnx.Rngs(dropout=key)
         x = self.characters(characters) + self.positions(jnp.arange(characters.shape[-1]))
         x = self.dropout(x, deterministic=key is None, rngs=rngs)
@@ -165,14 +165,14 @@ class Transformer(nnx.Module):
 
 
 class State(NamedTuple):
-    """What the steps change."""
+    """Everything that the steps change."""
 
     params: nnx.State
     optimizer_state: optax.OptState
 
 
 class Training(NamedTuple):
-    """What the steps do not change."""
+    """Everything that the steps do not change."""
 
     structure: nnx.GraphDef
     optimizer: optax.GradientTransformation
@@ -181,7 +181,7 @@ class Training(NamedTuple):
 
 
 class Run:
-    """A training, without or with dropout: its compiled step, and what was measured on the way."""
+    """A training run, with or without dropout: its compiled step and its measurements."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class Run:
         self.state = state
         self.text = text
         self.key = key
-        # Compiled ahead, so that no call can compile it again.
+        # Compiled ahead of time, so that no call can trigger compilation.
         begin = time.perf_counter()
         step = jax.jit(train_step, donate_argnums=0)
         self.step = step.lower(state, text, key, np.int32(0)).compile()
@@ -208,7 +208,7 @@ class Run:
         self.held_out_losses: list[float] = []
 
     def take_steps(self, first: int, last: int) -> None:
-        """Takes the steps first, ..., last - 1."""
+        """Runs the steps first, ..., last - 1."""
         begin = time.perf_counter()
         for step in range(first, last):
             self.state = self.step(self.state, self.text, self.key, np.int32(step))
@@ -217,14 +217,14 @@ class Run:
         self.step_seconds.append((time.perf_counter() - begin) / (last - first))
 
     def evaluate(self) -> None:
-        """Adds the losses at the present parameters to the history."""
+        """Adds the losses at the current parameters to the history."""
         train_loss, held_out_loss = self.losses(self.state.params)
         self.train_losses.append(float(train_loss))
         self.held_out_losses.append(float(held_out_loss))
 
 
 def train(steps: int, start: Callable[[], list[Run]]) -> list[Run]:
-    """Trains in each of several ways, by turns, so that all find the machine equally busy."""
+    """Trains all runs in turns, so that they all find the machine equally busy."""
     bar_console = Console(stderr=True)
     with Progress(console=bar_console, disable=not bar_console.is_terminal) as progress:
         bar = progress.add_task("compiling", total=None)
@@ -264,7 +264,7 @@ def start(options: argparse.Namespace, text: Text) -> list[Run]:
 
 
 def structure(options: argparse.Namespace, rate: float) -> nnx.GraphDef:
-    """Returns all of a model but its parameters."""
+    """Returns everything in a model except its parameters."""
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(options, rate, nnx.Rngs(0))))
 
 
@@ -278,7 +278,7 @@ def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
 def train_step(
     training: Training, state: State, text: jax.Array, key: jax.Array, step: jax.Array
 ) -> State:
-    """Takes one step. What is random in it is a function of the key and the step alone."""
+    """Runs one step. Its randomness depends only on the key and the step."""
     batch_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
     windows = draw_windows(batch_key, text, training.batch_size, training.context + 1)
     gradient = jax.grad(loss)(state.params, training.structure, windows, dropout_key)
@@ -304,14 +304,14 @@ def loss(
 
 
 def cross_entropy(logits: jax.Array, windows: jax.Array) -> jax.Array:
-    """Returns the mean over the next characters, in nats."""
+    """Returns the mean loss over the next characters, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
 def evaluation(
     options: argparse.Namespace, text: Text
 ) -> Callable[[nnx.State], tuple[jax.Array, jax.Array]]:
-    """Returns a function from parameters to the losses on both texts, with nothing dropped."""
+    """Returns a function from parameters to the losses on both texts, without dropout."""
     model = structure(options, rate=0.0)
     return on_both(text, options.context, lambda params, part: loss(params, model, part, None))
 
@@ -338,7 +338,7 @@ def spread_windows(text: np.ndarray, count: int, length: int) -> jax.Array:
 
 
 def evaluation_steps(steps: int) -> list[int]:
-    """Up to 20 numbers of steps, evenly spaced and ending at `steps`."""
+    """Returns up to 20 step numbers, evenly spaced and ending at `steps`."""
     count = min(steps, 20)
     return [steps * (index + 1) // count for index in range(count)]
 
@@ -347,11 +347,11 @@ def evaluation_steps(steps: int) -> list[int]:
 
 
 def print_samples(options: argparse.Namespace, runs: Sequence[Run], text: Text) -> None:
-    """Prints how the trained models continue the held-out text after one of its lines."""
+    """Prints how the trained models continue the held-out text."""
     line_ends = np.flatnonzero(text.held_out[options.context - 1 :] == VOCABULARY.index("\n"))
     end = options.context + (line_ends[0] if line_ends.size else 0)
     window = jnp.asarray(text.held_out[end - options.context : end])
-    # Both draw with the same keys, which none of the steps had.
+    # Both use the same keys, which no training step has used.
     keys = jax.random.split(jax.random.fold_in(runs[0].key, options.steps), options.sample_chars)
     continue_text = jax.jit(generator(options))
     for run in runs:
@@ -424,13 +424,13 @@ def overfitting(plain: Run) -> str:
 
 
 def effect_of_dropout(plain: Run, dropped: Run) -> str:
-    """Says in words what the numbers of the table say."""
+    """Puts the numbers of the table into words."""
     at_end = dropped.held_out_losses[-1] - plain.held_out_losses[-1]
     at_best = lowest_held_out(dropped)[0] - lowest_held_out(plain)[0]
     if at_best < 0:
-        verdict = "helped, and more than stopping the other training at its best step"
+        verdict = "helped, and more than stopping the other run at its best step"
     elif at_end < 0:
-        verdict = "helped, but stopping the other training at its best step is at least as good"
+        verdict = "helped, but stopping the other run at its best step is at least as good"
     else:
         verdict = "did not help"
     return (
@@ -490,11 +490,16 @@ def parse_options() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--attention", choices=ATTENTIONS, default="jdropout", help="whose attention is used")
-    add("--rate", type=PROBABILITY, default=0.1, help="probability of dropping, everywhere")
-    add("--heads", type=POSITIVE, default=4, help="heads of the attention")
+    add(
+        "--attention",
+        choices=ATTENTIONS,
+        default="jdropout",
+        help="which library's attention to use",
+    )
+    add("--rate", type=PROBABILITY, default=0.1, help="probability of dropping, at all sites")
+    add("--heads", type=POSITIVE, default=4, help="attention heads")
     add("--sample-chars", type=POSITIVE, default=200, help="characters to generate")
-    add("--temperature", type=ABOVE_ZERO, default=0.7, help="of the generated text")
+    add("--temperature", type=ABOVE_ZERO, default=0.7, help="temperature of the generated text")
     add_training_options(add)
     options = parse_training_options(parser)
     if options.width % options.heads:
@@ -505,16 +510,16 @@ def parse_options() -> argparse.Namespace:
 
 
 def add_training_options(add: Callable[..., object]) -> None:
-    """Adds what any training on the text has, by `add`, the method of a parser."""
+    """Adds the options of any training on the text; `add` is a parser's `add_argument`."""
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
     size = checked(int, lambda n: n >= 1000, "a whole number of at least 1000")
     add("--layers", type=POSITIVE, default=2, help="layers of the model")
-    add("--width", type=POSITIVE, default=128, help="features of a character")
+    add("--width", type=POSITIVE, default=128, help="features per character")
     add("--context", type=POSITIVE, default=64, help="characters that the model sees")
     add("--steps", type=POSITIVE, default=800, help="training steps")
-    add("--batch-size", type=POSITIVE, default=16, help="pieces of text in a step")
-    add("--learning-rate", type=ABOVE_ZERO, default=3e-3, help="of AdamW, at its highest")
-    add("--seed", type=seed, default=0, help="number that the key is made from")
+    add("--batch-size", type=POSITIVE, default=16, help="pieces of text per step")
+    add("--learning-rate", type=ABOVE_ZERO, default=3e-3, help="peak learning rate of AdamW")
+    add("--seed", type=seed, default=0, help="seed of the key")
     add("--train-chars", type=size, default=40000, help="characters of the training text")
     add("--output", type=pathlib.Path, default="output", help="directory for the figure")
 

@@ -1,20 +1,20 @@
-"""Asks Monte Carlo dropout how sure it is, on handwritten digits that are and are not as trained.
+"""Measures Monte Carlo dropout's uncertainty on digits like and unlike its training data.
 
-Networks of two hidden layers are trained without dropout and with dropout at four rates, several
-times each; validation samples choose the rate. The networks of that rate predict with dropout off,
-and by the mean over many masks (MC), and those without dropout predict as well:
+Networks with two hidden layers are trained without dropout and with dropout at four rates, several
+times each, and validation samples choose the rate. The networks trained at that rate predict with
+dropout off and by the mean over many masks (MC); the networks trained without dropout predict too:
 
-* does doubt tell digits that are turned, noisy or of unseen classes from the test samples?
+* does uncertainty separate rotated digits, noisy digits and unseen classes from the test samples?
 * are the probabilities right?
-* how does accuracy rise if the most doubtful digits are rejected?
+* how much does accuracy rise if the most uncertain digits are rejected?
 
-A last table shows what few masks do to an entropy. The figures show a regression with its band, a
-digit that turns, and accuracy against the rejected part.
+The last table shows how much an entropy estimate suffers from few masks. The figures show a
+regression with its band, a rotating digit, and accuracy against the rejected fraction.
 
     python examples/uncertainty.py
     python examples/uncertainty.py --samples 20 --seed 1
 
-What is random follows from one key: the same command on the same machine ends in the same digest.
+All randomness derives from one key: the same command on the same machine ends with the same digest.
 """
 
 import argparse
@@ -42,14 +42,14 @@ import jdropout
 from jdropout import uncertainty
 from jdropout.keys import at_site
 
-# All was fixed before the first test, but for the rate, which the validation samples choose.
+# Everything was fixed before the first test, except the rate, which validation samples choose.
 RATES = (0.1, 0.2, 0.3, 0.5)
 TRAIN_SIZE, VALIDATION_SIZE = 500, 200
 BATCH_SIZE, LEARNING_RATE = 64, 1e-3
 UNSEEN = (7, 8, 9)
-NOISE = 4.0  # standard deviation; the greys go from 0 to 16
+NOISE = 4.0  # standard deviation; grey values range from 0 to 16
 ANGLES = range(0, 181, 10)
-FEW = 200  # images, where all would take long
+FEW = 200  # images, where all of them would take too long
 SAMPLE_NUMBERS = (2, 5, 10, 20, 50, 100)
 
 
@@ -108,13 +108,13 @@ def experiment(options: argparse.Namespace, progress: Progress) -> Results:
 
 
 class Model(NamedTuple):
-    """A network; or several, along a leading axis."""
+    """A network, or several along a leading axis."""
 
     rate: jax.Array
     params: optax.Params
 
     def __call__(self, key: jax.Array | None, images: jax.Array) -> jax.Array:
-        """Returns the logits, without dropout if there is no key."""
+        """Returns the logits; no key means no dropout."""
         width = self.params["params"]["Dense_0"]["bias"].shape[-1]
         network = train_mlp.linen_network(width, self.rate)
         return network.apply(self.params, scaled(images), key)
@@ -131,9 +131,9 @@ def of_rate(models: Model, index: int, seeds: int) -> Model:
 def train_models(
     options: argparse.Namespace, progress: Progress, pool: _digits.Samples
 ) -> tuple[Model, _digits.Samples]:
-    """Trains at rate 0 and all others, side by side; a run has the same samples and start at each.
+    """Trains at rate 0 and all other rates; a run has the same samples and start at each.
 
-    The models and their validation samples have a leading axis, of rates times runs.
+    The models and their validation samples have a leading axis of size rates times runs.
     """
     optimizer = optax.adam(LEARNING_RATE)
 
@@ -169,7 +169,7 @@ def train_models(
 
 @functools.partial(jax.jit, static_argnums=3)
 def sample_logits(models: Model, key: jax.Array, images: jax.Array, count: int) -> jax.Array:
-    """From images of each model to an array with axes (model, mask, image, class)."""
+    """Maps images for each model to logits with axes (model, mask, image, class)."""
 
     def one(key: jax.Array, model: Model, images: jax.Array) -> jax.Array:
         prediction = jdropout.mc_predict(model, key, images, num_samples=count, return_samples=True)
@@ -182,10 +182,10 @@ class Answers(NamedTuple):
     """Logits of the same images, with axes (run, image, class)."""
 
     plain: jax.Array
-    """Of networks without dropout."""
+    """Logits of the networks trained without dropout."""
     off: jax.Array
     samples: jax.Array
-    """One more axis, of the masks, after that of the runs."""
+    """Has an additional axis for the masks, after the axis of the runs."""
 
     def doubts(self) -> dict[str, Runs]:
         """Measures of uncertainty, with axes (run, image)."""
@@ -199,12 +199,12 @@ class Answers(NamedTuple):
         return {name: np.asarray(doubt) for name, doubt in doubts.items()}
 
     def predictions(self) -> dict[str, jax.Array]:
-        """What serves as logits, with axes (run, image, class)."""
+        """Logits of the predictions, with axes (run, image, class)."""
         mean = uncertainty.log_mean_probabilities(self.samples, sample_axis=1)
         return {"no dropout": self.plain, "off": self.off, "MC": mean}
 
     def quality(self, labels: jax.Array) -> dict[str, dict[str, Runs]]:
-        """Scores of each prediction, one for each run."""
+        """Scores of each prediction, one per run."""
         error = jax.vmap(uncertainty.expected_calibration_error, (0, None))
         cross_entropy = jax.vmap(train_mlp.cross_entropy, (0, None))
         return {
@@ -240,7 +240,7 @@ def turned(images: jax.Array, angle: float) -> jax.Array:
 
 
 def separation(inside: Mapping[str, Runs], outside: Mapping[str, Runs]) -> dict[str, Runs]:
-    """The areas under the ROC curves, by measure."""
+    """Returns the areas under the ROC curves, by measure."""
     areas = {name: [] for name in inside}
     for name, doubts in inside.items():
         for pair in zip(doubts, outside[name], strict=True):
@@ -250,7 +250,7 @@ def separation(inside: Mapping[str, Runs], outside: Mapping[str, Runs]) -> dict[
 
 
 def rejection_curves(parts: list[Answers], labels: jax.Array) -> dict[str, Runs]:
-    """Accuracies when none, one, ... and all but one of the images are rejected."""
+    """Returns the accuracies when none, one, ..., all but one of the images are rejected."""
     parts = [(answers.doubts(), answers.predictions()) for answers in parts]
     curves = {}
     for name in parts[0][0]:
@@ -273,7 +273,7 @@ def accuracies_of_rest(doubts: Runs, right: Runs) -> Runs:
 def sample_numbers(
     model: Model, key: jax.Array, images: jax.Array, many: int, progress: Progress
 ) -> tuple[dict[int, list[float]], dict[str, float]]:
-    """What T masks make of the entropy of the mean, on average over images, by T."""
+    """Returns the average error of the mean's entropy by number of masks, and exact values."""
 
     def measured(key: jax.Array, model: Model, images: jax.Array) -> dict[str, jax.Array]:
         logits = model(key, images)
@@ -309,14 +309,14 @@ def sample_numbers(
 
 
 def error_slope(mean: jax.Array, variance: jax.Array) -> jax.Array:
-    """What is lacking in the entropy of a mean of T distributions, times T, to first order."""
+    """Returns the first-order deficit of the entropy of a mean of T distributions, times T."""
     return (variance / jnp.maximum(mean, 1e-30)).sum(axis=-1) / 2
 
 
 def turn(
     model: Model, key: jax.Array, images: jax.Array, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures with axes (angle, image, pixel), and logits (mask, angle, image, class)."""
+    """Returns pictures (angle, image, pixel), and logits (mask, angle, image, class)."""
     pictures = np.stack([turned(images, angle) for angle in ANGLES])
     alone = jax.tree.map(lambda leaf: leaf[None], model)
     (logits,) = sample_logits(alone, key, pictures.reshape(1, -1, pictures.shape[-1]), count)
@@ -334,13 +334,13 @@ def parse_options() -> argparse.Namespace:
     many = checked(int, lambda n: n >= 1000, "a whole number of at least 1000")
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
     image = checked(int, lambda n: 0 <= n < FEW, f"a whole number from 0 to {FEW - 1}")
-    add("--samples", type=several, default=100, help="masks of a prediction")
-    add("--many", type=many, default=10_000, help="masks that few masks are compared with")
+    add("--samples", type=several, default=100, help="masks per prediction")
+    add("--many", type=many, default=10_000, help="masks to compare few masks with")
     add("--seeds", type=several, default=8, help="number of runs of each setting")
-    add("--width", type=positive, default=64, help="units of a layer")
+    add("--width", type=positive, default=64, help="units per layer")
     add("--steps", type=positive, default=1000, help="training steps")
-    add("--seed", type=seed, default=0, help="number that the key is made from")
-    add("--digit", type=image, default=61, help="which of the test images to turn in the figure")
+    add("--seed", type=seed, default=0, help="seed of the key")
+    add("--digit", type=image, default=61, help="which of the test images to rotate in the figure")
     add("--output", type=pathlib.Path, default="output", help="directory for the figures")
     return parse_and_make_output(parser)
 

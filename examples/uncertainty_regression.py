@@ -1,28 +1,28 @@
-"""Monte Carlo dropout against a plain network and ensembles, on small regressions.
+"""Compares Monte Carlo dropout with a plain network and ensembles, on small regressions.
 
-Each way to predict a density has networks of one hidden layer:
+Each method predicts a density with networks of one hidden layer:
 
-* a plain network, and a Gaussian of constant noise around what it predicts;
-* a network trained with dropout, which drops nothing when it predicts, and the same Gaussian;
+* a plain network, with a Gaussian of constant noise around its prediction;
+* a network trained with dropout that predicts with dropout off, with the same kind of Gaussian;
 * Monte Carlo dropout: the mixture of such Gaussians around the predictions under many masks, or one
-  Gaussian of the mixture's moments;
+  Gaussian with the mixture's moments;
 * an ensemble: the mixture of such Gaussians around the predictions of five plain networks;
-* a deep ensemble: five networks that predict a variance too, and one Gaussian of their moments.
+* a deep ensemble: five networks that also predict a variance, and one Gaussian with their moments.
 
-The tables are those of scikit-learn: diabetes; linnerud, which is tiny; and wine, a table for
-classification, of which the alcohol is predicted here. Each is split at random, 20 times, into nine
-tenths for training and a tenth for the test. Rate, weight decay and precision of the noise are
-chosen for each split and each way by the likelihood of three folds of the training part.
+The tables come from scikit-learn: diabetes; linnerud, which is tiny; and wine, a classification
+table of which we predict the alcohol content. Each is split at random, 20 times, into nine tenths
+for training and one tenth for testing. Rate, weight decay and noise precision are chosen for each
+split and method by the likelihood on three folds of the training part.
 
     python examples/uncertainty_regression.py
     python examples/uncertainty_regression.py --decays 1e-5 --tables diabetes wine
 
-All that is random follows from one key, the split and the step. So the same command on the same
-machine ends in the same predictions, bit for bit; compare the digest in the last line.
+All randomness derives from one key, the split and the step. The same command on the same machine
+ends with the same predictions, bit for bit; compare the digest in the last line.
 
 References: Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
 in deep learning" (ICML 2016), section 5.2; Lakshminarayanan, Pritzel and Blundell, "Simple and
-scalable predictive uncertainty estimation using deep ensembles" (NeurIPS 2017), here without the
+scalable predictive uncertainty estimation using deep ensembles" (NeurIPS 2017), here without
 adversarial training.
 """
 
@@ -54,7 +54,7 @@ from jdropout.keys import at_site
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 PRECISIONS = np.geomspace(0.25, 64, 17).astype(np.float32)
-"""Of the noise, for targets of variance 1."""
+"""Precisions of the noise, for targets of variance 1."""
 MEMBERS = 5
 FOLDS = 3
 
@@ -80,18 +80,18 @@ class Examples(NamedTuple):
 
 
 def diabetes() -> Examples:
-    """How far the disease is after a year."""
+    """Measurements of patients, and the progression of the disease after a year."""
     return Examples(*load_diabetes(return_X_y=True))
 
 
 def linnerud() -> Examples:
-    """Waist in inches, from what 20 men achieve in three exercises."""
+    """Results of 20 men in three exercises, and their waists in inches."""
     data = load_linnerud()
     return Examples(data.data, data.target[:, data.target_names.index("Waist")])
 
 
 def wine() -> Examples:
-    """Alcohol in percent, from the other twelve measurements."""
+    """Twelve measurements of wines, and their alcohol content in percent."""
     data = load_wine().data
     return Examples(data[:, 1:], data[:, 0])
 
@@ -100,7 +100,7 @@ TABLES = {"diabetes": diabetes, "linnerud": linnerud, "wine": wine}
 
 
 class Kind(NamedTuple):
-    """Networks that are trained alike, with each weight decay."""
+    """Networks that are trained in the same way, with each weight decay."""
 
     rates: tuple[float, ...]
     members: int
@@ -120,24 +120,24 @@ WAYS = {
     "ensemble": "plain",
     "deep ensemble": "variance",
 }
-"""The kind of network of each way to predict."""
+"""The kind of network that each method uses."""
 
 
 class Result(NamedTuple):
-    """What a way got on the test parts, in the table's units, and what was chosen for it."""
+    """Test scores of a method, in the table's units, and the choices made for it."""
 
     log_likelihood: np.ndarray
     rmse: np.ndarray
     rate: np.ndarray
     decay: np.ndarray
     precision: np.ndarray
-    """For targets of variance 1."""
+    """Chosen precision of the noise, for targets of variance 1."""
 
 
 def compare(
     options: argparse.Namespace, tables: Mapping[str, Examples]
 ) -> dict[str, dict[str, Result]]:
-    """Returns the results of each table and way, by split."""
+    """Returns the results of each table and method, by split."""
     results = {}
     keys = jax.random.split(jax.random.key(options.seed), options.splits)
     bar_console = Console(stderr=True)
@@ -156,7 +156,7 @@ def compare(
 
 
 def split_at_random(key: jax.Array, table: Examples) -> tuple[Examples, float]:
-    """Returns the examples, the training part first and standardised by it, and y's scale."""
+    """Returns the examples, standardised by their first (training) part, and the scale of y."""
     order = np.asarray(jax.random.permutation(at_site(key, "order"), len(table.y)))
     x, y = (values[order] for values in table)
     training = slice(training_size(len(y)))
@@ -170,7 +170,7 @@ def training_size(size: int) -> int:
 
 
 class Part(NamedTuple):
-    """Rows to train on and rows to predict, each filled up to the same number in all parts."""
+    """Rows to train on and rows to predict, each padded to the same number in all parts."""
 
     trained: np.ndarray
     num_trained: np.ndarray
@@ -179,7 +179,7 @@ class Part(NamedTuple):
 
 
 def make_parts(size: int) -> Part:
-    """For each fold the training part without it, and it; and last, training part and test part."""
+    """Returns training rows and rows to predict: for each fold, and last for the test part."""
     start = training_size(size)
     asked = [*np.array_split(np.arange(start), FOLDS), np.arange(start, size)]
     trained = [np.setdiff1d(np.arange(start), rows) for rows in asked]
@@ -191,7 +191,7 @@ def make_parts(size: int) -> Part:
 
 
 class Scores(NamedTuple):
-    """The means over the predicted rows; axes (part, candidate, precision), and without the last.
+    """Means over the predicted rows, with axes (part, candidate, precision) and (part, candidate).
 
     A candidate is a pair of a rate and a weight decay.
     """
@@ -201,7 +201,7 @@ class Scores(NamedTuple):
 
 
 def play(options: argparse.Namespace, key: jax.Array, examples: Examples) -> dict[str, Scores]:
-    """Trains networks of all kinds with all candidates on all parts; returns scores by way."""
+    """Trains networks of all kinds with all candidates on all parts; returns scores by method."""
     parts = make_parts(len(examples.y))
     return jax.lax.map(functools.partial(play_part, options, key, examples), parts)
 
@@ -236,7 +236,7 @@ def play_part(
 
 
 def choose(options: argparse.Namespace, way: str, scores: Scores, scale: float) -> Result:
-    """Chooses by the folds alone, and returns the test of what is chosen."""
+    """Chooses by the folds only, and returns the test scores of the choice."""
     folds = scores.log_likelihood[:FOLDS].mean(axis=0)
     candidate, index = np.unravel_index(folds.argmax(), folds.shape)
     log_likelihood = scores.log_likelihood[FOLDS, candidate, index] - np.log(scale)
@@ -246,7 +246,7 @@ def choose(options: argparse.Namespace, way: str, scores: Scores, scale: float) 
 
 
 class Job(NamedTuple):
-    """How a network is trained."""
+    """Settings for training a network."""
 
     rate: jax.Array
     decay: jax.Array
@@ -255,7 +255,7 @@ class Job(NamedTuple):
 
 
 def all_jobs(options: argparse.Namespace) -> Job:
-    """Of each kind all candidates, and of each of these all members."""
+    """Returns the jobs: for each kind all candidates, and for each candidate all members."""
     jobs = [
         (rate, decay, member, learns_variance)
         for rates, members, learns_variance in KINDS.values()
@@ -277,7 +277,7 @@ def by_kind(options: argparse.Namespace, values: jax.Array) -> dict[str, jax.Arr
 
 
 class Network(NamedTuple):
-    """Parameters, and the rate that they were trained with."""
+    """Parameters, and the rate they were trained with."""
 
     params: optax.Params
     rate: jax.Array
@@ -294,7 +294,7 @@ def init(key: jax.Array, features: int, width: int) -> optax.Params:
 
 
 def forward(key: jax.Array | None, network: Network, x: jax.Array) -> jax.Array:
-    """Returns two numbers for each example: the target, and what the variance is made from."""
+    """Returns two numbers per example: the prediction, and a number that gives the variance."""
     params, rate = network
     keys = [None if key is None else at_site(key, layer) for layer in ("input", "hidden")]
     x = jdropout.dropout(keys[0], x, rate, deterministic=key is None)
@@ -310,7 +310,7 @@ def variance(output: jax.Array) -> jax.Array:
 def train(
     options: argparse.Namespace, key: jax.Array, examples: Examples, part: Part, job: Job
 ) -> Network:
-    """Trains a network: starting point, batches and masks depend on the member alone."""
+    """Trains a network; its start, batches and masks depend only on the member."""
     key = jax.random.fold_in(at_site(key, "training"), job.member)
     optimizer = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.steps))
 
@@ -337,9 +337,9 @@ def train(
 
 
 class Prediction(NamedTuple):
-    """Logarithm of the target's density at each precision, and square of the mean's error.
+    """Log-density of the target at each precision, and squared error of the mean.
 
-    Axes (candidate, precision, row) and (candidate, row).
+    The axes are (candidate, precision, row) and (candidate, row).
     """
 
     log_density: jax.Array
@@ -357,7 +357,7 @@ def predict_under_masks(
 
 
 def mixture(samples: jax.Array, y: jax.Array) -> Prediction:
-    """Gaussians of each precision around samples, of shape (candidates, samples, rows)."""
+    """Mixture of Gaussians of each precision around samples (candidates, samples, rows)."""
 
     def log_density(f: jax.Array) -> jax.Array:
         at = functools.partial(uncertainty.gaussian_log_likelihood, f, y)
@@ -367,9 +367,9 @@ def mixture(samples: jax.Array, y: jax.Array) -> Prediction:
 
 
 def one_gaussian(samples: jax.Array, noise: jax.Array, y: jax.Array) -> Prediction:
-    """One Gaussian, with the mean of the samples and their variance plus that of the noise.
+    """One Gaussian with the samples' mean, and their variance plus the variance of the noise.
 
-    The noise has axes (precision, candidate, row), or 1 in place of them.
+    The noise has axes (precision, candidate, row), each of which may have size 1.
     """
     mean, total = samples.mean(axis=1), samples.var(axis=1)[None] + noise
     y = jnp.broadcast_to(y, mean.shape)
@@ -407,7 +407,7 @@ def describe(table: Examples) -> str:
 
 
 def describe_choice(result: Result, num_examples: int) -> str:
-    """Tells what was chosen, and with which prior `model_precision` would be that precision."""
+    """Describes the choices, and the prior for which `model_precision` gives that precision."""
     with_unit_scale = np.array(
         [
             uncertainty.model_precision(
@@ -420,12 +420,12 @@ def describe_choice(result: Result, num_examples: int) -> str:
     rate, decay, precision, length_scale = map(np.median, (*result[2:], length_scale))
     return (
         f"chosen for MC dropout (medians): rate {rate:.2g}, weight decay {decay:.2g}, precision "
-        f"{precision:.2g};\nthe model_precision of length scale {length_scale:.2g} is this one\n"
+        f"{precision:.2g};\nmodel_precision agrees at a length scale of {length_scale:.2g}\n"
     )
 
 
 def save_differences(path: pathlib.Path, results: Mapping[str, Mapping[str, Result]]) -> None:
-    """Draws the paired differences to the plain network."""
+    """Draws the paired differences from the plain network."""
     ways = list(WAYS)[1:]
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     figure.suptitle("minus the plain network: mean and standard error of the paired differences")
@@ -457,16 +457,21 @@ def parse_options() -> argparse.Namespace:
     decay = checked(float, lambda x: 0 < x < np.inf, "finite numbers above 0")
     seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
     add = parser.add_argument
-    add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="to compare on")
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="tables to compare on")
     decays = (1e-3, 1e-2, 3e-2, 1e-1)
     add("--decays", nargs="+", type=decay, default=decays, help="weight decays to choose from")
-    add("--splits", type=several, default=20, help="into training part and test part")
-    add("--samples", type=several, default=100, help="masks of a prediction")
+    add(
+        "--splits",
+        type=several,
+        default=20,
+        help="number of random splits into training and test part",
+    )
+    add("--samples", type=several, default=100, help="masks per prediction")
     add("--width", type=positive, default=50, help="hidden units")
     add("--steps", type=positive, default=500, help="training steps")
-    add("--batch-size", type=positive, default=32, help="examples in a step")
-    add("--learning-rate", type=step_size, default=1e-2, help="of Adam, at the start")
-    add("--seed", type=seed, default=0, help="number that the key is made from")
+    add("--batch-size", type=positive, default=32, help="examples per step")
+    add("--learning-rate", type=step_size, default=1e-2, help="initial learning rate of Adam")
+    add("--seed", type=seed, default=0, help="seed of the key")
     add("--output", type=pathlib.Path, default="output", help="directory for the figure")
     return parse_and_make_output(parser)
 
