@@ -12,8 +12,8 @@ from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
-# Minus lambda times alpha of SELU: what its negative part tends to. Klambauer et al. (2017),
-# equation 14, to more digits.
+# The limit of SELU's negative part, -lambda * alpha. Klambauer et al. (2017) give fewer digits in
+# equation 14.
 _SELU_FLOOR = -1.7580993408473766
 
 
@@ -88,7 +88,7 @@ def alpha_dropout(
 
 def _masked_affine(draw: Draw, x: jax.Array) -> jax.Array:
     wide = wide_dtype(x)
-    inverse_keep = draw.scale(wide)  # 1 where nothing is kept
+    inverse_keep = draw.scale(wide)  # 1 if nothing is kept
     rate = draw.drop_probability(wide)
     a = jnp.sqrt(inverse_keep / (1 + rate * _SELU_FLOOR**2))
     b = -a * rate * _SELU_FLOOR
@@ -151,6 +151,7 @@ def feature_alpha_dropout(
       Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
       2017), section 3, "New dropout technique".
     """
+    _checks.check_real("x", x)
     return alpha_dropout(
         key,
         x,

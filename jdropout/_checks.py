@@ -1,4 +1,4 @@
-"""Checks of arguments that several files share."""
+"""Checks of what most functions of the family take: rates, flags, inputs, keys, blocks of masks."""
 
 import math
 import operator
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from jdropout import _values
 from jdropout._typing import Index, Key
+from jdropout._values import type_name
 
 
 def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
-    """Returns a static rate as a float, and an array as a floating-point scalar array."""
+    """Returns a static rate as a float, and an array as a floating-point scalar."""
     if isinstance(rate, bool | np.bool_):
         raise TypeError(
             f"{name} must be a number in [0, 1], got {rate!r}, a boolean. To switch dropout off "
@@ -30,7 +32,7 @@ def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
             "For one rate per example use jax.vmap over keys, inputs and rates."
         )
     number = isinstance(rate, float | int) or (
-        isinstance(rate, np.generic)  # jnp.issubdtype also knows a bfloat16 scalar
+        isinstance(rate, np.generic)  # unlike np.issubdtype, jnp's knows bfloat16
         and (jnp.issubdtype(rate.dtype, np.floating) or jnp.issubdtype(rate.dtype, np.integer))
     )
     if not number:
@@ -58,7 +60,7 @@ def _check_rate_array(rate: jax.Array, name: str) -> jax.Array:
         if not 0 <= float(rate) <= 1:
             raise ValueError(_rate_range(float(rate), name))
     elif not jax.typeof(rate).sharding.mesh.explicit_axes:
-        # Under vmap checkify sorts the batch, which an explicitly sharded one forbids.
+        # Under vmap checkify sorts the batch, which fails if the batch is explicitly sharded.
         checkify.debug_check(
             (rate >= 0) & (rate <= 1), name + " must be in [0, 1], got {rate}.", rate=rate
         )
@@ -77,7 +79,7 @@ def check_precision(precision: Any) -> int | None:
         return precision
     raise ValueError(
         f"precision must be None, 16 or 32 (bits of the uniform number), got {precision!r}. "
-        "None takes 16 bits, and 32 for static rates that 16 bits would miss by over 0.1 %."
+        "None uses 16 bits, or 32 for a static rate that 16 bits would miss by over 0.1 %."
     )
 
 
@@ -150,25 +152,11 @@ def check_key(key: Any, name: str = "key") -> Key:
             f"{name} must be a raw key of 2 or 4 uint32 words, got {key.shape[0]}. "
             "Make one with jax.random.key(seed)."
         )
-    return cast("Key", key)  # a raw NumPy key serves as well as a JAX one
-
-
-def check_shape(name: str, shape: Any) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a sequence of integers, got {shape!r}. Write (n,) for one axis."
-        ) from None
-    if any(size < 0 for size in sizes):
-        raise ValueError(
-            f"{name} must not have a negative size, got {sizes}. Use sizes of at least 0."
-        )
-    return sizes
+    return cast("Key", key)  # a raw NumPy key works too
 
 
 def check_broadcast_dims(broadcast_dims: Any, rank: int) -> frozenset[int]:
-    """Returns the axes, counted from the front."""
+    """Returns the axes as non-negative numbers."""
     try:
         axes = [operator.index(axis) for axis in broadcast_dims]
     except TypeError:
@@ -188,7 +176,7 @@ def check_broadcast_dims(broadcast_dims: Any, rank: int) -> frozenset[int]:
 def check_block(
     start: Sequence[Index] | None, global_shape: Sequence[int] | None, shape: tuple[int, ...]
 ) -> tuple[tuple[Index, ...] | None, tuple[int, ...]]:
-    """Returns where a block begins (None for a whole mask), and the shape of the whole mask."""
+    """Returns the block's start, None for a whole mask, and the shape of the whole mask."""
     if start is None and global_shape is None:
         return None, shape
     if start is None or global_shape is None:
@@ -197,7 +185,7 @@ def check_block(
             f"{given} was given without {missing}. A block of a larger mask needs both: the index "
             "of its first element, and the shape of the whole."
         )
-    whole = check_shape("global_shape", global_shape)
+    whole = _values.check_shape("global_shape", global_shape)
     if not isinstance(start, Sequence):
         raise TypeError(
             f"start must be a sequence with one index per axis, got {start!r}. Write tuple(start) "
@@ -231,7 +219,7 @@ def _check_index(index: Any) -> Index:
     if traced_scalar and jnp.issubdtype(index.dtype, np.integer):
         return index
     try:
-        return operator.index(index)  # also of a JAX array whose value is known
+        return operator.index(index)  # also accepts a concrete JAX array
     except TypeError:
         raise TypeError(
             f"start must hold integers, or integer scalar arrays, got {index!r}. "
@@ -240,7 +228,7 @@ def _check_index(index: Any) -> Index:
 
 
 def check_parent_key(key: Any, name: str) -> Key:
-    """Checks a key that others are made from, which is no dropout's own."""
+    """Checks a key that other keys are derived from."""
     if key is None:
         raise ValueError(
             f"{name} is None, but keys are made from it. Pass {name}=jax.random.key(seed), the "
@@ -249,66 +237,12 @@ def check_parent_key(key: Any, name: str) -> Key:
     return check_key(key, name)
 
 
-def check_axis(name: str, axis: Any, rank: int) -> int:
-    """Returns an axis, counted from the front."""
-    number = as_integer(axis)
-    if number is None:
-        raise TypeError(
-            f"{name} must be an integer, got {axis!r} of type {type_name(axis)}."
-            " Negative axes count from the end."
-        )
-    if not -rank <= number < rank:
-        raise ValueError(
-            f"{name} is {number}, but the array has {rank} axes. Use {-rank} to {rank - 1}."
-        )
-    return number % rank
-
-
-def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
-    """Returns different axes, counted from the front, in the order given."""
-    if not isinstance(axes, Sequence | range) or isinstance(axes, str):
-        raise TypeError(f"{name} must be a sequence of axes, got {axes!r}. Write (axis,) for one.")
-    counted = tuple(check_axis(name, axis, rank) for axis in axes)
-    if len(set(counted)) != len(counted):
-        raise ValueError(
-            f"{name} names an axis twice, got {tuple(axes)} of {rank} axes. Name every axis once."
-        )
-    return counted
-
-
-def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(
-            f"{name} must be {' or '.join(map(repr, options))}, got {value!r}."
-            " Pass one of them as a string."
-        )
-
-
-def check_positive(name: str, value: Any) -> int:
-    number = as_integer(value)
-    if number is None:
-        raise TypeError(
-            f"{name} must be an integer, got {value!r} of type {type_name(value)}."
-            f" Convert it with int({name})."
-        )
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}. Pass 1 or more.")
-    return number
-
-
 def check_channels(channel_axis: Any, batch_axes: Any, rank: int) -> list[int]:
     """Returns the axes that are neither the channels' nor the batch's."""
-    channel = check_axis("channel_axis", channel_axis, rank)
-    batch = check_axes("batch_axes", batch_axes, rank)
-    check_apart("channel_axis", channel, "batch_axes", batch)
+    channel = _values.check_axis("channel_axis", channel_axis, rank)
+    batch = _values.check_axes("batch_axes", batch_axes, rank)
+    _values.check_apart("channel_axis", channel, "batch_axes", batch)
     return [axis for axis in range(rank) if axis != channel and axis not in batch]
-
-
-def check_apart(name: str, axis: int, others_name: str, others: tuple[int, ...]) -> None:
-    if axis in others:
-        raise ValueError(
-            f"{name} is axis {axis}, which {others_name} {others} has too. Give each axis one role."
-        )
 
 
 def check_static_flag(deterministic: Any) -> bool:
@@ -339,111 +273,9 @@ def check_rate_below_one(rate: float | jax.Array) -> float | jax.Array:
     return rate
 
 
-def check_amount(name: str, amount: Any) -> float | jax.Array:
-    """Returns a number of at least 0 as a float, and an array as a floating-point scalar."""
-    number = check_scalar(name, amount)
-    if not isinstance(number, jax.core.Tracer) and not 0 <= float(number) < math.inf:
-        raise ValueError(
-            f"{name} must be a finite number of at least 0, got {amount}. Pass 0 to switch it off."
-        )
-    return number
-
-
-def check_scalar(name: str, number: Any) -> float | jax.Array:
-    """Returns a real number as a float, and an array as a floating-point scalar."""
-    if isinstance(number, jax.Array):
-        if number.shape != () or not jnp.issubdtype(number.dtype, jnp.floating):
-            raise TypeError(
-                f"{name} must be a floating-point scalar, got shape {number.shape} and dtype "
-                f"{number.dtype}."
-                " For one value per example use jax.vmap."
-            )
-        return number
-    if isinstance(number, np.ndarray) and number.ndim == 0:
-        return check_scalar(name, number[()])
-    real = is_real(number) or (
-        isinstance(number, np.generic) and jnp.issubdtype(number.dtype, jnp.floating)
-    )  # jnp.issubdtype also knows a bfloat16 scalar
-    if not real:
-        raise TypeError(
-            f"{name} must be a number, got {number!r} of type {type_name(number)}."
-            " Pass a Python float or a floating-point scalar array."
-        )
-    return float(number)
-
-
-def check_parameter(name: str, parameter: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a floating-point array that broadcasts to a shape, axis by axis, or a scalar."""
-    array = check_floating_array(name, parameter)
-    fits = array.ndim == len(shape) and all(
-        size in (1, bound) for size, bound in zip(array.shape, shape, strict=True)
-    )
-    if array.ndim and not fits:
-        raise ValueError(
-            f"{name} must be a scalar or have axes of size 1 or of the sizes {shape}, got shape "
-            f"{array.shape}. Insert axes of size 1, such as {name}[None, :]."
-        )
-    return array
-
-
-def check_floating_array(name: str, x: Any) -> jax.Array:
-    array = as_array(name, x)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be a floating-point array, got dtype {array.dtype}. Convert it with "
-            f"{name}.astype(jnp.float32)."
-        )
-    return array
-
-
-def check_function(name: str, fn: Any) -> None:
-    if not callable(fn):
-        raise TypeError(
-            f"{name} must be a function, got {type_name(fn)}."
-            " Pass the function itself, not its result."
-        )
-
-
-def check_fraction(name: str, value: Any) -> None:
-    if not is_real(value):
-        raise TypeError(
-            f"{name} must be a number, got {value!r} of type {type_name(value)}."
-            " Pass a Python float."
-        )
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}. Both ends are excluded.")
-
-
 def check_static_shape(shape: tuple[Any, ...]) -> None:
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(
             f"x must have a static shape, got {shape}: a mask needs the sizes of the whole array. "
             "Export dropout with static shapes, or evaluation with deterministic=True."
         )
-
-
-def as_integer(value: Any) -> int | None:
-    """The value of an integer that is known, and no boolean; else None."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
-def is_real(value: Any) -> bool:
-    return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
-
-
-def as_array(name: str, x: Any) -> jax.Array:
-    if isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float):
-        return jnp.asarray(x)
-    raise TypeError(f"{name} must be an array, got {type_name(x)}. Convert it with jnp.asarray.")
-
-
-def type_name(value: object) -> str:
-    return type(value).__name__
-
-
-def describe_array(x: Any) -> str:
-    """Its dtype and shape, such as float32[2, 3]."""
-    return f"{jnp.result_type(x)}{list(np.shape(x))}"

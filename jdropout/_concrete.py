@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _checks, _noise
+from jdropout import _checks, _noise, _values
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Flag, Index, Key
 
@@ -71,14 +71,14 @@ def concrete_dropout(
       Maddison, Mnih and Teh, "The concrete distribution" (ICLR 2017), for the relaxation.
     """
     _checks.check_real("x", x)
-    return _noise.noisy(
+    return _noise.apply_noise(
         "concrete_dropout",
         _logistic,
         _relaxed,
         key,
         x,
         (
-            _checks.check_parameter("logit", logit, jnp.shape(x)),
+            _values.check_parameter("logit", logit, jnp.shape(x)),
             _check_temperature(temperature),
         ),
         deterministic=deterministic,
@@ -94,7 +94,7 @@ def _logistic(bits: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def _relaxed(x: jax.Array, noise: jax.Array, strength: tuple[jax.Array, jax.Array]) -> jax.Array:
     logit, temperature = strength
-    # log((1 - z) / (1 - p)): neither factor has to be a floating-point number.
+    # As exp(log((1 - z) / (1 - p))), because 1 - z and 1 - p may both underflow.
     return x * jnp.exp(jax.nn.softplus(logit) - jax.nn.softplus((logit + noise) / temperature))
 
 
@@ -142,13 +142,13 @@ def concrete_regularizer(
     References:
       Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), equations 2 to 4.
     """
-    count = _checks.check_positive("num_inputs", num_inputs)
+    count = _values.check_positive("num_inputs", num_inputs)
     amounts = (
-        _checks.check_amount("weight_regularizer", weight_regularizer),
-        _checks.check_amount("dropout_regularizer", dropout_regularizer),
+        _values.check_amount("weight_regularizer", weight_regularizer),
+        _values.check_amount("dropout_regularizer", dropout_regularizer),
     )
-    logit = _checks.check_floating_array("logit", logit)
-    squares = _checks.check_parameter("weight_sum_of_squares", weight_sum_of_squares, logit.shape)
+    logit = _values.check_floating_array("logit", logit)
+    squares = _values.check_parameter("weight_sum_of_squares", weight_sum_of_squares, logit.shape)
     return _concrete_cost(logit, squares, count, *amounts)
 
 
@@ -170,7 +170,7 @@ def _concrete_cost(
 
 
 def _check_temperature(temperature: Any) -> float | jax.Array:
-    number = _checks.check_amount("temperature", temperature)
+    number = _values.check_amount("temperature", temperature)
     if not isinstance(number, jax.core.Tracer) and float(number) == 0:
         raise ValueError(
             "temperature must be above 0, got 0, which has no gradient. For masks of zeros and "

@@ -12,13 +12,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jdropout import _checks, _threshold
-from jdropout._checks import as_integer
+from jdropout import _checks, _threshold, _values
 from jdropout._draw import Draw
 from jdropout._dropout import select_scaled
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Key, Rate
+from jdropout._values import as_integer
 
 
 def drop_block(
@@ -93,13 +93,13 @@ def drop_block(
       (NeurIPS 2018), section 3 and equation 1.
     """
     _checks.check_input(x)
-    _checks.check_option("scale", scale, ("expected", "realised"))
+    _values.check_option("scale", scale, ("expected", "realised"))
     checked = _checks.check_rate(rate)
     flag = _checks.check_deterministic(deterministic)
     shape = jnp.shape(x)
-    spatial = _checks.check_axes("spatial_axes", spatial_axes, len(shape))
-    channel = _checks.check_axis("channel_axis", channel_axis, len(shape))
-    _checks.check_apart("channel_axis", channel, "spatial_axes", spatial)
+    spatial = _values.check_axes("spatial_axes", spatial_axes, len(shape))
+    channel = _values.check_axis("channel_axis", channel_axis, len(shape))
+    _values.check_apart("channel_axis", channel, "spatial_axes", spatial)
     sizes = _check_sizes("block_size", block_size, len(spatial))
     block = [1] * len(shape)
     for axis, size in zip(spatial, sizes, strict=True):
@@ -159,7 +159,7 @@ def drop_block_gamma(
       Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks"
       (NeurIPS 2018), section 3; its equation 1 is the first order of this gamma.
     """
-    sizes = _checks.check_shape("map_shape", map_shape)
+    sizes = _values.check_shape("map_shape", map_shape)
     block = _check_sizes("block_size", block_size, len(sizes))
     fitting = tuple(min(a, b) for a, b in zip(block, sizes, strict=True))
     return _gamma(_checks.check_rate(rate), sizes, fitting)
@@ -173,11 +173,11 @@ def _gamma(
     return rate if rate in (0, 1) else _static_gamma(rate, sizes, block)
 
 
-@functools.lru_cache(maxsize=256)  # takes more time than an eager call should
+@functools.lru_cache(maxsize=256)  # the bisection is too slow for every eager call
 def _static_gamma(rate: float, sizes: tuple[int, ...], block: tuple[int, ...]) -> float:
     counts, weights = _coverage(sizes, block)
     low, high = 0.0, 1.0
-    while True:  # bisection, until no float lies between
+    while True:  # bisect until low and high are neighbouring floats
         gamma = (low + high) / 2
         if not low < gamma < high:
             return gamma
@@ -187,12 +187,12 @@ def _static_gamma(rate: float, sizes: tuple[int, ...], block: tuple[int, ...]) -
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _traced_gamma(rate: jax.Array, sizes: tuple[int, ...], block: tuple[int, ...]) -> jax.Array:
-    """By bisection of log(1 - gamma), in which a small gamma is as exact as a large one."""
+    """Bisects -log(1 - gamma), which resolves small and large gammas equally well."""
     counts, weights = (array.astype(np.float32) for array in _coverage(sizes, block))
     rate = lax.stop_gradient(rate.astype(jnp.float32))
 
     def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # of -log(1 - gamma)
+        low, high = bounds  # bounds of -log(1 - gamma)
         middle = (low + high) / 2
         dropped = -(weights * jnp.expm1(-counts * middle)).sum()
         less = dropped < rate
@@ -202,11 +202,11 @@ def _traced_gamma(rate: jax.Array, sizes: tuple[int, ...], block: tuple[int, ...
     low, high = lax.fori_loop(0, 48, halve, start)
     gamma = -jnp.expm1(-(low + high) / 2)
     inside = (rate > 0) & (rate < 1)
-    return jnp.where(inside, gamma, rate)  # 0, 1, and what is no rate, as they are
+    return jnp.where(inside, gamma, rate)  # 0, 1 and invalid rates pass through
 
 
 def _coverage(sizes: tuple[int, ...], block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """How many blocks can cover an element, and of which fraction of the elements that is true."""
+    """The numbers of blocks that can cover an element, and the fraction of elements with each."""
     along = [
         Counter(min(i, n - 1 - i, size - 1, n - size) + 1 for i in range(n))
         for n, size in zip(sizes, block, strict=True)
@@ -225,9 +225,9 @@ def _coverage(sizes: tuple[int, ...], block: tuple[int, ...]) -> tuple[np.ndarra
 def _without_blocks(
     draw: Draw, x: jax.Array, *, size: tuple[int, ...], channel: int, realised: bool
 ) -> jax.Array:
-    """The draw is one of corners: True where no block begins.
+    """Zeroes blocks of x. The draw's mask holds their corners: True where no block starts.
 
-    ``size`` is the block's, along every axis of x.
+    ``size`` is a block's size along every axis of x.
     """
     wide = wide_dtype(x)
     outside = functools.partial(_outside, shape=x.shape, size=size, channel=channel)
@@ -246,7 +246,7 @@ def _without_blocks(
 def _expected_scale(
     draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], dtype: np.dtype
 ) -> jax.Array:
-    """The inverse of the kept fraction that is expected with gamma as it is rounded."""
+    """1 / (expected kept fraction), computed from the rounded gamma that the law uses."""
     windowed = [axis for axis, length in enumerate(size) if length > 1]
     counts, weights = _coverage(
         tuple(shape[axis] for axis in windowed), tuple(size[axis] for axis in windowed)
@@ -264,22 +264,22 @@ def _expected_scale(
 def _kept_fraction(
     draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], channel: int, dtype: np.dtype
 ) -> jax.Array:
-    """Counted without repeated channels; XLA finds that the mask is the one of `_outside`."""
+    """Kept fraction of this mask, counted once if channels share it; XLA merges the equal masks."""
     kept = _outside(draw, shape, size, channel)
-    # Integers first: a sum of ones in float32 ends at 2^24.
+    # Count in integers: adding ones in float32 stops at 2^24.
     counts = kept.sum(axis=tuple(range(1, kept.ndim)), dtype=jnp.uint32)
     return counts.astype(dtype).sum() / max(1, kept.size)
 
 
 def _outside(draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], channel: int) -> jax.Array:
     """True where an element lies in no block."""
-    # Not broadcast: where channels share their blocks the window slides over one channel.
+    # Not broadcast yet: if channels share their blocks, the window slides over a single channel.
     free = draw.of_shape(draw.description.block).keep()
     channels = free.shape[channel]
-    if channels > 1:  # a window over eight channels at once: less time, and a bit per element
+    if channels > 1:  # eight channels at a time: faster, and 1 bit per element
         free = _pack(free, channel)
     whole = True if free.dtype == jnp.bool_ else np.uint8(0xFF)
-    for axis, length in enumerate(size):  # one axis at a time: the window is a box
+    for axis, length in enumerate(size):  # a box is separable: one axis at a time
         if length > 1:
             window = [length if a == axis else 1 for a in range(free.ndim)]
             padding = [(length - 1, length - 1) if a == axis else (0, 0) for a in range(free.ndim)]
@@ -291,7 +291,7 @@ def _outside(draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], channel:
 
 
 def _pack(mask: jax.Array, axis: int) -> jax.Array:
-    """Eight neighbours along an axis as the bits of a byte."""
+    """Packs eight neighbours along an axis into the bits of a byte."""
     bytes_ = -(-mask.shape[axis] // 8)
     missing = [(0, 8 * bytes_ - mask.shape[axis] if a == axis else 0, 0) for a in range(mask.ndim)]
     shape = (*mask.shape[:axis], bytes_, 8, *mask.shape[axis + 1 :])
@@ -311,9 +311,9 @@ def _unpack(packed: jax.Array, axis: int) -> jax.Array:
 
 
 def _check_sizes(name: str, sizes: Any, count: int) -> tuple[int, ...]:
-    """Returns one size of at least 1 for each of several axes; one number stands for all."""
+    """Returns one size of at least 1 per axis; a single number stands for all axes."""
     if as_integer(sizes) is not None:
-        return (_checks.check_positive(name, sizes),) * count
+        return (_values.check_positive(name, sizes),) * count
     if not isinstance(sizes, Sequence) or isinstance(sizes, str):
         raise TypeError(
             f"{name} must be an integer or a sequence of integers, got {sizes!r}."
@@ -324,4 +324,4 @@ def _check_sizes(name: str, sizes: Any, count: int) -> tuple[int, ...]:
             f"{name} must be one number, or one for each of {count} axes, got {tuple(sizes)}."
             " Pass one number for all of them, or one for each."
         )
-    return tuple(_checks.check_positive(name, size) for size in sizes)
+    return tuple(_values.check_positive(name, size) for size in sizes)

@@ -148,7 +148,7 @@ def drop_connect_tree(
     leaves = _trees.leaves_with_sites(params)
     paths = ["/".join(map(str, site)) for site, _ in leaves]
     _check_paths(paths)
-    found = [matches(wanted, path) for path in paths]
+    found = [matching_names(wanted, path) for path in paths]
     check_selected(wanted, set().union(*found), paths)
     dropped = []
     for path, names, (site, leaf) in zip(paths, found, leaves, strict=True):
@@ -156,17 +156,26 @@ def drop_connect_tree(
             dropped.append(leaf)
             continue
         _checks.check_input(leaf, f"params {path!r}")
-        own = _trees.leaf_key(key, site, rate, flag, precision)
         dropped.append(
-            drop_connect(own, leaf, rate, deterministic=flag, scaled=scaled, precision=precision)
+            masked(
+                "drop_connect",
+                key,
+                leaf,
+                rate,
+                deterministic=flag,
+                precision=precision,
+                site=site,
+                scaled=scaled,
+                batch_axis=None,
+            )
         )
     if all(new is old for new, (_, old) in zip(dropped, leaves, strict=True)):
         return params
     return cast("_Tree", jax.tree.unflatten(jax.tree.structure(params), dropped))
 
 
-def matches(select: Any, path: str) -> set[str]:
-    """The names that select a path: those that it ends with; a predicate has an empty name."""
+def matching_names(select: Any, path: str) -> set[str]:
+    """The names that the path ends with; for a predicate, {""} if it selects the path."""
     if callable(select):
         return {""} if select(path) else set()
     return {name for name in select if f"/{path}".endswith(f"/{name}")}
@@ -199,7 +208,7 @@ def _check_paths(paths: Sequence[str]) -> None:
 
 
 def check_selected(select: Any, found: set[str], paths: Sequence[str]) -> None:
-    """Checks that each name selects something, or that a predicate does; `found` are those."""
+    """Checks that every name, or the predicate, selects something; ``found`` are those that do."""
     unmatched = [name for name in select if name not in found] if not callable(select) else []
     if unmatched or not found:
         what = ", ".join(map(repr, unmatched)) or f"{select!r}"

@@ -1,4 +1,4 @@
-"""Dropout, its mask, and the rate that it really has."""
+"""Dropout, its mask, and its effective rate."""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _threshold
+from jdropout import _checks, _threshold, _values
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import new_draw
@@ -99,10 +99,11 @@ def masked(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
+    site: tuple[str | int, ...] = (),
     scaled: bool = True,
     batch_axis: int | None = 0,
 ) -> jax.Array:
-    """Dropout with some more options; ``kind`` is the name of the function in an audit."""
+    """`dropout` with the options of its relatives; ``kind`` is their name in an audit."""
     _checks.check_input(x)
     draw = new_draw(
         kind,
@@ -114,13 +115,14 @@ def masked(
         start=start,
         global_shape=global_shape,
         precision=precision,
+        site=site,
         batch_axis=batch_axis,
     )
     return cast("jax.Array", draw.apply(_masked_scale, x, scaled=scaled))
 
 
 def _masked_scale(draw: Draw, x: jax.Array, *, scaled: bool) -> jax.Array:
-    """Maps x to m * x / keep, or to m * x. It is linear: its only residual is the draw."""
+    """``m * x / keep``, or ``m * x``. Linear in x, so the only residual is the draw."""
     wide = wide_dtype(x)
     factor = draw.scale(wide) if scaled else jnp.ones((), wide)
     return select_scaled(draw.keep_like(x), x, factor)
@@ -128,7 +130,7 @@ def _masked_scale(draw: Draw, x: jax.Array, *, scaled: bool) -> jax.Array:
 
 def select_scaled(kept: jax.Array, x: jax.Array, factor: jax.Array) -> jax.Array:
     """``x * factor`` where kept, else 0, in the factor's dtype and then rounded to x's."""
-    if jnp.iscomplexobj(x):  # a complex product would turn an infinite part into NaN
+    if jnp.iscomplexobj(x):  # a complex product would make NaN of inf * 0
         product = lax.complex(lax.real(x) * factor, lax.imag(x) * factor)
     else:
         product = x.astype(factor.dtype) * factor
@@ -191,7 +193,7 @@ def keep_mask(
         key,
         rate,
         False,
-        _checks.check_shape("shape", shape),
+        _values.check_shape("shape", shape),
         broadcast_dims=broadcast_dims,
         start=start,
         global_shape=global_shape,
@@ -205,7 +207,7 @@ def effective_rate(rate: float | np.floating, *, precision: int | None = None) -
 @overload
 def effective_rate(rate: jax.Array, *, precision: int | None = None) -> jax.Array: ...
 def effective_rate(rate: Rate, *, precision: int | None = None) -> float | jax.Array:
-    """Returns the drop probability that `dropout` really has: the rate, rounded to 16 or 32 bits.
+    """Returns the drop probability that `dropout` uses: the rate, rounded to 16 or 32 bits.
 
     It is ``1 - t / 2**16`` with the integer threshold ``t = round((1 - rate) * 2**16)`` of the
     mask law, or the same with ``2**32``.

@@ -1,4 +1,4 @@
-"""The dtypes in which computations and sums are made."""
+"""Dtypes of intermediate results and of sums."""
 
 from typing import Any
 
@@ -17,5 +17,5 @@ def wide_dtype(*arrays: Any) -> np.dtype:
 
 
 def sum_dtype(x: Any) -> np.dtype:
-    """The dtype in which to add up elements like those of x: its own, but at least float32."""
+    """The dtype for summing elements of x: x's own, but at least float32."""
     return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.dtype(jnp.float32)

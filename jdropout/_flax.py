@@ -1,4 +1,4 @@
-"""What the nnx and linen modules share."""
+"""Code shared by the nnx and linen modules."""
 
 import math
 from collections.abc import Callable
@@ -7,24 +7,24 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._attention import dot_product_attention
-from jdropout._checks import type_name
 from jdropout._typing import Key, Rate
+from jdropout._values import type_name
 
 
 class Applied(NamedTuple):
-    """A function of this library, and where a layer finds its arguments."""
+    """A function of this library, and the layer attributes that hold its arguments."""
 
     function: Callable[..., Any]
     options: tuple[str, ...] = ()
-    """Names of the options, which are names of attributes of the layer too."""
+    """Names of keyword arguments, and of the attributes that hold them."""
     amount: str = "rate"
-    """Name of the attribute with the rate, or with the strength of noise."""
+    """Name of the attribute that holds the rate, or the strength of noise."""
 
 
 class FunctionLayer:
-    """A layer that applies a function of this library, which its class names."""
+    """Base of a layer that applies one function of this library."""
 
     _applies: ClassVar[Applied]
 
@@ -35,7 +35,7 @@ class FunctionLayer:
 
 
 def check_module_rate(rate: Any, name: str = "rate") -> float:
-    """Returns the rate of a module, which is static: an array would be a leaf of its state."""
+    """Returns a module's rate, which must be static: an array would be a leaf of the state."""
     if isinstance(rate, jax.Array):
         raise TypeError(
             f"{name} must be a Python number, got an array of shape {rate.shape} and dtype "
@@ -43,12 +43,12 @@ def check_module_rate(rate: Any, name: str = "rate") -> float:
             "train. For a scheduled rate call jdropout.dropout(key, x, rate) in the model."
         )
     checked = _checks.check_rate(rate, name)
-    assert isinstance(checked, float)  # arrays were turned away above
+    assert isinstance(checked, float)  # arrays were rejected above
     return checked
 
 
 def check_module_rates(rate: Any) -> Any:
-    """Returns one rate or several, for the parts of a state."""
+    """Returns one rate, or a rate for each part of a recurrent state."""
     if isinstance(rate, list | tuple):
         return tuple(map(check_module_rates, rate))
     return check_module_rate(rate)
@@ -62,27 +62,27 @@ def check_module_amount(name: str, amount: Any) -> float:
             f"{amount.dtype}: as a module attribute it would become a leaf that an optimizer can "
             f"train. Convert it with float({name})."
         )
-    checked = _checks.check_amount(name, amount)
+    checked = _values.check_amount(name, amount)
     assert isinstance(checked, float)
     return checked
 
 
 def initial_logit(rate: Any, dtype: Any) -> jax.Array:
-    """The logit of a rate to begin with."""
-    _checks.check_fraction("initial_rate", rate)
+    """The logit that a learned rate starts from."""
+    _values.check_fraction("initial_rate", rate)
     return jnp.asarray(math.log(rate / (1 - rate)), dtype)
 
 
 def check_module_flag(deterministic: Any) -> bool | jax.Array:
-    """Returns a flag as a bool wherever its value is known, as Flax's own modules see it."""
-    if isinstance(deterministic, int):  # Flax takes 0 and 1 as well
+    """Returns the flag, as a bool if it is concrete, like Flax's own modules."""
+    if isinstance(deterministic, int):  # Flax accepts 0 and 1 too
         deterministic = bool(deterministic)
     flag = _checks.check_deterministic(deterministic)
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
 def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
-    """Whether a call draws a mask, and so takes a key from its stream, exactly as in Flax."""
+    """Whether a call draws a mask and takes a key from its stream: exactly when Flax does."""
     if deterministic is True:
         return False
     static_rate = None if isinstance(rate, jax.Array) else rate
@@ -90,17 +90,17 @@ def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
 
 
 def draws_any_mask(rates: Any, deterministic: bool | jax.Array) -> bool:
-    """Whether any of several rates asks for a mask of zoneout, which has none at 0 and at 1."""
+    """Whether zoneout draws a mask for any of the rates; it draws none at 0 and at 1."""
     return deterministic is not True and any(rate not in (0, 1) for rate in jax.tree.leaves(rates))
 
 
 def draws_noise(amount: float, deterministic: bool | jax.Array) -> bool:
-    """Whether a call draws noise, which there is at an amount of 1 as well."""
+    """Whether a call draws noise; an amount of 1 draws, unlike a rate of 1."""
     return deterministic is not True and amount != 0
 
 
 def same_part(output: Any, new: Any, zoned: Any) -> Any:
-    """A cell's output, in which what is part of its new carry is as in the carry to go on with."""
+    """Replaces outputs that alias the new carry by the zoned-out carry."""
     pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(zoned), strict=True))
     return jax.tree.map(lambda y: next((b for a, b in pairs if a is y), y), output)
 
@@ -120,11 +120,11 @@ def attention(
     module: Any,
     is_causal: bool = False,
 ) -> jax.Array:
-    """Attention by the rules of Flax: any number of batch axes, operands broadcast to them."""
+    """Attention with Flax's conventions: any number of batch axes, which operands broadcast to."""
     if module is not None:
         raise ValueError(
-            "module was given (sow_weights=True), but attention in blocks never has all weights at "
-            "once. To look at the weights use attention_fn of Flax itself, or sow_weights=False."
+            "module was given (sow_weights=True), but attention in blocks never has all weights "
+            "at once. To see them use Flax's own attention_fn; otherwise pass sow_weights=False."
         )
     batch = query.shape[:-3]
     several = len(batch) > 1
@@ -162,14 +162,14 @@ def attention(
 def check_model(model: Any, kind: type) -> None:
     if not isinstance(model, kind):
         raise TypeError(
-            f"model must be a {kind.__module__.split('.')[1]} module, got {type_name(model)}. A "
-            "function is sampled by jdropout.mc_predict."
+            f"model must be a {kind.__module__.split('.')[1]} module, got {type_name(model)}. "
+            "Sample a function with jdropout.mc_predict."
         )
 
 
 def check_any_dropout(drops: bool) -> None:
     if not drops:
         raise ValueError(
-            "model must have a dropout layer with a rate above 0, for its masks to differ; it has "
-            "none. What drops by a function is sampled by jdropout.mc_predict."
+            "model must have a dropout layer with a rate above 0, or all samples would be equal; "
+            "it has none. Sample a model that calls jdropout.dropout with jdropout.mc_predict."
         )

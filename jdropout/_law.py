@@ -2,7 +2,7 @@
 
 Read from the top: `keep` is the law; `_elementwise` is its reference evaluation and
 `_packed` its fast one. They agree bit for bit. The text of the law is in `docs/law.md`;
-a change of one bit is a new `LAW_VERSION`.
+changing one bit requires a new `LAW_VERSION`.
 """
 
 import math
@@ -23,7 +23,7 @@ LAW_VERSION = 1
 # The cipher's description: one 64-bit block serves a group of four rows, 16 bits each.
 _LANES = 64 // DIGIT_BITS
 _DIGIT_MASK = np.uint32((1 << DIGIT_BITS) - 1)
-MASK_TAG = 0x6A64726F  # "jdro": the counter that only mask keys are made at
+MASK_TAG = 0x6A64726F  # "jdro": the high word of counters that only mask keys use
 
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     """Canonical shape of the block: leading axes, rows, columns."""
     strides: tuple[int, ...]
-    """Cipher blocks from one index to the next, for every axis (for rows: per group)."""
+    """Cipher blocks from one index to the next along every axis (for rows: from group to group)."""
     phase: int | None
     """Lane of the first row; None if it is traced."""
     wide: bool
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Block index and lane of a block's first element, where it is not (0, 0)."""
+    """Index of the cipher block, and lane, of a mask block's first element."""
 
     high: jax.Array
     low: jax.Array
@@ -65,8 +65,8 @@ def locate(
       mask_shape: shape of the whole mask; broadcast axes have size 1.
       block_shape: shape of the wanted block, of the same rank.
       start: index of the block's first element; None for the beginning.
-      tile: how many blocks after ``start``; None for none. A traced number of blocks of whole
-        groups of rows leaves the phase static.
+      tile: how many blocks to move on from ``start`` along every axis; None for 0. If a block has
+        whole groups of rows, a traced number leaves the phase static.
 
     Returns:
       The static layout, and the block's origin (None for the beginning).
@@ -106,7 +106,7 @@ def locate(
         for index, stride in zip(first, strides, strict=True)
         if not isinstance(index, jax.Array)
     )
-    # NumPy scalars: an eager call hands them to its one compiled function as they are.
+    # NumPy scalars: making jnp ones would dispatch an operation each in an eager call.
     pair = cast("WordPair", (np.uint32(static >> 32), np.uint32(static & 0xFFFFFFFF)))
     for index, stride in zip(first, strides, strict=True):
         if isinstance(index, jax.Array):
@@ -152,7 +152,7 @@ def _add64(a: WordPair, b: WordPair) -> WordPair:
 
 
 def _multiply64(index: jax.Array, factor: int) -> WordPair:
-    """Low 64 bits of a product, by 16-bit halves: no backend lowers a 32-bit mulhi."""
+    """Low 64 bits of a product, in 16-bit halves: no backend lowers a 32-bit mulhi."""
     if index.dtype.itemsize == 8:
         high_half = lax.shift_right_logical(index, lax.full_like(index, 32))
         high = high_half.astype(jnp.uint32) * np.uint32(factor & 0xFFFFFFFF)
@@ -180,14 +180,14 @@ def key_words(key: Key) -> jax.Array:
 
 
 def spent_key_words(key: Key) -> jax.Array:
-    """The words of a key that is used up by it, as JAX's key-reuse checker sees it."""
-    # It does not count key_data() as a use; an opaque operation it does.
+    """The words of a key, taken so that JAX's key-reuse checker counts the key as used."""
+    # The checker does not count key_data() as a use, but it does count an opaque operation.
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key_words(lax.optimization_barrier(key) if typed else key)
 
 
 def like_key(words: jax.Array, key: Key) -> jax.Array:
-    """A key of the same kind as another one, made of at least as many words."""
+    """Makes a key of the same kind as ``key`` from as many words as it needs."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return words[: key.shape[0]]
     shape = jax.eval_shape(jax.random.key_data, key).shape
@@ -196,7 +196,7 @@ def like_key(words: jax.Array, key: Key) -> jax.Array:
 
 
 def absorb(key_words: jax.Array) -> WordPair:
-    """Two words that stand for all words of a key."""
+    """Compresses a key of any width to two words."""
     words = [lax.index_in_dim(key_words, i, keepdims=False) for i in range(key_words.shape[0])]
     if len(words) == 2:
         return words[0], words[1]
@@ -208,7 +208,7 @@ def absorb(key_words: jax.Array) -> WordPair:
 
 
 def mask_keys(key_words: jax.Array, digits: int) -> list[WordPair]:
-    """The cipher keys of a mask's digits: blocks that no other use of the key makes."""
+    """The cipher keys of a mask's digits, from counters that no other use of the key reaches."""
     state = absorb(key_words)
     return [
         threefry2x32(state, (jnp.uint32(MASK_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
@@ -225,10 +225,10 @@ def keep(
     """The mask of a block: True where the element is kept.
 
     Args:
-      key_words: of a single PRNG key.
-      threshold: of the rate.
-      layout: of the block.
-      origin: of the block.
+      key_words: words of a single PRNG key.
+      threshold: threshold of the rate.
+      layout: layout of the block.
+      origin: origin of the block.
 
     Returns:
       Booleans of ``layout.shape``.
@@ -244,9 +244,9 @@ def uniform(key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.
     """The uniform numbers of a block, of two digits each: ``uniform < t`` is the mask.
 
     Args:
-      key_words: of a single PRNG key.
-      layout: of the block.
-      origin: of the block.
+      key_words: words of a single PRNG key.
+      layout: layout of the block.
+      origin: origin of the block.
 
     Returns:
       uint32 of ``layout.shape``, in units of 2^-32.
@@ -256,10 +256,10 @@ def uniform(key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.
 
 
 def _apart(numbers: jax.Array) -> jax.Array:
-    """Keeps two ciphers out of the loop that consumes their numbers.
+    """Keeps XLA:CPU from inlining two ciphers into the loop that consumes their numbers.
 
-    From JAX 0.12 on LLVM does not come to an end (minutes for a 4 x 4 array) where XLA:CPU inlines
-    both of them into a long consumer. JAX 0.10 drops the barrier there, and does not need it.
+    If it inlines both into a long consumer, LLVM takes minutes for a 4 x 4 array, from JAX 0.12 on.
+    JAX 0.10 removes the barrier, but does not need it.
     """
     return lax.optimization_barrier(numbers)
 
@@ -288,14 +288,14 @@ def _digits(keys: list[WordPair], layout: Layout, origin: Origin | None) -> list
 def _packed(
     keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin | None
 ) -> jax.Array:
-    """Every block is hashed once; a mask is one bit per element until it is used.
+    """Hashes every block once; the mask takes one bit per element until it is used.
 
     The four lanes become four bits of a byte, and a reduction joins the bits of two groups.
-    It has to be a reduction: XLA materialises its result, whereas elementwise packing is fused
-    into the consumer and the cipher evaluated there once per element. Two groups in a byte
-    take half the time of eight in a 32-bit word, which XLA:CPU vectorises over the groups.
-    Two digits are three reductions, joined as bytes: in a single one XLA:CPU evaluates both
-    ciphers for every lane, which takes ten times as long.
+    It has to be a reduction: XLA materialises its result, but fuses elementwise packing into
+    the consumer, where it evaluates the cipher once per element. Two groups per byte take half
+    the time of eight per 32-bit word, which XLA:CPU vectorises over the groups. Two digits take
+    three reductions, joined as bytes: in a single one XLA:CPU evaluates both ciphers for every
+    lane, 10x slower.
     """
     *lead, rows, columns = layout.shape
     last_lane = _LANES - 1 if layout.phase is None else layout.phase

@@ -1,4 +1,4 @@
-"""LayerDrop: whole residual layers that are skipped."""
+"""LayerDrop: skips whole residual layers."""
 
 import functools
 from collections.abc import Callable
@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _checks
-from jdropout._checks import describe_array
+from jdropout import _values
 from jdropout._draw import Draw, Outcome
 from jdropout._dtypes import sum_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import Flag, Key, Rate
+from jdropout._values import describe_array
 
 _Tree = TypeVar("_Tree")
 
@@ -89,7 +89,7 @@ def layer_drop(
       Fan, Grave and Joulin, "Reducing transformer depth on demand with structured dropout"
       (ICLR 2020), section 3.
     """
-    _checks.check_function("layer", layer)
+    _values.check_function("layer", layer)
     draw = new_draw("layer_drop", key, rate, deterministic, (), precision=precision)
     if draw.outcome is Outcome.KEPT:
         y = layer(x)
@@ -106,12 +106,12 @@ def layer_drop(
         scale = functools.partial(_scaled_update, factor=factor, unbiased=unbiased)
         return y if certain else cast("_Tree", jax.tree.map(scale, x, y))
 
-    arrays = jax.tree.map(functools.partial(_checks.as_array, "x"), x)
+    arrays = jax.tree.map(functools.partial(_values.as_array, "x"), x)
     return cast("_Tree", lax.cond(kept, run, lambda x: x, arrays))
 
 
 def _decision(draw: Draw) -> tuple[jax.Array, jax.Array]:
-    """Whether to keep, and the factor of what is kept."""
+    """Whether to keep the layer, and the factor of its update."""
     return draw.keep(), draw.scale(jnp.result_type(float))
 
 
@@ -120,7 +120,7 @@ def _certain(draw: Draw) -> tuple[jax.Array, jax.Array]:
 
 
 def _scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool) -> jax.Array:
-    """``x + (y - x) * factor``, or y; NaN if the factor is, which a rate outside [0, 1] has."""
+    """``x + (y - x) * factor``, or y if biased; NaN if an invalid rate made the factor NaN."""
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return y
     if not unbiased:
@@ -128,21 +128,21 @@ def _scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool
     wide = sum_dtype(y)
     x, z = x.astype(wide), y.astype(wide)
     scaled = (x + (z - x) * factor.astype(wide)).astype(y.dtype)
-    return jnp.where(factor == 1, y, scaled)  # exact where nothing is ever dropped
+    return jnp.where(factor == 1, y, scaled)  # exact if nothing is ever dropped
 
 
 def _check_layer_result(x: Any, y: Any) -> None:
     structures: list[Any] = [jax.tree.structure(tree) for tree in (x, y)]
     if structures[0] != structures[1]:
         raise ValueError(
-            f"layer must return what has the structure of its input, {structures[0]}, got "
-            f"{structures[1]}. Where it is skipped its input is the result."
+            f"layer must return a tree with the structure of its input, {structures[0]}, got "
+            f"{structures[1]}. If it is skipped, its input is the result."
         )
     for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         want, got = describe_array(a), describe_array(b)
         if want != got:
             raise ValueError(
-                f"layer must return the shape and dtype of its input, {want}, got {got}. Where it "
-                "is skipped its input is the result: include the residual connection, and convert "
+                f"layer must return the shape and dtype of its input, {want}, got {got}. If it "
+                "is skipped, its input is the result: include the residual connection, and convert "
                 "with .astype."
             )

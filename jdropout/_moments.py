@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdropout import _values
 from jdropout._dtypes import sum_dtype
 
 
@@ -16,27 +17,27 @@ from jdropout._dtypes import sum_dtype
 )
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Of the samples so far: their number, their mean, and the sum of squared deviations."""
+    """Number, mean, and sum of squared deviations of the samples so far."""
 
     count: Any
     mean: Any
     squares: Any
 
     def with_samples(self, samples: Any, counted: Any) -> "Moments":
-        """The moments with those of a batch that are counted, of which there is at least one."""
+        """Adds the samples of a batch where ``counted`` is True; it has to be for at least one."""
         more = counted.sum(dtype=np.int32)
         total = self.count + more
 
         def add(mean: jax.Array, squares: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = y.astype(mean.dtype)
             mask = counted.reshape(-1, *(1,) * (y.ndim - 1))
-            # From the first sample, so that what does not vary has a variance of 0, large or not.
+            # Relative to the first sample: a constant then has variance 0, however large it is.
             offset = jnp.where(mask, y - y[:1], 0)
             mean_offset = offset.sum(0) / like(more, mean)
             batch_squares = jnp.where(mask, _square(offset - mean_offset[None]), 0).sum(0)
             difference = y[0] + mean_offset - mean
             part = like(more, squares) / like(total, squares)
-            # In this order: the square of the first mean may overflow, and 0 * inf is NaN.
+            # In this order: difference**2 may overflow while the count is 0, and 0 * inf is NaN.
             weight = part * like(self.count, squares)
             between = (difference * weight.astype(mean.dtype) * difference.conj()).real
             return mean + difference * part.astype(mean.dtype), squares + batch_squares + between
@@ -49,13 +50,14 @@ class Moments:
 
 def no_moments(sample: Any) -> Moments:
     _check_any_output(sample)
+    _values.check_averaged(sample)
     mean = jax.tree.map(lambda y: jnp.zeros_like(y, dtype=sum_dtype(y)), sample)
     squares = jax.tree.map(lambda y: jnp.zeros_like(y.real), mean)
     return Moments(jnp.int32(0), mean, squares)
 
 
 def like(number: Any, array: jax.Array) -> jax.Array:
-    """A number in the dtype of an array."""
+    """Converts a number to an array's dtype."""
     return jnp.asarray(number, array.dtype)
 
 
@@ -65,4 +67,4 @@ def _square(y: jax.Array) -> jax.Array:
 
 def _check_any_output(y: Any) -> None:
     if not jax.tree.leaves(y):
-        raise TypeError(f"fn must return arrays, got {y!r}. Return what is to be averaged.")
+        raise TypeError(f"fn must return arrays, got {y!r}. Return the arrays to average.")

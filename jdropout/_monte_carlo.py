@@ -12,13 +12,13 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._moments import Moments, like, no_moments
 from jdropout._typing import Key
 from jdropout.keys import at_site
 
 BATCH_SIZE = 8
-"""Of samples. 32 are no faster on a CPU, one at a time is slower: see the benchmarks."""
+"""Samples per vmap. On CPU 32 is no faster and 1 is slower: see the benchmarks."""
 
 
 @functools.partial(
@@ -68,7 +68,7 @@ class MCPrediction:
         """
 
         def error(variance: jax.Array) -> jax.Array:
-            count = like(self.num_samples, variance)  # after a vmap with axes of its own
+            count = like(self.num_samples, variance)  # has axes of its own after a vmap
             count = count.reshape(count.shape + (1,) * (variance.ndim - count.ndim))
             return jnp.sqrt(variance / count)
 
@@ -147,14 +147,14 @@ def mc_predict(
       computing the sample variance" (The American Statistician, 1983), for the update of the
       moments.
     """
-    _checks.check_function("fn", fn)
+    _values.check_function("fn", fn)
     key = _checks.check_parent_key(key, "key")
     count = _check_num_samples(num_samples, static=return_samples)
-    size = BATCH_SIZE if batch_size is None else _checks.check_positive("batch_size", batch_size)
+    size = BATCH_SIZE if batch_size is None else _values.check_positive("batch_size", batch_size)
     if consistent:
         _check_examples(args)
     if progress is not None:
-        _checks.check_function("progress", progress)
+        _values.check_function("progress", progress)
     sampler = _Sampler.of(fn, consistent)
     if return_samples:
         _check_no_progress(progress)
@@ -179,7 +179,7 @@ def mc_predict(
 )
 @dataclasses.dataclass(frozen=True)
 class _Sampler:
-    """A function as a pytree: what is no array in it is a part of what is compiled."""
+    """A function as a pytree: its arrays are traced, everything else in it is static."""
 
     arrays: tuple[Any, ...]
     others: tuple[Any, ...]
@@ -197,7 +197,7 @@ class _Sampler:
         return cls(tuple(arrays), tuple(others), structure, consistent)
 
     def __call__(self, key: jax.Array, args: tuple[Any, ...]) -> Any:
-        """A sample."""
+        """Computes one sample."""
         pairs = zip(self.arrays, self.others, strict=True)
         leaves = [other if array is None else array for array, other in pairs]
         fn = jax.tree.unflatten(self.structure, leaves)
@@ -224,17 +224,17 @@ def _add(
     *,
     size: int,
 ) -> Moments:
-    """Adds the samples from `first` to before `end` to the moments."""
-    # Compiled, so that the type of its result and the loop share one trace of it.
+    """Adds the samples ``first, ..., end - 1`` to the moments."""
+    # jit makes the call for the result's type and the loop share one trace.
     sample = jax.jit(lambda index: sampler(at_site(key, index), args))
     if moments is None:
-        # Of a sample's type, with its sharding. It is not computed, since its value is not used.
+        # Only shape, dtype and sharding of this sample are used; XLA removes the call.
         moments = no_moments(sample(jnp.asarray(first, jnp.int32)))
 
     def add_batch(state: tuple[jax.Array, Moments]) -> tuple[jax.Array, Moments]:
         first, moments = state
         index = first + np.arange(size, dtype=np.int32)
-        # Without vmap if there is one sample, so that what a condition skips is skipped.
+        # No vmap for one sample: it would turn lax.cond into a select, which runs both branches.
         if size == 1:
             samples = jax.tree.map(lambda y: y[None], sample(first))
         else:
@@ -250,7 +250,7 @@ def _add(
 def _stack(
     sampler: _Sampler, key: Key, args: tuple[Any, ...], *, count: int, size: int
 ) -> MCPrediction:
-    """All samples, and their moments."""
+    """Computes all samples and their moments."""
     samples = lax.map(
         lambda index: sampler(at_site(key, index), args),
         np.arange(count, dtype=np.int32),
@@ -267,7 +267,7 @@ def _prediction(moments: Moments, count: Any) -> MCPrediction:
 
 
 def _check_num_samples(count: Any, static: bool) -> Any:
-    """Returns a number of at least 2, as without it there is no variance."""
+    """Returns the number of samples: at least 2, because a variance needs them."""
     if isinstance(count, jax.core.Tracer):
         if static:
             raise ValueError(
@@ -280,18 +280,18 @@ def _check_num_samples(count: Any, static: bool) -> Any:
                 " Convert it with .astype(jnp.int32)."
             )
         return count
-    number = _checks.check_positive("num_samples", count)
+    number = _values.check_positive("num_samples", count)
     if not 2 <= number < 2**30:
         raise ValueError(
             f"num_samples must be at least 2, for there to be a variance, and below 2**30, got "
             f"{number}."
-            " Take 10 to 100."
+            " Typical numbers are 10 to 100."
         )
     return number
 
 
 def _check_examples(args: tuple[Any, ...]) -> None:
-    """With masks that are shared by all examples, the last argument must hold examples."""
+    """Checks that the last argument holds examples, which share their masks."""
     leaves = jax.tree.leaves(args[-1]) if args else []
     shapes = [np.shape(leaf) for leaf in leaves]
     if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) > 1:
@@ -303,7 +303,7 @@ def _check_examples(args: tuple[Any, ...]) -> None:
 
 
 def _check_one_row(y: Any) -> None:
-    """Of one example, `fn` must return one row."""
+    """Checks that `fn` returns one row for one example."""
     for leaf in jax.tree.leaves(y):
         if np.shape(leaf)[:1] != (1,):
             raise ValueError(

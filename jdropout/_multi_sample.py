@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._dtypes import sum_dtype
 from jdropout._typing import Key
 from jdropout.keys import at_site
@@ -66,9 +66,9 @@ def multi_sample(
       Inoue, "Multi-sample dropout for accelerated training and better generalization" (2019),
       section 3, which averages the losses of the samples.
     """
-    _checks.check_function("fn", fn)
-    count = _checks.check_positive("num_samples", num_samples)
-    most = count if batch_size is None else _checks.check_positive("batch_size", batch_size)
+    _values.check_function("fn", fn)
+    count = _values.check_positive("num_samples", num_samples)
+    most = count if batch_size is None else _values.check_positive("batch_size", batch_size)
     _checks.check_parent_key(key, "key")
 
     def sample(index: Any) -> _Result:
@@ -78,10 +78,11 @@ def multi_sample(
     size = -(-count // num_batches)
     if num_batches == 1:
         samples = jax.vmap(sample)(np.arange(count, dtype=np.int32))
+        _values.check_averaged(samples)
         sums = jax.tree.map(lambda y: y.sum(0, dtype=sum_dtype(y)), samples)
         return cast("_Result", jax.tree.map(lambda s, y: _mean(s, count, y), sums, samples))
 
-    # Compiled, so that the shapes of its result and the loop share one trace of it.
+    # jit makes eval_shape and the loop share one trace.
     sample = jax.jit(sample)
     shapes = jax.eval_shape(sample, jax.ShapeDtypeStruct((), jnp.int32))
 
@@ -97,6 +98,7 @@ def multi_sample(
 
         return jax.tree.map(add_counted, sums, samples), None
 
+    _values.check_averaged(shapes)
     zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, sum_dtype(y)), shapes)
     firsts = np.arange(num_batches, dtype=np.int32) * np.int32(size)
     sums, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, firsts)

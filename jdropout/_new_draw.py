@@ -1,4 +1,4 @@
-"""Turns the arguments of a function that draws into a `Draw`: the checks are made here, once."""
+"""Checks the arguments that all dropout functions share, and turns them into a `Draw`."""
 
 import dataclasses
 import functools
@@ -11,9 +11,10 @@ import numpy as np
 from jdropout import _checks, _law, _record, _threshold
 from jdropout._draw import Description, Draw, Outcome
 from jdropout._typing import Flag, Index, Key, Rate
+from jdropout.keys import at_site
 
 UNIFORM: Any = object()
-"""In the place of a rate: a draw of uniform numbers, which has none."""
+"""Passed as the rate to draw uniforms, which have no rate."""
 
 
 def new_draw(
@@ -27,28 +28,30 @@ def new_draw(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
+    site: tuple[str | int, ...] = (),
     off: bool = False,
     batch_axis: int | None = 0,
     reported_rate: Rate | None = None,
     reported_shape: tuple[int, ...] | None = None,
     prefix: str = "",
 ) -> Draw:
-    """Checks the arguments of a function that draws, and describes the draw.
+    """Makes the draw of one call, and records the call if an audit is running.
 
     Args:
       kind: name of the function, for an audit.
-      key: a PRNG key; not looked at where nothing is drawn.
+      key: a PRNG key; ignored if nothing is drawn.
       rate: the rate of a mask, or UNIFORM.
-      deterministic: the flag.
+      deterministic: a bool or a (traced) boolean scalar.
       shape: shape of the array that the mask is for.
       broadcast_dims: axes along which the mask is shared.
-      start: index of the first element in the whole mask.
+      start: index of the array's first element within the whole mask; None if it is the whole.
       global_shape: shape of the whole mask.
-      precision: bits of the rate.
-      off: whether nothing can be dropped, whatever the rate is.
+      precision: bits of the rate: 16, 32, or None to choose.
+      site: path of a leaf in a tree; its key is ``at_site(key, site)``.
+      off: if True, nothing is dropped whatever the rate is.
       batch_axis: the axis of the examples, for an audit; None if there is none.
-      reported_rate: the rate that an audit reports, where it is another one.
-      reported_shape: the shape that an audit reports, where it is another one.
+      reported_rate: the rate that an audit reports; None for ``rate``.
+      reported_shape: the shape that an audit reports; None for ``shape``.
       prefix: prefix of the names of ``rate`` and ``key`` in errors.
     """
     flag = _checks.check_deterministic(deterministic)
@@ -66,10 +69,9 @@ def new_draw(
     origin = None
     if drawn:
         key = _checks.check_key(key, f"{prefix}key")
-        block, whole = (
-            tuple(1 if axis in shared else size for axis, size in enumerate(sizes))
-            for sizes in (shape, whole)
-        )
+        key = at_site(key, site) if site else key
+        block = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
+        whole = tuple(1 if axis in shared else size for axis, size in enumerate(whole))
         layout, origin = _layout(whole) if first is None else _law.locate(whole, block, first)
         description = Description(outcome, shape, block, whole, layout, threshold, precision)
     else:
@@ -97,15 +99,8 @@ def new_draw(
         located=origin is not None,
         stored_bytes=_stored_bytes(draw) if drawn else 0,
     )
-    return dataclasses.replace(draw, call=call)
-
-
-def draws(rate: Rate, deterministic: bool | jax.Array, precision: int | None) -> bool:
-    """Whether a function with a rate draws a mask, and needs a key."""
-    if isinstance(rate, jax.Array):
-        return deterministic is not True
-    threshold = _threshold.static_threshold(float(rate), precision)
-    return _outcome(threshold, deterministic, off=False) is Outcome.DRAWN
+    object.__setattr__(draw, "call", call)  # the draw is frozen, and new
+    return draw
 
 
 def _outcome(threshold: _threshold.Threshold | None, flag: bool | jax.Array, off: bool) -> Outcome:
@@ -115,27 +110,26 @@ def _outcome(threshold: _threshold.Threshold | None, flag: bool | jax.Array, off
     return Outcome.DROPPED if kept == 0 and flag is False else Outcome.DRAWN
 
 
-@functools.lru_cache(maxsize=1024)  # takes longer than all else that an eager call does in Python
+@functools.lru_cache(maxsize=1024)  # else the slowest Python step of an eager call
 def _layout(whole: tuple[int, ...]) -> tuple[_law.Layout, _law.Origin | None]:
     return _law.locate(whole, whole, None)
 
 
 def _effective_rate(draw: Draw, reported: Rate | None, derived: bool) -> float | None:
-    """The effective rate that an audit reports; `derived` if the mask's rate follows from it."""
+    """The effective rate for an audit; ``derived`` if ``reported`` is not the mask's own rate."""
     if reported is None or isinstance(reported, jax.Array):
         return None
     if draw.outcome is Outcome.KEPT:
         return 0.0
-    threshold = draw.description.threshold
-    if derived or threshold is None:
-        return float(reported)
-    return float(1 - _threshold.keep_probability(threshold))
+    return float(reported) if derived or draw.static_rate is None else draw.static_rate
 
 
 def _stored_bytes(draw: Draw) -> int:
+    """Size of the residuals that the draw leaves."""
     assert draw.key is not None
     stored = jax.tree.leaves(dataclasses.replace(draw, key=_law.key_words(draw.key)))
     total = sum(np.size(leaf) * leaf.dtype.itemsize for leaf in stored)
     layout = draw.description.layout
-    unused = draw.origin is not None and layout is not None and not layout.wide  # the high word
+    # Block indices of 32 bits leave the high word of the origin unused.
+    unused = draw.origin is not None and layout is not None and not layout.wide
     return total - 4 if unused else total

@@ -1,4 +1,4 @@
-"""Noise made of the mask law's uniform numbers."""
+"""Noise from the mask law's uniform numbers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtri
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
-# Compiled on its own, its coefficients are no residuals.
+# Compiled on its own: inlined, its polynomials' coefficients would become residuals.
 _ndtri = jax.jit(ndtri)
 
 
@@ -71,7 +71,7 @@ def gaussian_dropout(
       JMLR 15 (2014), section 10.
     """
     checked = _checks.check_rate_below_one(_checks.check_rate(rate))
-    return noisy(
+    return apply_noise(
         "gaussian_dropout",
         normal,
         _times,
@@ -137,13 +137,13 @@ def gaussian_noise(
       Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
       7 (1995), section 2.
     """
-    return noisy(
+    return apply_noise(
         "gaussian_noise",
         normal,
         _plus,
         key,
         x,
-        _checks.check_amount("stddev", stddev),
+        _values.check_amount("stddev", stddev),
         deterministic=deterministic,
         broadcast_dims=broadcast_dims,
         start=start,
@@ -197,13 +197,13 @@ def uniform_noise(
       Widrow and Kollár, "Quantization noise" (2008), chapter 1, for uniform noise as a model of
       rounding.
     """
-    return noisy(
+    return apply_noise(
         "uniform_noise",
         symmetric_uniform,
         _plus,
         key,
         x,
-        _checks.check_amount("amplitude", amplitude),
+        _values.check_amount("amplitude", amplitude),
         deterministic=deterministic,
         broadcast_dims=broadcast_dims,
         start=start,
@@ -211,13 +211,13 @@ def uniform_noise(
     )
 
 
-# Both are functions of modules, since compiled programs are cached by them.
+# Pass module-level functions: compiled programs are cached by their identity.
 Sample: TypeAlias = Callable[[jax.Array, np.dtype], jax.Array]
 Combine: TypeAlias = Callable[[jax.Array, jax.Array, Any], jax.Array]
 Evaluate: TypeAlias = Callable[[jax.Array, Any], jax.Array]
 
 
-def noisy(
+def apply_noise(
     kind: str,
     sample: Sample,
     combine: Combine,
@@ -236,20 +236,20 @@ def noisy(
     """Combines x with noise, in float32 or float64, and rounds once.
 
     Args:
-      kind: the name of the function in an audit.
-      sample: maps uniform numbers, uint32, and a dtype to the noise.
+      kind: name of the function in an audit.
+      sample: maps uniforms (uint32) and a dtype to noise.
       combine: maps x, the noise and the strength to the result.
       key: a PRNG key.
-      x: the input; checked here.
-      strength: a pytree of what else may be traced and differentiated; checked already.
-      evaluate: maps x and the strength to the result where deterministic; None for x itself.
+      x: a real floating-point array; checked here.
+      strength: a pytree of further arrays and numbers, already checked; may be differentiated.
+      evaluate: maps x and the strength to the result in evaluation; None for x itself.
       rate: the rate that an audit reports, if there is one.
-      deterministic: the flag.
-      broadcast_dims: axes that share noise.
+      deterministic: a bool or a (traced) boolean scalar.
+      broadcast_dims: axes along which the noise is shared.
       start: index of x's first element in the whole array.
       global_shape: shape of the whole array.
-      remake: whether the backward pass has to make the noise again. If False, XLA may keep what was
-        made of it, which is small where it is a mask.
+      remake: if True, the backward pass always recomputes the noise. If False, XLA may keep the
+        result of comparing it instead, which is small if it is a mask.
     """
     _checks.check_real("x", x)
     draw = new_draw(
@@ -322,24 +322,24 @@ def _plus(x: jax.Array, noise: jax.Array, strength: jax.Array) -> jax.Array:
 
 
 def symmetric_uniform(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Uniform numbers between -1 and 1: the middles of 2^32 equal cells."""
-    # The signed integer keeps the numbers around 0 exact.
+    """Uniform numbers between -1 and 1: the midpoints of 2^32 equal cells."""
+    # Through a signed integer, which keeps numbers near 0 exact.
     centred = lax.bitcast_convert_type(bits ^ np.uint32(1 << 31), jnp.int32)
     return (centred.astype(dtype) + 0.5) * 2.0**-31
 
 
 def normal(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Standard normal deviates; they reach 6.34 standard deviations."""
+    """Standard normal deviates, up to 6.34 in magnitude."""
     return quantile(_ndtri, bits, dtype)
 
 
 def quantile(
     inverse: Callable[[jax.Array], jax.Array], bits: jax.Array, dtype: np.dtype
 ) -> jax.Array:
-    """Quantiles of a symmetric distribution, at the middles of 2^32 equal cells.
+    """Quantiles of a symmetric distribution, at the midpoints of 2^32 equal cells.
 
-    The half with the smaller probability is computed, where floating-point numbers are dense, and
-    the other one by symmetry: both tails are exact, and no probability is rounded to 0 or 1.
+    The half below probability 1/2, where floats are dense, is computed, and the other is its
+    mirror image: both tails are exact, and no probability rounds to 0 or 1.
     """
     upper = (bits >> np.uint32(31)) != 0
     half = jnp.where(upper, ~bits, bits)

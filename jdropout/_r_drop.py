@@ -1,4 +1,4 @@
-"""The disagreement of two passes with different masks."""
+"""R-Drop: how far two passes with different masks disagree."""
 
 import functools
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks
+from jdropout import _values
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike
 
@@ -48,14 +48,14 @@ def r_drop_loss(logits_a: ArrayLike, logits_b: ArrayLike, *, axis: int = -1) -> 
       neural networks" (NeurIPS 2021), section 2.1, equations 2 to 4.
     """
     a, b = _check_logits(logits_a, logits_b)
-    return _divergence(a, b, _checks.check_axis("axis", axis, a.ndim))
+    return _divergence(a, b, _values.check_axis("axis", axis, a.ndim))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _divergence(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     wide = wide_dtype(a, b)
     log_a, log_b = (jax.nn.log_softmax(x.astype(wide), axis=axis) for x in (a, b))
-    # Where both are impossible their difference would be NaN, and so would its gradient.
+    # For a class that is impossible in both, -inf - -inf is NaN, and so is its gradient.
     impossible = jnp.isneginf(log_a) & jnp.isneginf(log_b)
     difference = jnp.where(impossible, 0, log_a) - jnp.where(impossible, 0, log_b)
     terms = (jnp.exp(log_a) - jnp.exp(log_b)) * difference
@@ -63,8 +63,8 @@ def _divergence(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def _check_logits(logits_a: Any, logits_b: Any) -> tuple[jax.Array, jax.Array]:
-    a = _checks.check_floating_array("logits_a", logits_a)
-    b = _checks.check_floating_array("logits_b", logits_b)
+    a = _values.check_floating_array("logits_a", logits_a)
+    b = _values.check_floating_array("logits_b", logits_b)
     if a.shape != b.shape:
         raise ValueError(
             f"logits_a and logits_b must have the same shape, got {a.shape} and {b.shape}. Compute "

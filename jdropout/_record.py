@@ -1,4 +1,4 @@
-"""What an audit sees of a call: a record made while it is traced, and marks in its jaxpr.
+"""Records calls for an audit while they are traced, and marks their values in the jaxpr.
 
 Without an audit nothing is recorded and nothing is marked.
 """
@@ -19,7 +19,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 class Frame(NamedTuple):
-    """A call on the way to a dropout."""
+    """A frame of the stack that led to a dropout."""
 
     file: str
     line: int
@@ -27,34 +27,34 @@ class Frame(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of this library that drops, as Python saw it while tracing."""
+    """A call of a dropout function, as Python saw it while tracing."""
 
     kind: str
     path: str
-    """Of the Flax module that it was called in; may be empty."""
+    """Path of the Flax module that made the call; empty if there is none."""
     frames: tuple[Frame, ...]
     """Innermost first, up to the audit."""
     shape: tuple[int, ...]
     rate: float | None
-    """None if it is traced, as are the next two."""
+    """None if traced; the next two fields also."""
     effective_rate: float | None
     deterministic: bool | None
     shared_axes: tuple[int, ...]
     batch_axis: int | None
-    """That of the examples, as far as the call tells."""
+    """Axis of the examples, as far as the call knows it."""
     located: bool
-    """Whether the caller says which part of a larger mask it is."""
+    """Whether the call says which part of a larger mask it draws."""
     stored_bytes: int
 
 
 class Mark(NamedTuple):
-    """What the name of a marked value says."""
+    """The name of a marked value, parsed."""
 
     call: int
     kind: str
-    """A ``key``, the ``start`` in a larger mask, or a ``result``, of a call ``without`` key too."""
+    """``key``, ``start`` (in a larger mask), ``result``, or ``without`` (a result without key)."""
     ndim: int
-    """Number of axes when it was marked: further ones in a jaxpr come from vmap."""
+    """Number of axes when marked; any more of them in the jaxpr come from vmap."""
 
 
 _calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("calls", default=None)
@@ -64,11 +64,11 @@ _PREFIX = "jdropout"
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """Records the calls that are traced inside, in functions that were traced before as well."""
+    """Records the calls traced inside the context, even in functions that JAX has in its cache."""
     calls: list[Call] = []
     token = _calls.set(calls)
     try:
-        # JAX keeps a trace per context of metadata: a new one lets nothing come from its caches.
+        # JAX caches traces per metadata context, so a fresh value forces everything to retrace.
         with set_xla_metadata(jdropout_audit=str(next(_audits))):
             yield calls
     finally:
@@ -83,7 +83,7 @@ def record(**facts: Any) -> int:
     """Records a call; returns its number in the audit.
 
     Args:
-      **facts: the fields of `Call`, but for those that are read off the stack here.
+      **facts: the fields of `Call` that are not read off the stack.
     """
     calls = _calls.get()
     assert calls is not None  # see recording()
@@ -101,7 +101,7 @@ def record(**facts: Any) -> int:
 
 
 def mark(value: jax.Array, call: int, kind: str) -> jax.Array:
-    """Names a value in the jaxpr: `parse_mark` reads the name."""
+    """Names a value in the jaxpr; `parse_mark` reads the name."""
     return checkpoint_name(value, f"{_PREFIX}/{call}/{kind}/{np.ndim(value)}")
 
 
@@ -113,7 +113,7 @@ def parse_mark(name: str) -> Mark | None:
 
 
 def is_library(file: str) -> bool:
-    """Whether a file belongs to this library, to JAX, or to one with layers on top of it."""
+    """Whether a file belongs to this library, JAX, or a layer library."""
     names = ("jdropout", "jax", "flax", "equinox", "haiku")
     modules = [sys.modules.get(name) for name in names]
     files = [module.__file__ for module in modules if module is not None and module.__file__]
@@ -121,14 +121,14 @@ def is_library(file: str) -> bool:
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """From the caller of this library outwards, up to the audit."""
+    """Frames from the caller outwards, up to the audit."""
     while frame is not None and frame.f_globals.get("__name__") != "jdropout._audit.program":
         yield frame
         frame = frame.f_back
 
 
 def _owner(frame: FrameType) -> Any:
-    """What a method calls self."""
+    """The ``self`` of a method's frame; None for a function."""
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     return first if hasattr(type(first), code.co_name) else None
@@ -136,7 +136,7 @@ def _owner(frame: FrameType) -> Any:
 
 def _module_path(owners: list[Any]) -> str:
     """Path of the innermost Flax module among the owners of the frames' methods."""
-    # Only if the program itself has imported them; this package does not need Flax.
+    # `import flax` would fail without Flax, which jdropout does not need: look at loaded modules.
     linen, nnx = (sys.modules.get(f"flax.{name}") for name in ("linen", "nnx"))
     kinds = tuple(framework.Module for framework in (linen, nnx) if framework is not None)
     modules = [owner for owner in owners if isinstance(owner, kinds)]
@@ -144,10 +144,11 @@ def _module_path(owners: list[Any]) -> str:
         return ""
     inner = modules[0]
     if linen is not None and isinstance(inner, linen.Module):
-        path = () if inner.scope is None else inner.path  # a module that is not bound has none
+        path = () if inner.scope is None else inner.path  # an unbound module has no path
         return "/".join([type(modules[-1]).__name__, *path])
     assert nnx is not None
-    # The outermost one that it is a part of; further out may be other copies of the model.
+    # An nnx module does not know its path, and the outermost module may be another copy of the
+    # model: search from the outermost inwards for one that contains this very module.
     return next(
         "/".join([type(outer).__name__, *map(str, path)])
         for outer in reversed(modules)

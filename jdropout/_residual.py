@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _checks
+from jdropout import _values
 from jdropout._dropout import dropout
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
@@ -151,7 +151,7 @@ def dropout_add_norm(
       mean square layer normalization" (2019), section 4.
     """
     x, residual = _check_same_shape(x, residual)
-    _checks.check_option("norm", norm, ("layer", "rms"))
+    _values.check_option("norm", norm, ("layer", "rms"))
     scale = _check_features("scale", scale, x)
     bias = _check_features("bias", bias, x)
     total = bias_dropout_add(
@@ -185,8 +185,8 @@ def _normalise(
 
 
 def _check_same_shape(x: Any, residual: Any) -> tuple[jax.Array, jax.Array]:
-    x = _checks.check_floating_array("x", x)
-    residual = _checks.check_floating_array("residual", residual)
+    x = _values.check_floating_array("x", x)
+    residual = _values.check_floating_array("residual", residual)
     if x.shape != residual.shape:
         raise ValueError(
             f"x and residual must have the same shape, got {x.shape} and {residual.shape}. "
@@ -199,7 +199,7 @@ def _check_features(name: str, vector: Any, x: jax.Array) -> jax.Array | None:
     """Checks an optional vector along x's last axis; returns it with as many axes as x."""
     if vector is None:
         return None
-    vector = _checks.check_floating_array(name, vector)
+    vector = _values.check_floating_array(name, vector)
     if vector.shape != x.shape[-1:]:
         raise ValueError(
             f"{name} must have the shape {x.shape[-1:]} of x's last axis, got {vector.shape}. Pass "

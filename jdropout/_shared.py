@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._dropout import masked
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
@@ -139,7 +139,7 @@ def locked_dropout(
       optimizing LSTM language models" (ICLR 2018), section 4.2.
     """
     _checks.check_input(x)
-    time = _checks.check_axis("time_axis", time_axis, jnp.ndim(x))
+    time = _values.check_axis("time_axis", time_axis, jnp.ndim(x))
     return masked(
         "locked_dropout",
         key,
@@ -214,9 +214,9 @@ def drop_path(
       section 3.
     """
     _checks.check_input(x)
-    _checks.check_option("mode", mode, ("row", "batch"))
+    _values.check_option("mode", mode, ("row", "batch"))
     ndim = jnp.ndim(x)
-    batch = _checks.check_axis("batch_axis", batch_axis, ndim)
+    batch = _values.check_axis("batch_axis", batch_axis, ndim)
     return masked(
         "drop_path",
         key,
@@ -259,10 +259,10 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
       models start at 0, as here.
     """
     last = float(_checks.check_rate(rate))
-    depth = _checks.check_positive("depth", depth)
+    depth = _values.check_positive("depth", depth)
     if depth == 1:
         return [last]
-    return [last * (layer / (depth - 1)) for layer in range(depth)]  # the last one exactly
+    return [last * (layer / (depth - 1)) for layer in range(depth)]  # the last one is exact
 
 
 def embedding_dropout(

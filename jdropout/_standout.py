@@ -1,4 +1,4 @@
-"""Standout: every element has its own probability of being kept, given by a network."""
+"""Standout: a network computes the probability of keeping each element."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _noise
+from jdropout import _checks, _noise, _values
 from jdropout._typing import ArrayLike, Flag, Index, Key
 
 
@@ -70,16 +70,16 @@ def standout(
       3 and 4.
     """
     _checks.check_real("x", x)
-    return _noise.noisy(
+    return _noise.apply_noise(
         "standout",
         _as_bits,
         _standing_out,
         key,
         x,
         (
-            _checks.check_parameter("preactivation", preactivation, jnp.shape(x)),
-            _checks.check_scalar("alpha", alpha),
-            _checks.check_scalar("beta", beta),
+            _values.check_parameter("preactivation", preactivation, jnp.shape(x)),
+            _values.check_scalar("alpha", alpha),
+            _values.check_scalar("beta", beta),
         ),
         evaluate=_times_probability,
         deterministic=deterministic,
@@ -94,7 +94,7 @@ def _as_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _standing_out(x: jax.Array, bits: jax.Array, strength: Any) -> jax.Array:
-    # 2^32 is no uint32: there everything is kept.
+    # 2^32 keeps everything, and does not fit into a uint32.
     threshold = jnp.round(lax.stop_gradient(_probability(strength)) * 2.0**32)
     always = threshold >= 2.0**32
     kept = always | (bits < jnp.where(always, 0, threshold).astype(jnp.uint32))

@@ -1,4 +1,4 @@
-"""Targeted dropout: the weights of smallest magnitude are dropped."""
+"""Targeted dropout: drops among the weights of smallest magnitude."""
 
 import functools
 import math
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks
-from jdropout._checks import is_real, type_name
+from jdropout import _checks, _values
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Key, Rate
+from jdropout._values import is_real, type_name
 
 
 def targeted_dropout(
@@ -85,10 +85,10 @@ def targeted_dropout(
     shape = jnp.shape(w)
     if unit_axis is None:
         _check_has_inputs(w)
-        axis = _checks.check_axis("output_axis", output_axis, len(shape))
+        axis = _values.check_axis("output_axis", output_axis, len(shape))
         members = math.prod(shape[:axis] + shape[axis + 1 :])
     else:
-        axis = _checks.check_axis("unit_axis", unit_axis, len(shape))
+        axis = _values.check_axis("unit_axis", unit_axis, len(shape))
         members = shape[axis]
     count = math.floor(round(fraction * members, 6))  # 0.29 * 100 is 28.999999999999996
     whole = unit_axis is not None
@@ -113,12 +113,12 @@ def _thinned(draw: Draw, w: jax.Array, *, axis: int, count: int, whole: bool) ->
 
 
 def _candidates(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
-    """True for the ``count`` smallest: weights of each index of an axis, or whole indices of it."""
+    """True for the ``count`` smallest weights at each index of an axis, or smallest indices."""
     sharding = jax.typeof(w).sharding
     explicit = sharding.mesh.explicit_axes
     find = functools.partial(_smallest, axis=axis, count=count, whole=whole)
     w = lax.stop_gradient(w)
-    if explicit:  # sorting crosses devices: the compiler sees to that
+    if explicit:  # selection crosses devices: let XLA insert the communication
         return jax.sharding.auto_axes(find, axes=explicit, out_sharding=sharding)(w)
     return find(w)
 
@@ -135,18 +135,18 @@ def _smallest(w: jax.Array, axis: int, count: int, whole: bool) -> jax.Array:
 def _lowest(size: jax.Array, axes: tuple[int, ...], count: int) -> jax.Array:
     """True for the ``count`` smallest of numbers of at least 0 along axes; NaN is largest.
 
-    The smallest that is not chosen is found bit by bit, by counting what is below it; and then,
-    in the same way, how far to go among those equal to it. That takes some forty reductions of the
-    array, which are together far quicker than sorting it.
+    Finds the smallest number that is not chosen bit by bit, by counting how many are below a
+    candidate, and then in the same way the index up to which numbers equal to it are chosen. Some
+    forty reductions of the array are together far faster than sorting it.
     """
     dtype = jnp.uint64 if jnp.finfo(size.dtype).bits == 64 else jnp.uint32
-    bits = lax.bitcast_convert_type(size, dtype)  # in the order of the numbers
+    bits = lax.bitcast_convert_type(size, dtype)  # ordered like the numbers
 
     def number_of(chosen: jax.Array) -> jax.Array:
         return chosen.sum(axes, keepdims=True, dtype=jnp.int32)
 
     def last(few_enough: Callable[[jax.Array], jax.Array], width: int) -> jax.Array:
-        """The largest number of so many bits that has a property, which all below it have too."""
+        """The largest number of ``width`` bits that, like all below it, passes the test."""
 
         def with_bit(step: jax.Array, found: jax.Array) -> jax.Array:
             bit = lax.shift_left(dtype(1), (width - 1 - step).astype(dtype))

@@ -1,4 +1,4 @@
-"""Rates as integers: the threshold of the mask law, and the probability that it really has."""
+"""Rates as integers: the mask law's thresholds, and the probabilities that they stand for."""
 
 import functools
 from fractions import Fraction
@@ -16,7 +16,7 @@ class Threshold(NamedTuple):
     """Keep iff ``u < t``, with `t` written as base-2^16 digits: ``high`` may reach 2^16.
 
     The fields are integers for a static rate and uint32 scalars for a traced one; ``low``
-    is None where one digit decides.
+    is None if one digit decides.
     """
 
     high: int | jax.Array
@@ -27,9 +27,9 @@ class Threshold(NamedTuple):
         return 1 if self.low is None else 2
 
 
-@functools.lru_cache(maxsize=1024)  # exact fractions cost more than an eager call should
+@functools.lru_cache(maxsize=1024)  # exact fractions are too slow for every eager call
 def static_threshold(rate: float, precision: int | None) -> Threshold:
-    """Rounds a rate to the integer threshold of the law: exact arithmetic, ties to even."""
+    """Rounds a rate to the law's integer threshold, in exact arithmetic, ties to even."""
     keep_probability = 1 - Fraction(rate)
     one_digit = round(keep_probability * _DIGIT)
     if precision is None:
@@ -41,7 +41,7 @@ def static_threshold(rate: float, precision: int | None) -> Threshold:
 
 
 def traced_threshold(rate: jax.Array, precision: int | None) -> Threshold:
-    """The same for a traced rate, read as float32; one outside [0, 1] keeps everything.
+    """`static_threshold` of a traced rate, read as float32; outside [0, 1] it keeps everything.
 
     All steps are exact in float32: a product with 2^16, a split, and one rounding.
     """
@@ -59,7 +59,7 @@ def traced_threshold(rate: jax.Array, precision: int | None) -> Threshold:
 
 
 def keep_all_if(flag: jax.Array, threshold: Threshold) -> Threshold:
-    """A threshold that keeps everything where a traced flag is True."""
+    """A threshold that keeps everything if a traced flag is True."""
     low = threshold.low
     return Threshold(
         jnp.where(flag, np.uint32(_DIGIT), jnp.uint32(threshold.high)),
@@ -68,14 +68,14 @@ def keep_all_if(flag: jax.Array, threshold: Threshold) -> Threshold:
 
 
 def keep_probability(threshold: Threshold) -> Fraction:
-    """The probability with which a static threshold keeps: t / 2^16 or t / 2^32."""
+    """The keep probability of a static threshold: t / 2^16 or t / 2^32."""
     if threshold.low is None:
         return Fraction(int(threshold.high), _DIGIT)
     return Fraction(int(threshold.high) * _DIGIT + int(threshold.low), _DIGIT**2)
 
 
 def traced_keep_probability(threshold: Threshold, dtype: jnp.dtype) -> jax.Array:
-    """The same for a traced threshold, in float32 or float64."""
+    """The keep probability of a traced threshold, in float32 or float64."""
     kept = jnp.asarray(threshold.high).astype(dtype)
     if threshold.low is not None:
         kept = kept + jnp.asarray(threshold.low).astype(dtype) / _DIGIT
@@ -83,7 +83,7 @@ def traced_keep_probability(threshold: Threshold, dtype: jnp.dtype) -> jax.Array
 
 
 def traced_drop_probability(threshold: Threshold) -> jax.Array:
-    """Its complement in float32, without the cancellation of 1 - keep."""
+    """1 - keep in float32, without cancellation."""
     dropped = (np.uint32(_DIGIT) - jnp.asarray(threshold.high)).astype(jnp.float32)
     if threshold.low is not None:
         dropped = dropped - jnp.asarray(threshold.low).astype(jnp.float32) / _DIGIT

@@ -1,4 +1,4 @@
-"""Dropout of tokens: words that are replaced, and patches that are left out."""
+"""Dropout of tokens: replaces words, or removes patches."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jdropout import _checks
-from jdropout._checks import as_array, as_integer, type_name
+from jdropout import _checks, _values
 from jdropout._draw import Draw, Outcome
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
+from jdropout._values import as_array, as_integer, type_name
 
 
 def word_dropout(
@@ -84,7 +84,7 @@ def word_dropout(
         precision=precision,
     )
     if draw.outcome is Outcome.KEPT:
-        return cast("jax.Array", draw.result(tokens))  # the very object that was given
+        return cast("jax.Array", draw.result(tokens))  # the object itself, maybe NumPy's
     value = np.asarray(replacement, array.dtype)
     spared = np.array(list(protected), array.dtype)
     return cast("jax.Array", draw.apply(_replaced, array, value, spared, dropped=_replaced))
@@ -153,10 +153,10 @@ def patch_dropout(
       Liu, Matsoukas, Strand, Azizpour and Smith, "PatchDropout: economizing vision transformers
       using patch dropout" (WACV 2023), section 3.
     """
-    array = _checks.as_array("x", x)
+    array = _values.as_array("x", x)
     rate = _check_fixed_rate(rate)
     flag = _checks.check_static_flag(deterministic)
-    token_axis = _checks.check_axis("axis", axis, array.ndim)
+    token_axis = _values.check_axis("axis", axis, array.ndim)
     length = array.shape[token_axis]
     prefix = _check_prefix(num_prefix_tokens, length)
     lead = array.shape[:token_axis]

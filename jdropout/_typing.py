@@ -19,7 +19,7 @@ Index: TypeAlias = int | np.integer | jax.Array
 """A Python integer, or an integer scalar array (possibly traced)."""
 
 Site: TypeAlias = str | Index | tuple[str | Index, ...]
-"""Where a dropout is in a model: a name, an index, or a path of them."""
+"""A dropout's place in a model: a name, an index, or a path of them."""
 
 WordPair: TypeAlias = tuple[jax.Array, jax.Array]
 """Two uint32 arrays: a cipher block, a cipher key, or the (high, low) halves of 64 bits."""

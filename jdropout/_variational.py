@@ -8,19 +8,19 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks, _noise
-from jdropout._checks import is_real
+from jdropout import _checks, _noise, _values
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key
+from jdropout._values import is_real
 
 # Molchanov, Ashukha and Vetrov (2017), equation 14.
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
 
 
 _MAX_LOG_ALPHA = 8.0
-_LEAST_SQUARE = 1e-16  # of a weight: the logarithm of 0 has no gradient
+_LEAST_SQUARE = 1e-16  # added to squared weights: log has no gradient at 0
 
 
 def variational_dropout(
@@ -80,13 +80,13 @@ def variational_dropout(
     """
     _checks.check_real("x", x)
     limit = _check_threshold(threshold)
-    return _noise.noisy(
+    return _noise.apply_noise(
         "variational_dropout",
         _noise.normal,
         _times_normal,
         key,
         x,
-        (_checks.check_parameter("log_alpha", log_alpha, jnp.shape(x)), limit),
+        (_values.check_parameter("log_alpha", log_alpha, jnp.shape(x)), limit),
         evaluate=None if limit is None else _pruned,
         deterministic=deterministic,
         broadcast_dims=broadcast_dims,
@@ -173,7 +173,7 @@ def variational_dense(
       2017), sections 4.1 and 4.3; Kingma, Salimans and Welling (NeurIPS 2015), section 2.3.
     """
     x, weight, bias = _check_dense(x, weight, bias)
-    log_alpha = _checks.check_parameter("log_alpha", log_alpha, weight.shape)
+    log_alpha = _values.check_parameter("log_alpha", log_alpha, weight.shape)
     limit = _check_threshold(threshold)
     flag = _checks.check_deterministic(deterministic)
     draw = new_draw(
@@ -200,16 +200,16 @@ def _mean(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 @jax.jit
-@functools.partial(jax.checkpoint, prevent_cse=False)  # stores no squares
+@functools.partial(jax.checkpoint, prevent_cse=False)  # recomputes the squares
 def _variance(x: jax.Array, weight: jax.Array, log_alpha: jax.Array) -> jax.Array:
-    # In float16 a square is soon 0 or infinite.
+    # Squares in float16 underflow below 2e-4 and overflow above 256.
     x, weight, log_alpha = (a.astype(wide_dtype(x.dtype)) for a in (x, weight, log_alpha))
     return jnp.square(x) @ (jnp.exp(_clipped(log_alpha)) * jnp.square(weight))
 
 
 def _plus_deviate(draw: Draw, mean: jax.Array, variance: jax.Array) -> jax.Array:
     noise = _noise.noise_like(variance, draw, _noise.normal)
-    positive = variance > 0  # at 0 a square root has no gradient
+    positive = variance > 0  # sqrt has no gradient at 0
     return mean + jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)) * noise, 0)
 
 
@@ -242,9 +242,9 @@ def variational_log_alpha(weight: ArrayLike, log_variance: ArrayLike) -> jax.Arr
       Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
       2017), section 4.1.
     """
-    weight = _checks.check_floating_array("weight", weight)
+    weight = _values.check_floating_array("weight", weight)
     wide = wide_dtype(weight.dtype)
-    variance = _checks.check_parameter("log_variance", log_variance, weight.shape)
+    variance = _values.check_parameter("log_variance", log_variance, weight.shape)
     return variance.astype(wide) - jnp.log(jnp.square(weight.astype(wide)) + _LEAST_SQUARE)
 
 
@@ -275,7 +275,7 @@ def variational_kl(log_alpha: ArrayLike) -> jax.Array:
       Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
       2017), equation 14.
     """
-    log_alpha = _checks.check_floating_array("log_alpha", log_alpha)
+    log_alpha = _values.check_floating_array("log_alpha", log_alpha)
     clipped = _clipped(log_alpha.astype(wide_dtype(log_alpha.dtype)))
     return _K1 * jax.nn.sigmoid(-_K2 - _K3 * clipped) + 0.5 * jax.nn.softplus(-clipped)
 
@@ -291,9 +291,9 @@ def _check_threshold(threshold: Any) -> float | None:
 
 
 def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Checks what a dense layer is made of; returns the bias with as many axes as the output."""
+    """Checks a dense layer's arrays; returns them, the bias with as many axes as the output."""
     _checks.check_real("x", x)
-    x, weight = jnp.asarray(x), _checks.check_floating_array("weight", weight)
+    x, weight = jnp.asarray(x), _values.check_floating_array("weight", weight)
     if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(
             "x and weight must have the shapes (..., inputs) and (inputs, outputs), got "
@@ -301,7 +301,7 @@ def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, 
             " The last axis of x is multiplied by the first of the weight."
         )
     if bias is not None:
-        bias = _checks.check_floating_array("bias", bias)
+        bias = _values.check_floating_array("bias", bias)
         if bias.shape != weight.shape[1:]:
             raise ValueError(
                 f"bias must have the shape {weight.shape[1:]}, got {bias.shape}."

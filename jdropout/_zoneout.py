@@ -1,4 +1,4 @@
-"""Zoneout: units of a recurrent network's state that miss an update."""
+"""Zoneout: random units of a recurrent network's state skip an update."""
 
 from typing import Any, TypeVar, cast
 
@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jdropout import _checks, _trees
-from jdropout._checks import describe_array
 from jdropout._draw import Draw
-from jdropout._dropout import effective_rate
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import Flag, Key, Rate
+from jdropout._values import describe_array
 
 _Tree = TypeVar("_Tree")
 
@@ -79,7 +78,7 @@ def zoneout(
     structure = jax.tree.structure(new)
     rates = _check_rate_for_each(rate, structure)
     states = [
-        _zoned_out(_trees.leaf_key(key, site, rate, flag, precision), a, b, rate, flag, precision)
+        _zoned_out(key, a, b, rate, flag, precision, site)
         for (site, a), b, rate in zip(
             _trees.leaves_with_sites(old), jax.tree.leaves(new), rates, strict=True
         )
@@ -94,14 +93,11 @@ def _zoned_out(
     rate: Rate,
     flag: bool | jax.Array,
     precision: int | None,
+    site: tuple[str | int, ...],
 ) -> jax.Array:
-    fixed = None if isinstance(rate, jax.Array) else effective_rate(rate, precision=precision)
-    never_mixed = fixed in (0, 1)
-    if never_mixed and isinstance(flag, jax.Array):
-        flag = False  # it makes no difference
-    draw = new_draw("zoneout", key, rate, flag, jnp.shape(new), precision=precision)
-    if never_mixed:
-        return cast("jax.Array", draw.result(old if fixed else new))  # the very object
+    draw = new_draw("zoneout", key, rate, flag, jnp.shape(new), precision=precision, site=site)
+    if draw.static_rate in (0, 1):  # evaluation and training agree
+        return cast("jax.Array", draw.result(old if draw.static_rate else new, masked=False))
     return cast("jax.Array", draw.apply(_mixed, new, old, kept=_expectation))
 
 
@@ -116,13 +112,13 @@ def _expectation(draw: Draw, new: jax.Array, old: jax.Array) -> jax.Array:
     wide = wide_dtype(new)
     dropped = draw.drop_probability(wide)
     y = dropped * old.astype(wide) + (1 - dropped) * new.astype(wide)
-    # Avoids 0 * inf where a state has no weight.
+    # Avoids 0 * inf when a state has zero weight.
     y = jnp.where(dropped == 0, new.astype(wide), y)
     return jnp.where(dropped == 1, old.astype(wide), y).astype(new.dtype)
 
 
 def _check_states(old: Any, new: Any) -> None:
-    """Checks two states of a recurrent network, which are trees of arrays of one kind."""
+    """Checks that two states have the same structure, shapes and dtypes."""
     structures: list[Any] = [jax.tree.structure(state) for state in (old, new)]
     if structures[0] != structures[1]:
         raise ValueError(
@@ -141,7 +137,7 @@ def _check_states(old: Any, new: Any) -> None:
 
 
 def _check_rate_for_each(rate: Any, structure: Any) -> list[Any]:
-    """Returns a rate for each leaf of a structure: one for all, or a tree of them."""
+    """Returns one rate per leaf, given a single rate or a tree of them."""
     leaves, given = jax.tree.flatten(rate)
     if given == structure:
         return leaves

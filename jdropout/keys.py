@@ -1,16 +1,16 @@
-"""Keys from (root key, step, microbatch, site): there is no random state to save or to lose.
+"""Keys from (root key, step, microbatch, site), with no random state to save or restore.
 
 Read from the top: `site_key` is a `step_key` followed by `at_site`. Every level is one
-cipher block under the words of the level above, at a counter that these words do not use
-for anything else:
+cipher block under the words of the level above, at a counter that nothing else uses with
+these words:
 
 - a step sets the counter's highest bit;
-- a microbatch, or the index of a site, has a tag as the upper half;
-- the name of a site gives 64 bits of its SHA-256, whose upper half is neither a tag nor 0,
-  which is where `jax.random.fold_in` and `split` have theirs. (It equals the counter of a
+- a microbatch, or a site's index, has a tag as its upper half;
+- a site's name gives 64 bits of its SHA-256, whose upper half is neither a tag nor 0, the
+  upper half that `jax.random.fold_in` and `split` use. (It equals the counter of a
   step below the same words with probability 2^-64.)
 
-`docs/keys.md` states this law; changing it makes a new version.
+`docs/keys.md` states this law; changing it requires a new version.
 """
 
 import functools
@@ -23,14 +23,14 @@ import numpy as np
 from jax import lax
 
 from jdropout import _checks
-from jdropout._checks import as_integer, type_name
 from jdropout._law import MASK_TAG, absorb, key_words, like_key
 from jdropout._threefry import threefry2x32
 from jdropout._typing import Index, Key, Site, WordPair
+from jdropout._values import as_integer, type_name
 
 __all__ = ["at_site", "site_key", "step_key"]
 _INDEX_TAG = 0x6A646978  # "jdix"
-_WORDS_TAG = 0x6A647764  # "jdwd": further words of keys that have more than two
+_WORDS_TAG = 0x6A647764  # "jdwd": for keys of more than two words
 _STEP_BIT = 0x80000000
 _RESERVED = (0, MASK_TAG, _INDEX_TAG, _WORDS_TAG)
 
@@ -173,8 +173,8 @@ def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
         child = list(state)
         for number in range(1, -(-words.size // 2)):
             child += threefry2x32(state, (jnp.uint32(_WORDS_TAG), jnp.uint32(number)))
-        # Without the barrier XLA:CPU fuses the levels: two names' keys for a vector of indices and
-        # a traced step, stacked, compiled for minutes.
+        # Without the barrier XLA:CPU fuses the levels, and takes minutes to compile two stacked
+        # names' keys for a vector of indices and a traced step.
         words = lax.optimization_barrier(
             lax.concatenate([word.reshape(1) for word in child[: words.size]], 0)
         )
@@ -182,7 +182,7 @@ def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
 
 
 def _check_count(name: str, count: Any, bits: int) -> WordPair:
-    """Returns an integer of at least 0 and below ``2**bits`` as two 32-bit words."""
+    """Returns an integer in [0, 2**bits) as two 32-bit words."""
     if isinstance(count, jax.core.Tracer) and jnp.issubdtype(count.dtype, np.integer):
         if count.ndim:
             raise ValueError(
@@ -205,12 +205,12 @@ def _check_count(name: str, count: Any, bits: int) -> WordPair:
             f"{name} must be a whole number of at least 0 and below 2**{bits}, got {count!r}."
             " Count from 0."
         )
-    # NumPy scalars: an eager call hands them to its one compiled function as they are.
+    # NumPy scalars: making jnp ones would dispatch an operation each in an eager call.
     return cast("WordPair", (np.uint32(number >> 32), np.uint32(number & 0xFFFFFFFF)))
 
 
 def _check_site(site: Any) -> tuple[Any, ...]:
-    """Returns the parts of a site: names, and indices that are checked as counts later."""
+    """Returns the parts of a site: names, and indices, which are range-checked later."""
     parts = site if isinstance(site, tuple) else (site,)
     if not parts:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Attention with dropout in blocks: memory is linear in the lengths."""
+"""Attention with dropout, computed in blocks: memory is linear in the lengths."""
 
 import dataclasses
 import math
@@ -215,7 +215,7 @@ def dot_product_attention(
         query_lengths=query_seq_lengths,
         key_lengths=key_value_seq_lengths,
         start=tuple(index if isinstance(index, jax.Array) else None for index in first),
-        # Every block finds its own place.
+        # `Draw.tile` gives every block its own origin.
         dropout=dataclasses.replace(draw.marked(), origin=None)
         if draw.outcome is Outcome.DRAWN
         else None,

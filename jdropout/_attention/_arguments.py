@@ -1,4 +1,4 @@
-"""Checks of the arguments of attention."""
+"""Argument checks of attention."""
 
 import math
 import operator
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdropout._checks import as_array
+from jdropout._values import as_array
 
 
 def check_attention_inputs(
@@ -60,7 +60,7 @@ def check_attention_inputs(
 
 
 def check_logits_operand(name: str, x: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """Checks a bias or mask, which broadcasts to the attention matrix."""
+    """Checks that a bias or mask broadcasts to the attention matrix."""
     if x is None:
         return None
     x = as_array(name, x)

@@ -16,9 +16,9 @@ from jdropout._typing import Index
 
 _Carry = TypeVar("_Carry")
 
-# Queries and keys in a block, measured by `benchmarks/run.py --only attention_blocks`: the largest
-# that pays, halved to the smallest as long as the blocks of all examples and heads together have
-# more elements than stay near the processor.
+# Queries and keys per block, measured by `benchmarks/run.py --only attention_blocks`. Blocks above
+# the largest size do not pay. Both sizes are halved, down to the smallest, until the blocks of all
+# examples and heads together have at most 2^20 elements, which stay in the cache.
 _LARGEST_BLOCK = (512, 256)
 _SMALLEST_BLOCK = (128, 128)
 _ELEMENTS_AT_ONCE = 2**20
@@ -33,34 +33,34 @@ class Axis(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that is static about a call."""
+    """The static part of a call."""
 
     rows: Axis
     columns: Axis
     start: tuple[int | None, ...]
-    """Position of the first probability in the whole matrix; None where it is traced."""
+    """Position of the first probability in the whole matrix; None for a traced index."""
     is_causal: bool
     window: tuple[int, int] | None
     precision: Any
 
 
 class Inputs(NamedTuple):
-    """All that may be traced. Inside of `_attend` the heads N are split into groups, K x G."""
+    """Everything that may be traced. In `_attend` the N heads are split into K x G groups."""
 
     query: jax.Array
     """(B, K, G, T, H) in `_attend`"""
     key: jax.Array
-    """(B, K, H, S) in `_attend`: the products of the backward pass are faster this way."""
+    """(B, K, H, S) in `_attend`, which makes the products of the backward pass faster."""
     value: jax.Array
     """(B, K, V, S) in `_attend`"""
     bias: jax.Array | None
-    """Five axes in `_attend`, each the size of (B, K, G, T, S) or 1; so has the mask."""
+    """Broadcasts to (B, K, G, T, S) in `_attend`, with five axes; the mask does too."""
     scale: Any
     mask: jax.Array | None
     query_lengths: jax.Array | None
     key_lengths: jax.Array | None
     start: tuple[Any, ...]
-    """Traced positions, None where they are static."""
+    """The traced indices of `Plan.start`; None for static ones."""
     dropout: Draw | None
 
     @property
@@ -96,7 +96,7 @@ def start(plan: Plan, inputs: Inputs) -> tuple[Index, ...]:
 
 
 def allowed(plan: Plan, inputs: Inputs, i: Any, j: Any) -> list[jax.Array]:
-    """Conditions on the positions of a block's queries and keys, each of five axes."""
+    """Which keys a block's queries may see by position: conditions with five axes each."""
     shape = (1, 1, 1, plan.rows.block_size, plan.columns.block_size)
     row = lax.broadcasted_iota(jnp.int32, (*shape[:-1], 1), 3) + i * plan.rows.block_size
     column = lax.broadcasted_iota(jnp.int32, (*shape[:-2], 1, shape[-1]), 4)
@@ -105,7 +105,8 @@ def allowed(plan: Plan, inputs: Inputs, i: Any, j: Any) -> list[jax.Array]:
     if plan.columns.block_size * plan.columns.num_blocks > plan.columns.length:
         allowed.append(column < plan.columns.length)
     if plan.rows.block_size * plan.rows.num_blocks > plan.rows.length:
-        allowed.append(row < plan.rows.length)  # or a bias could be too much for the padding's exp
+        # Else a large bias could make exp overflow in the padding.
+        allowed.append(row < plan.rows.length)
     *_, first_row, first_column = start(plan, inputs)
     row, column = row + first_row, column + first_column
     if plan.is_causal:
@@ -145,7 +146,7 @@ def where_needed(
 
 
 class Tiles(NamedTuple):
-    """Arrays cut into blocks, by name; one, one or two leading axes count the blocks."""
+    """Arrays cut into blocks along queries, keys or both, by name; leading axes count blocks."""
 
     rows: dict[str, jax.Array]
     columns: dict[str, jax.Array]
@@ -153,7 +154,7 @@ class Tiles(NamedTuple):
 
 
 def tile(plan: Plan, arrays: dict[str, Any]) -> Tiles:
-    """Cuts what has queries or keys along its axes; the rest is left out."""
+    """Cuts the arrays that have an axis of queries or keys, and leaves out the others."""
     tiles = Tiles({}, {}, {})
     for name, x in arrays.items():
         if x is None:
@@ -187,7 +188,7 @@ def indices(blocks: Axis) -> jax.Array:
 
 
 def join(blocks: Axis, x: jax.Array) -> jax.Array:
-    """Undoes `_split` along axis 3."""
+    """Undoes `split` along axis 3."""
     x = jnp.moveaxis(x, 0, 3)
     x = x.reshape(*x.shape[:3], blocks.num_blocks * blocks.block_size, *x.shape[5:])
     return lax.slice_in_dim(x, 0, blocks.length, axis=3)

@@ -39,7 +39,7 @@ def attention(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
 
 
 def _attention_in_groups(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Brings the axes into the order that `_attend` wants, and back."""
+    """Brings the axes into the order of `_attend`, and back."""
     *batch, length, heads, features = inputs.query.shape
     key_length, key_heads = inputs.key.shape[-3:-1]
     batch_size, groups = math.prod(batch), heads // key_heads
@@ -72,7 +72,7 @@ def _attention_in_groups(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Arr
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    """Output (B, K, G, T, V), and log-sum-exp (B, K, G, T)."""
+    """Returns the output (B, K, G, T, V) and the log-sum-exp (B, K, G, T)."""
     return _forward(plan, inputs)
 
 
@@ -82,19 +82,19 @@ def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     output, residual = _attend(plan, inputs)
     named = {name: getattr(dots, name) for name in ("query", "key", "value", "bias", "scale")}
     dots = {
-        # Cotangents are summed over the blocks in this dtype.
+        # The backward pass sums cotangents over blocks in this dtype.
         name: dot.astype(inputs.dtype)
         for name, dot in named.items()
         if dot is not None and not isinstance(dot, SymbolicZero)
     }
-    # By jax.jvp of a linear map: JAX 0.8 cannot transpose a loop that a custom rule binds itself.
+    # jax.jvp of a linear map, because JAX 0.8 cannot transpose a loop that a custom rule binds.
     tangent = functools.partial(_tangent, plan, inputs, output, residual)
     zeros = jax.tree.map(jnp.zeros_like, dots)
     return (output, residual), jax.jvp(tangent, (zeros,), (dots,))[1]
 
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    """The online softmax: block by block along the keys, for a block of queries at a time."""
+    """The online softmax: for each block of queries, one pass over the blocks of keys."""
     tiles = tile(plan, inputs._asdict())
     zero = _zero(inputs)
     batch_shape = inputs.query.shape[:3]
@@ -150,7 +150,7 @@ def _tangent(
 ) -> tuple[jax.Array, jax.Array]:
     """The derivative along ``dots``, linear in them.
 
-    With logits s, probabilities P, mask and scale of dropout M and r = sum_j(P ds):
+    With logits s, probabilities P, the scaled dropout mask M and r = sum_j(P ds):
     d(output) = sum_j (M P ds) v + (M P) dv - output r, and d(log-sum-exp) = r.
     """
     constants = {"output": output, "residual": residual}
@@ -223,7 +223,7 @@ _remade = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def _logits(plan: Plan, inputs: Inputs, block: dict[str, jax.Array], i: Any, j: Any) -> jax.Array:
-    """Logits of a block, -inf where a query must not attend."""
+    """Logits of a block, -inf where a query may not attend."""
     logits = _query_key(plan, inputs, block) * inputs.scale
     if "bias" in block:
         logits = logits + block["bias"].astype(inputs.dtype)
@@ -241,7 +241,7 @@ def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.A
 
 
 def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax.Array:
-    """Applies dropout's mask, but not its scale, to a block of five axes."""
+    """Applies the dropout mask, without its scale, to a block with five axes."""
     if inputs.dropout is None:
         return weights
     lead = inputs.dropout.description.shape[:-2]
@@ -253,11 +253,11 @@ def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax
 def _dropout_scale(inputs: Inputs) -> Any:
     if inputs.dropout is None:
         return np.ones((), inputs.dtype)
-    return inputs.dropout.poisoned(inputs.dropout.scale(inputs.dtype))
+    return inputs.dropout.nan_if_invalid(inputs.dropout.scale(inputs.dtype))
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Array:
-    """A product with sums in ``dtype``; a floating-point ``x`` is rounded to y's dtype before."""
+    """Multiplies with sums in ``dtype``, after rounding ``x`` to y's dtype."""
     return jnp.einsum(
         subscripts,
         x.astype(y.dtype),
@@ -270,16 +270,16 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.
 def _linear_product(
     subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.dtype
 ) -> jax.Array:
-    """A product whose transposes have operands of ``dtype`` too, for the sake of matrix units."""
+    """A product whose transposes also have operands of ``dtype``, to use matrix units."""
     product = _product(subscripts, x.astype(dtype), y.astype(dtype), plan, dtype)
     return product.astype(wide_dtype(dtype))
 
 
 def _varying(inputs: Inputs) -> Inputs:
-    """Lets the differentiable inputs vary over the same devices of a `shard_map`.
+    """Makes the differentiable inputs vary over the same mesh axes of a `shard_map`.
 
-    JAX would do so where they meet, which is inside of the branches of a condition that varies
-    too, and the transpose is a collective that some devices then never reach.
+    JAX would cast them where they meet, inside the branches of a `cond` that differs between
+    devices. The cast's transpose is a psum, which some devices would never reach: a deadlock.
     """
     zero = _zero(inputs)
     return inputs._replace(
@@ -292,7 +292,7 @@ def _varying(inputs: Inputs) -> Inputs:
 
 
 def _zero(inputs: Inputs) -> jax.Array:
-    """A zero that varies over the devices of a `shard_map` as a function of the inputs does."""
+    """A zero that varies over the mesh axes of a `shard_map` that any of the inputs varies over."""
     zeros = [
         lax.full_like(leaf, 0, shape=(), dtype=inputs.dtype) for leaf in jax.tree.leaves(inputs)
     ]

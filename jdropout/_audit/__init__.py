@@ -1,9 +1,10 @@
-"""An audit of what dropout really does in a function.
+"""Audits the dropout of a function.
 
-`program` traces the function: `jdropout._record` notes the calls that Python makes, and `dataflow`
-finds them in the jaxpr and tells where their keys come from, by `numbering` its values. `places`
-and `masks` follow the masks of other libraries to what they drop. `describe` turns all of that into
-the sites of a `report`, and `findings` holds the rules that turn sites into findings.
+`program` traces the function. While it does, `jdropout._record` records the calls; afterwards
+`dataflow` finds them in the jaxpr and, by `numbering` its values, where their keys come from.
+`places` and `masks` follow the masks of other libraries to the arrays that they zero. `describe`
+turns all of this into the sites of a `report`, and `findings` holds the rules that turn sites into
+findings.
 """
 
 import functools
@@ -52,7 +53,7 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditReport:
       **kwargs: keyword arguments of `fn`.
 
     Returns:
-      A `AuditReport`, whose ``sites`` and ``findings`` are tuples; it prints as a table.
+      An `AuditReport`, whose ``sites`` and ``findings`` are tuples; it prints as a table.
 
     Raises:
       TypeError: if `fn` is not callable.
@@ -74,7 +75,7 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditReport:
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function, got {type(fn).__name__}. Pass the step itself.")
-    # Here, since importing jax.extend takes longer than importing all of this library.
+    # Imported here: jax.extend takes longer to import than the rest of this library.
     from jdropout._audit.describe import describe
     from jdropout._audit.findings import find
     from jdropout._audit.program import trace

@@ -1,8 +1,9 @@
-"""Where keys come from: a walk through a jaxpr that numbers its values.
+"""Finds out where keys come from, by a walk through a jaxpr that numbers its values.
 
-Two values with one number are equal. A value also knows which inputs and loops it depends on, and,
-if it is small and follows from known numbers, what it is. The walk yields the places where a mask
-is made: ours, by their marks, and `jax.random.bernoulli` where it zeroes something.
+Values with the same number are equal. Each value also has the inputs and loops that it depends on
+and, if it is small and computed from constants, the array itself. The walk collects the places
+where a mask is made: this library's, by their marks, and `jax.random.bernoulli` if it zeroes
+something.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from jdropout._record import parse_mark
 
 _UNCHANGED = {"copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier"}
 _UNCHANGED |= {"pcast", "pvary", "reshard", "sharding_constraint"}
-"""Operations whose results are their operands."""
+"""Operations that return their operands."""
 
 
 class Flow(NamedTuple):
@@ -47,13 +48,13 @@ def walk(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> Flow:
 
     Args:
       closed: the program.
-      arguments: its inputs; arrays whose values are used where they are small, or abstract ones.
+      arguments: its inputs, abstract or arrays; the values of small arrays are used.
 
     Returns:
       The places where masks are made, in the order of the program, and the outputs.
     """
     walker = _Walker()
-    # Now, even if the audit itself is in a function that is traced.
+    # Compute constants now, even if the audit itself runs inside a trace.
     with jax.ensure_compile_time_eval():
         inputs = [
             walker.value(("input", i), frozenset([i]), known_array(argument))
@@ -63,10 +64,10 @@ def walk(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> Flow:
     return Flow([place for place in walker.places if place.applied], outputs)
 
 
-def advanced(closed: core.ClosedJaxpr, flow: Flow) -> frozenset[int]:
-    """The inputs that have a successor among the outputs: a key, or a number such as a count."""
+def advanced_inputs(closed: core.ClosedJaxpr, flow: Flow) -> frozenset[int]:
+    """The inputs whose next value is an output: keys, and integers such as a stream's count."""
 
-    def succeeds(i: int, before: Any, value: Value, after: Any) -> bool:
+    def is_next(i: int, before: Any, value: Value, after: Any) -> bool:
         if i not in value.sources or value.number == i:
             return False
         counts = is_integer(before) and is_integer(after) and value.sources == {i}
@@ -76,7 +77,7 @@ def advanced(closed: core.ClosedJaxpr, flow: Flow) -> frozenset[int]:
     return frozenset(
         i
         for i, variable in enumerate(closed.jaxpr.invars)
-        if any(succeeds(i, variable.aval, value, after.aval) for value, after in outputs)
+        if any(is_next(i, variable.aval, value, after.aval) for value, after in outputs)
     )
 
 
@@ -85,10 +86,10 @@ class _Walker(Places):
         super().__init__()
         self.with_places: dict[int, tuple[Any, bool]] = {}
         self.entered = 0
-        """Loops and conditionals so far."""
+        """Number of loops and conditionals entered so far."""
 
     def body(self, body: Any, inputs: list[Value], context: Context) -> list[Value]:
-        """Walks through the body of an operation: a jaxpr, with or without constants."""
+        """Walks through an operation's body, a closed or open jaxpr."""
         jaxpr = open_jaxpr(body)
         constants = [self.constant(array) for array in getattr(body, "consts", ())]
         values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -112,7 +113,7 @@ class _Walker(Places):
         if draws_bernoulli(equation):
             return [self.bernoulli(equation, operands, context)]
         bodies = list(bodies_of(equation))
-        if any(self.matters(name, body, operands) for body in bodies):
+        if any(self.worth_entering(name, body, operands) for body in bodies):
             inside = context.inside(equation)
             if name == "scan":
                 return self.scan(equation, operands, inside)
@@ -131,20 +132,20 @@ class _Walker(Places):
                 masks.drop(equation, operands, results[0], context.loops, context.branches)
         return results
 
-    def matters(self, name: str, body: Any, operands: list[Value]) -> bool:
-        """Whether a place, what a key may be made of, or a constant can come out of a body."""
+    def worth_entering(self, name: str, body: Any, operands: list[Value]) -> bool:
+        """Whether a body may contain a place, or return a key, a mask or a constant."""
         if any(operand.bernoulli is not None for operand in operands):
             return True
         if all(operand.fill is not None for operand in operands):
             return True
-        # The counters of loops are many, and keys seldom made of what a loop has counted.
+        # Most loops return a counter, and hardly any key is made from it: not worth walking them.
         of_key = may_be_key if name in ("scan", "while") else _may_make_key
         outputs = open_jaxpr(body).outvars
         return any(of_key(atom.aval) for atom in outputs) or self.has_places(body)
 
     def has_places(self, body: Any) -> bool:
         jaxpr = open_jaxpr(body)
-        if id(jaxpr) not in self.with_places:  # it is kept, so that no other one has its id
+        if id(jaxpr) not in self.with_places:  # stored with its id, which stays unique
             found = any(
                 draws_bernoulli(equation)
                 or (equation.primitive.name == "name" and parse_mark(equation.params["name"]))
@@ -158,10 +159,10 @@ class _Walker(Places):
 
     def scan(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:
         body = open_jaxpr(equation.params["jaxpr"])
-        # Constants, carry and slices are told apart by their axes: the parameters that count them
-        # have other names in JAX 0.12.
-        scanned = _with_another_axis(equation.invars, body.invars)
-        carry = len(body.outvars) - _with_another_axis(equation.outvars, body.outvars)
+        # Slices have an axis more outside the body. That is how to count them, and the carry: the
+        # parameters with these counts have other names in JAX 0.12.
+        scanned = _count_with_loop_axis(equation.invars, body.invars)
+        carry = len(body.outvars) - _count_with_loop_axis(equation.outvars, body.outvars)
         constants = len(operands) - carry - scanned
         loop = self.loop("scan", equation.params["length"])
         slices = [self.slice_of(value, loop) for value in operands[constants + carry :]]
@@ -190,7 +191,7 @@ class _Walker(Places):
         return Loop(self.entered, kind, length)
 
     def slice_of(self, value: Value, loop: Loop) -> Value:
-        """A row of what is scanned over; it does not vary if all rows are known to be equal."""
+        """One row of an array that a loop scans; a constant if all rows are known to be equal."""
         if value.known is not None and rows_equal(value.known):
             return self.value(identity_of(value.known[0]), value.sources, value.known[0])
         return self.value(("slice", value.number), value.sources | {loop})
@@ -204,7 +205,7 @@ class _Walker(Places):
         loop: Loop,
         context: Context,
     ) -> list[Value]:
-        """Walks through a loop's body, with what varies between iterations set apart."""
+        """Walks through a loop's body until it is clear which values vary between iterations."""
         silent = context._replace(recording=False)
         carry, grows = start, True
         while grows:
@@ -217,7 +218,7 @@ class _Walker(Places):
             carry = grown
         if not context.recording:
             return results
-        # Equal starts and equal updates, in whichever loop, make equal sequences.
+        # Carries with equal starts and equal updates are equal sequences, even in different loops.
         after = results[: len(start)]
         updates = list(zip(range(len(start)), _numbers(start), _numbers(after), strict=True))
         for i, value in enumerate(carry):
@@ -228,7 +229,7 @@ class _Walker(Places):
         return self.body(body, [*constants, *carry, *slices], inside)
 
     def carried(self, source: Carry, start: Value, before: Value, after: Value) -> Value:
-        """What a loop carries, from what it was taken for and what an iteration gave."""
+        """Joins the assumed and the returned carry."""
         if before.number == after.number:
             return before
         sources = before.sources | after.sources | {source.loop, source}
@@ -272,7 +273,7 @@ class _Walker(Places):
             self.part_of(value, spec)
             for value, spec in zip(operands, equation.params["in_specs"], strict=True)
         ]
-        # The first name is that of newer versions of JAX.
+        # Newer versions of JAX have newly_manual_axes.
         names = [equation.params.get(f"{name}manual_axes", ()) for name in ("newly_", "")]
         axes = mesh_axes(names[0] or names[1])
         [body] = bodies_of(equation)
@@ -282,7 +283,7 @@ class _Walker(Places):
         ]
 
     def part_of(self, value: Value, spec: Any) -> Value:
-        """What a device sees of an operand of a `shard_map`."""
+        """The part of a `shard_map` operand that one device sees."""
         axes = frozenset(axis for names in spec for axis in mesh_axes(names))
         if not axes:
             return value
@@ -290,8 +291,8 @@ class _Walker(Places):
         return part._replace(fill=value.fill)
 
 
-def _with_another_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many values have an axis of iterations outside of a loop's body."""
+def _count_with_loop_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many values have an axis of iterations outside the loop's body."""
     pairs = zip(outside, inside, strict=True)
     return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""The sites of a traced function, as an audit reports them."""
+"""Turns the places of a traced program into the sites that an audit reports."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from jdropout._audit.values import Place
 
 
 def describe(program: Program) -> tuple[AuditedSite, ...]:
-    """Describes the places of a program, in their order."""
+    """Describes the places of a program, in program order."""
     numbers = dict.fromkeys(place.key.number for place in program.places if place.key)
     keys = {number: f"k{i + 1}" for i, number in enumerate(numbers)}
     return tuple(_describe(place, program, keys) for place in program.places)
@@ -18,7 +18,7 @@ def describe(program: Program) -> tuple[AuditedSite, ...]:
 
 def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSite:
     call = _as_call(place) if place.call is None else program.calls[place.call]
-    # A jitted function that is called again has the frames of its first call, and of where it is.
+    # A cached jitted function has the frames of its first call, so add those of this call.
     own = [
         frame._replace(function=frame.function.rpartition("<locals>.")[-1])
         for frame in call.frames + place.frames
@@ -44,8 +44,8 @@ def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSi
 
 
 def _as_call(place: Place) -> _record.Call:
-    """A Bernoulli mask of another library in the form of a call of this one."""
-    # The names of linen's modules are in the scope, wrapped in those of transformations.
+    """Describes another library's Bernoulli mask as if it were a call of this one."""
+    # The scope has the names of linen's modules, wrapped as in jit(...) by transformations.
     path = re.sub(r"\w+\(|\)", "", place.scope).strip("/")
     return _record.Call(
         kind="bernoulli",

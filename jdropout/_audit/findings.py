@@ -1,4 +1,4 @@
-"""What an audit has against the sites that it found."""
+"""Rules that turn sites into findings."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def find(name: str, program: Program, sites: Sequence[AuditedSite]) -> Iterator[
 
 
 def _find_reuse(program: Program) -> Iterator[AuditFinding]:
-    """Compares the keys of all pairs of sites; each site is named once for each code."""
+    """Finds sites that share a key, or have keys of equal value."""
     groups: dict[Any, list[int]] = {}
     for i, place in enumerate(program.places):
         if place.key is not None:
@@ -57,17 +57,17 @@ def _find_reuse(program: Program) -> Iterator[AuditFinding]:
 
 
 def _alike(members: list[int], places: Sequence[Place]) -> tuple[int, ...]:
-    """Those of the places that one execution gives the same bits as another one of them."""
+    """The members that, in one execution, get the same bits as another member."""
 
     def exclusive(a: Place, b: Place) -> bool:
         return any(b.branches.get(cond, branch) != branch for cond, branch in a.branches.items())
 
-    def apart(a: Place, b: Place) -> bool:
-        """Whether they are parts of one larger mask."""
+    def disjoint(a: Place, b: Place) -> bool:
+        """Whether they are different parts of one larger mask."""
         return bool(a.start and b.start) and a.start != b.start
 
     def alike(a: Place, b: Place) -> bool:
-        return not exclusive(a, b) and not apart(a, b)
+        return not exclusive(a, b) and not disjoint(a, b)
 
     return tuple(i for i in members if any(j != i and alike(places[i], places[j]) for j in members))
 
@@ -75,7 +75,7 @@ def _alike(members: list[int], places: Sequence[Place]) -> tuple[int, ...]:
 def _complaints(
     name: str, site: AuditedSite, place: Place, program: Program
 ) -> Iterator[tuple[str, str]]:
-    """Codes and messages of what is wrong with one site."""
+    """Codes and messages of everything wrong with one site."""
     on = site.deterministic is False
     if on and site.rate is not None and site.effective_rate == 0:
         yield "rate-zero", f"its rate is {site.rate:g}: nothing is ever dropped."
@@ -83,7 +83,7 @@ def _complaints(
         yield "rate-one", "its rate is 1: everything is dropped."
     functions = (name, *site.functions)
     suspects = [function for function in functions if _is_evaluation(function)]
-    # What is differentiated is training, whatever it is called: the model may be named `predict`.
+    # A differentiated function is training, whatever its name: a model may be called `predict`.
     if on and suspects and site.effective_rate != 0 and "jvp(" not in place.scope:
         yield "on-in-evaluation", f"it is on under a function named {suspects[0]!r}."
     yield from _complaints_about_sharing(site, place, program)
@@ -101,12 +101,12 @@ def _complaints(
 
 
 def _why_stale(site: AuditedSite, place: Place, program: Program) -> str:
-    """Why the key of a site is the same in every step, if it is."""
+    """Why a site's key is the same in every step; empty if it is not."""
     assert place.key is not None
     if not place.key.sources:
         return "its key depends on no argument: every call has the same mask."
     inputs = {source for source in place.key.sources if isinstance(source, int)}
-    if inputs & (program.steps | program.advanced):
+    if inputs & (program.steps | program.advanced_inputs):
         return ""
     origin = ", ".join(site.key_sources) or "the loop alone"
     if program.steps:
@@ -122,9 +122,9 @@ def _complaints_about_sharing(
 ) -> Iterator[tuple[str, str]]:
     if place.key is None:
         return
-    apart = {x for x in place.result_sources - place.key.sources if isinstance(x, MeshAxis)}
-    if apart and not (place.call is not None and program.calls[place.call].located):
-        axes = ", ".join(sorted(repr(axis.name) for axis in apart))
+    unseen = {x for x in place.result_sources - place.key.sources if isinstance(x, MeshAxis)}
+    if unseen and not (place.call is not None and program.calls[place.call].located):
+        axes = ", ".join(sorted(repr(axis.name) for axis in unseen))
         yield "shared-over-devices", f"all devices along {axes} have the same mask."
     if place.result_batch_axes > place.key_batch_axes or _equal_keys(place):
         yield "shared-over-batch", "all examples of a vmap have the same mask."
@@ -133,8 +133,8 @@ def _complaints_about_sharing(
         frame.function.rpartition(".")[2] == "dot_product_attention_weights"
         for frame in place.frames
     )
-    heads = rank - 3 if attends else None  # then come queries and keys
-    # Under vmap the axes are those of one example.
+    heads = rank - 3 if attends else None  # the last two axes are queries and keys
+    # Under vmap the shape is one example's, without its batch axis.
     batch = 0 if place.call is None else program.calls[place.call].batch_axis
     if rank > 1 and not place.result_batch_axes and heads != 0 and batch in site.shared_axes:
         yield "shared-over-batch", "all examples have the same mask."
@@ -143,7 +143,7 @@ def _complaints_about_sharing(
 
 
 def _equal_keys(place: Place) -> bool:
-    """Whether the keys of a vmap are known, and all the same."""
+    """Whether vmap maps over keys that are known to be all equal."""
     assert place.key is not None
     known = place.key.known
     return place.key_batch_axes > 0 and known is not None and rows_equal(known)

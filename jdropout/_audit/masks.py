@@ -1,4 +1,4 @@
-"""Follows a Bernoulli mask of another library from where it is drawn to where it drops."""
+"""Follows another library's Bernoulli mask from where it is drawn to where it drops."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from jdropout._audit.values import Loop, Place, Value
 
 
 def follow(equation: Any, operands: list[Value], result: Value) -> Value:
-    """What is known of the result of an operation as a mask, or a constant."""
+    """Adds to the result of an operation whether it is a mask, or a constant."""
     name = equation.primitive.name
     if name in ("broadcast_in_dim", "convert_element_type", "reshape") and operands:
         result = result._replace(fill=operands[0].fill)
@@ -31,7 +31,7 @@ def _are_constant(values: list[Value]) -> bool:
 
 
 def _shared_after(equation: Any, shared: tuple[bool, ...]) -> tuple[bool, ...] | None:
-    """The axes along which a mask is repeated, after an operation that moves or adds axes."""
+    """Along which axes a mask is repeated after an operation that moves or adds axes."""
     name = equation.primitive.name
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     if name == "broadcast_in_dim":
@@ -45,7 +45,7 @@ def _shared_after(equation: Any, shared: tuple[bool, ...]) -> tuple[bool, ...] |
     if name in ("reshape", "squeeze"):
         moved = [was for was, size in zip(shared, before, strict=True) if size > 1]
         if [size for size in before if size > 1] == [size for size in after if size > 1]:
-            rest = iter(moved)  # only axes of size 1 come or go
+            rest = iter(moved)  # only axes of size 1 were added or removed
             return tuple(next(rest) if size > 1 else False for size in after)
     return None
 
@@ -57,7 +57,7 @@ def drop(
     loops: tuple[Loop, ...],
     branches: dict[int, int],
 ) -> Place | None:
-    """The place whose mask an operation zeroes something by, if it does."""
+    """Completes the place of a mask if the operation zeroes something by it; returns the place."""
     dropping = _dropping_mask(equation, operands)
     if dropping is None:
         return None
@@ -65,13 +65,13 @@ def drop(
     operand, mask = equation.invars[index].aval, operands[index].bernoulli
     assert mask is not None
     place, shape = mask.place, equation.outvars[0].aval.shape
-    if place.applied:  # the same mask again, as in a backward pass
+    if place.applied:  # applied again, as in a backward pass
         return None
     batched = place.key_batch_axes
-    if any(mask.shared[:batched]):  # further axes, without keys, came before
+    if any(mask.shared[:batched]):  # the leading axes come from a vmap that the keys are not in
         batched = 0
     place.applied, place.result_sources = True, result.sources
-    # What a loop's iterations share is made before the loop by a backward pass.
+    # With a backward pass, JAX hoists a mask that all iterations share out of the loop.
     place.loops, place.branches = loops, branches
     place.result_batch_axes, place.shape = batched, shape[batched:]
     place.shared_axes = tuple(
@@ -87,7 +87,7 @@ def drop(
 
 
 def _dropping_mask(equation: Any, operands: list[Value]) -> tuple[int, bool] | None:
-    """Which operand is a mask that zeroes the others, and whether where it is True."""
+    """Index of the operand whose mask zeroes the others, and whether it does where True."""
     name = equation.primitive.name
     if name not in ("mul", "select_n"):
         return None

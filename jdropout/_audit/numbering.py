@@ -1,4 +1,4 @@
-"""Numbers for values, by what they are made of: those of one number are equal."""
+"""Value numbering: values computed in the same way get the same number, and are equal."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -18,16 +18,16 @@ from jdropout._audit.values import (
 
 _EQUAL_ON_DEVICES = {"all_gather", "all_gather_invariant", "pmax", "pmin", "psum"}
 _EQUAL_ON_DEVICES |= {"psum2", "psum_invariant"}
-"""Operations whose results are the same on all devices along their axes."""
+"""Operations whose results are equal on all devices along their axes."""
 
 
 class Numbering:
-    """All values of a walk."""
+    """Numbers the values of one walk."""
 
     def __init__(self) -> None:
         self.numbers: dict[Hashable, int] = {}
         self.wrapped: dict[int, Value] = {}
-        """Words of typed keys, by the number of the key."""
+        """The words that a typed key was made of, by the key's number."""
 
     def value(self, identity: Hashable, sources: frozenset[Any], known: Any = None) -> Value:
         number = self.numbers.setdefault(identity, len(self.numbers))
@@ -44,7 +44,7 @@ class Numbering:
         return self.value(identity_of(known), frozenset(), known)
 
     def plain(self, equation: Any, operands: list[Value]) -> list[Value]:
-        """An operation without a body, or whose body does not matter."""
+        """Numbers the results of an operation that is not walked into."""
         name = equation.primitive.name
         if name == "random_unwrap":
             return [self.words(operands[0], equation.invars[0].aval)]
@@ -65,7 +65,7 @@ class Numbering:
         return results
 
     def words(self, key: Value, aval: Any) -> Value:
-        """The words of a typed key: those that it was made of, if it was."""
+        """The words of a typed key: the value that it was wrapped from, if known."""
         if not is_key(aval):
             return key
         known = None if key.known is None else jax.random.key_data(key.known)

@@ -1,4 +1,4 @@
-"""The places of a program where masks are made: ours by their marks, others' by what they draw."""
+"""Collects the places that make masks: ours, by their marks, and `jax.random.bernoulli`."""
 
 from typing import Any, NamedTuple
 
@@ -17,18 +17,19 @@ class Context(NamedTuple):
     recording: bool
 
     def inside(self, equation: Any) -> "Context":
-        """Of the bodies of an operation."""
+        """The context inside the bodies of an operation."""
         scope = join(self.scope, equation)
         again = equation.params.get("differentiated") or "transpose(" in scope
-        # What a backward pass makes again counts once.
-        # A body may have been traced elsewhere: in a jitted function before, or by a custom_vjp.
+        # A body may have been traced elsewhere, by an earlier call of a jitted function or by a
+        # custom_vjp, and then lacks the frames of this call.
         frames = frames_of(equation) + self.frames
+        # A mask that a backward pass recomputes counts once.
         recording = self.recording and not again
         return self._replace(scope=scope, frames=frames, recording=recording)
 
 
 class Places(Numbering):
-    """All places of a walk, in the order of the program."""
+    """Collects all places of a walk, in program order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Places(Numbering):
             place.key_batch_axes = batch_axes
             self.places.append(place)
         place.result_batch_axes, place.result_sources = batch_axes, value.sources
-        # A key that all iterations share is made before the loop by a backward pass.
+        # With a backward pass, JAX hoists a key that all iterations share out of the loop.
         place.loops, place.branches = context.loops, context.branches
         place.applied = mark.kind != "key"
 
@@ -70,7 +71,7 @@ class Places(Numbering):
             for value, atom in zip(operands, equation.invars, strict=True)
             if is_key(atom.aval)
         ]
-        # The last operand is the probability; a backward pass leaves others between them.
+        # The probability comes last; a backward pass may add operands between it and the key.
         place = Place(
             key=self.words(key, aval),
             loops=context.loops,
@@ -87,7 +88,7 @@ class Places(Numbering):
 
 
 def draws_bernoulli(equation: Any) -> bool:
-    """Whether it is `jax.random.bernoulli`, or the half of it that a backward pass left whole."""
+    """Whether it is `jax.random.bernoulli`, perhaps split in two by a backward pass."""
     return (
         equation.params.get("name") == "_bernoulli"
         and "jaxpr" in equation.params

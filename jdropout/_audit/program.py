@@ -1,4 +1,4 @@
-"""Traces a function for an audit: its calls, the places in its jaxpr, and names for its inputs."""
+"""Traces a function for an audit, and finds its calls, its places and the names of its inputs."""
 
 import inspect
 import sys
@@ -16,18 +16,18 @@ _STEP = {"epoch", "global_step", "iteration", "step"}
 
 
 class Program(NamedTuple):
-    """What the tracing of a function gave."""
+    """A traced function."""
 
     calls: list[_record.Call]
     places: list[Place]
     names: list[str]
-    """Of the inputs: the traced leaves of the arguments."""
+    """Names of the inputs, which are the traced leaves of the arguments."""
     steps: frozenset[int]
-    """The inputs that count steps."""
+    """Indices of the inputs that count steps."""
     streams: frozenset[int]
-    """The inputs that are keys and counts of Flax's random streams."""
-    advanced: frozenset[int]
-    """The inputs that the function returns a successor of, or leaves one in a module."""
+    """Indices of the keys and counts of Flax's random streams."""
+    advanced_inputs: frozenset[int]
+    """Indices of the inputs whose next value is returned, or stored in a module."""
 
 
 def trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -36,11 +36,11 @@ def trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     integers = [i for i, leaf in enumerate(leaves) if type(leaf) is int]
     steps = [i for i in integers if i in arguments.steps]
-    # An integer may be a step or a seed, which keys depend on, or a size, which cannot be traced.
+    # An integer may be a step or a seed, which keys depend on, or a size, which must stay static.
     for traced in filter(None, (integers, steps)):
         try:
             return _trace(arguments, sorted(arrays + traced))
-        except Exception:  # whatever comes of a size that is traced
+        except Exception:  # a traced size may raise anything
             continue
     return _trace(arguments, arrays)
 
@@ -49,9 +49,9 @@ class _Arguments(NamedTuple):
     names: list[str]
     leaves: list[Any]
     steps: frozenset[int]
-    """The leaves that count steps."""
+    """Indices of the leaves that count steps."""
     call: Callable[[list[Any]], Any]
-    """Calls the function with other leaves; returns its result, and the state of its modules."""
+    """Calls the function with other leaves; returns its result and its modules' state."""
 
 
 def _trace(arguments: _Arguments, traced: list[int]) -> Program:
@@ -71,14 +71,14 @@ def _trace(arguments: _Arguments, traced: list[int]) -> Program:
         names=names,
         steps=frozenset(i for i, leaf in enumerate(traced) if leaf in arguments.steps),
         streams=frozenset(i for i, name in enumerate(names) if _is_of_stream(name, names)),
-        advanced=dataflow.advanced(closed, flow),
+        advanced_inputs=dataflow.advanced_inputs(closed, flow),
     )
 
 
 def _unbound(
     fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A module that is called, or whose method is, becomes an argument like others."""
+    """Makes a module that is called, or whose method is, an ordinary argument."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(fn, nnx.Module):
         return type(fn).__call__, (fn, *args)
@@ -90,7 +90,7 @@ def _unbound(
 def _flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     try:
         bound = inspect.signature(fn).bind(*args, **kwargs)
-    except (TypeError, ValueError):  # no signature, or a call that does not fit: fn will say so
+    except (TypeError, ValueError):  # no signature, or arguments that do not fit it: fn will raise
         bound = inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
     nnx = sys.modules.get("flax.nnx")
     optimizers = () if nnx is None else (nnx.Optimizer,)
@@ -105,7 +105,7 @@ def _flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     state: list[tuple[Any, Any]] = []
     state_def, structure = None, None
     if nnx is not None and modules:
-        # All in one, since they may share variables.
+        # Split them together, because they may share variables.
         structure, split = nnx.split(tuple(leaves[i] for i in modules))
         state, state_def = jax.tree.flatten_with_path(split)
 
@@ -126,7 +126,7 @@ def _flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     for path, _ in state:
         owner = modules[path[0].key]
         all_names.append(f"{names[owner]}.{_name(path[1:])}")
-        # An optimizer has a step whether keys are made of it or not.
+        # An optimizer always has a step, which says nothing about keys.
         if _counts_steps(all_names[-1]) and not isinstance(leaves[owner], optimizers):
             steps.add(len(all_names) - 1)
     all_leaves = [leaves[i] for i in others] + [leaf for _, leaf in state]

@@ -8,8 +8,8 @@ from typing import Any
 FIXES = {
     "key-reused": "give every dropout a key of its own, such as "
     "jdropout.keys.site_key(root, step=step, site='name').",
-    "same-mask": "make all keys in one way, such as jdropout.keys.site_key, which cannot meet "
-    "others; fold_in(key, i) and split(key)[i] are the same key.",
+    "same-mask": "make all keys in one way, such as jdropout.keys.site_key, whose keys differ from "
+    "all others; fold_in(key, i) and split(key)[i] are the same key.",
     "key-independent-of-step": "derive the key from the step: "
     "jdropout.keys.site_key(root, step=step, site=...), or pass a new key in every call.",
     "key-independent-of-iteration": "put the loop's index into the key: "

@@ -1,4 +1,4 @@
-"""What the walk through a jaxpr knows of its values, and the places that it finds."""
+"""The values of a walk through a jaxpr, and the places that it finds."""
 
 import dataclasses
 import itertools
@@ -16,11 +16,11 @@ from jdropout._record import Frame
 
 _PROGRAM = os.path.join(os.path.dirname(__file__), "program.py")
 _SMALL = 4096
-"""Larger values are not computed."""
+"""Arrays with more elements are not computed."""
 
 
 class Loop(NamedTuple):
-    """A scan or while loop around a place; its number is a source of what varies in it."""
+    """A scan or while loop around a place; a source of the values that vary in it."""
 
     number: int
     kind: str
@@ -31,30 +31,30 @@ class Loop(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What a loop carries: a source of what is made of it in the loop's body."""
+    """A slot of a loop's carry; a source of the values made from it in the body."""
 
     loop: Loop
     slot: int
 
 
 class MeshAxis(NamedTuple):
-    """An axis of the devices of a `shard_map`, along which values may differ."""
+    """An axis of a `shard_map`'s mesh; a source of the values that differ along it."""
 
     name: str
 
 
 class Value(NamedTuple):
-    """What is known of a value."""
+    """A value of the jaxpr, and all that is known about it."""
 
     number: int
     sources: frozenset[Any]
-    """Inputs, by their index, loops, what these carry, and mesh axes."""
+    """What it depends on: indices of inputs, loops, their carries, and mesh axes."""
     known: Any = None
-    """A small array, if its value is known."""
+    """The array itself, if it is known and small."""
     fill: float | None = None
-    """The number that all elements are, if known."""
+    """The number that all elements equal, if known."""
     bernoulli: "Bernoulli | None" = None
-    """The Bernoulli mask, possibly scaled, that it is."""
+    """Set if the value is a Bernoulli mask, possibly scaled."""
 
 
 class Bernoulli(NamedTuple):
@@ -62,31 +62,31 @@ class Bernoulli(NamedTuple):
     shared: tuple[bool, ...]
     """For every axis of the value, whether the mask is repeated along it."""
     inverted: bool = False
-    """Whether it is zero where the mask that was drawn is not."""
+    """Whether it is the complement of the drawn mask."""
 
 
 @dataclasses.dataclass
 class Place:
-    """A place of a program where a mask is made; one in a loop stands for all its iterations."""
+    """A place in the program that makes a mask; in a loop it stands for all iterations."""
 
     key: Value | None
     loops: tuple[Loop, ...]
     branches: dict[int, int]
-    """Which branch of which conditional it is in."""
+    """The branch it is in, for every conditional around it."""
     scope: str
-    """Names of the modules and transformations around it."""
+    """Names of the modules and transformations around it, joined by /."""
     frames: tuple[Frame, ...]
-    """Innermost first: of the operation that makes the mask, and of those that it is inside of."""
+    """Innermost first; of the operation that makes the mask, then of those around it."""
     call: int | None = None
-    """Number of the call of this library; None for others."""
+    """Number of the call of this library; None for another library's mask."""
     start: tuple[int, ...] = ()
-    """Numbers of the values that say which part of a larger mask it is."""
+    """Value numbers of its position in a larger mask."""
     key_batch_axes: int = 0
     result_batch_axes: int = 0
     result_sources: frozenset[Any] = frozenset()
     applied: bool = False
-    """Whether what it is made for was seen: the result of the call, or that it zeroes something."""
-    # Of others:
+    """Whether its use was found: the result of the call, or an array that it zeroes."""
+    # Only for another library's mask:
     true_rate: float | None = None
     """The probability of True."""
     rate: float | None = None
@@ -109,7 +109,7 @@ def is_integer(array: Any) -> bool:
 
 
 def known_array(array: Any) -> Any:
-    """The array, if it has a value and is small."""
+    """The array if it is concrete and small, otherwise None."""
     if isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer):
         return None
     if not isinstance(array, jax.Array):
@@ -136,17 +136,17 @@ def _data(known: Any) -> np.ndarray:
 
 
 def compute(equation: Any, operands: list[Value]) -> list[Any] | None:
-    """The results, if the operands are known and the results small."""
+    """The results if the operands are known and the results small, otherwise None."""
     small = sum(math.prod(variable.aval.shape) for variable in equation.outvars) <= _SMALL
     unknown = any(operand.known is None for operand in operands)
     if unknown or not small or equation.effects or next(bodies_of(equation), None) is not None:
         return None
-    if "callback" in equation.params:  # nothing of the user's is run
+    if "callback" in equation.params:  # never run the user's Python code
         return None
     known = [operand.known for operand in operands]
     try:
         results = equation.primitive.bind(*known, **equation.params)
-    except Exception:  # outside of the program it has no mesh, or no axis of that name
+    except Exception:  # such as a collective, without its mesh or axis name
         return None
     return list(results) if equation.primitive.multiple_results else [results]
 
@@ -159,7 +159,7 @@ def bodies_of(equation: Any) -> Iterator[Any]:
 
 
 def frames_of(equation: Any) -> tuple[Frame, ...]:
-    """The calls in which an operation was traced, up to the audit."""
+    """Frames of the calls that traced an operation, up to the audit."""
     frames = (
         Frame(frame.file_name, frame.line_num, frame.function_name)
         for frame in equation.source_info.traceback.frames
@@ -168,7 +168,7 @@ def frames_of(equation: Any) -> tuple[Frame, ...]:
 
 
 def open_jaxpr(body: Any) -> Any:
-    """The jaxpr of a body, which comes with or without constants."""
+    """The open jaxpr of a body that may be closed."""
     return getattr(body, "jaxpr", body)
 
 

@@ -1,7 +1,7 @@
 """Dropout as Flax linen modules."""
 
 try:
-    from flax import linen as _linen  # noqa: F401  # for its error alone
+    from flax import linen as _linen  # noqa: F401  # only to raise its ImportError
 except ImportError as error:
     raise ImportError(
         "jdropout.linen needs Flax. Install it with: pip install 'jdropout[flax]'"

@@ -1,4 +1,4 @@
-"""Attention with dropout as a Flax linen module, and with the signature that Flax has for it."""
+"""Attention with dropout as a Flax linen module, and as a function with Flax's signature."""
 
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +95,7 @@ def dot_product_attention(
         if function is not None:
             raise ValueError(
                 f"{name} must be None: attention in blocks computes its own products. To replace "
-                "them use the attention_fn of Flax itself."
+                "them use Flax's own attention_fn."
             )
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
     return attention(

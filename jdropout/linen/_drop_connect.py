@@ -8,7 +8,7 @@ import jax
 from flax import linen
 
 from jdropout import _trees
-from jdropout._drop_connect import check_select, check_selected, drop_connect_tree, matches
+from jdropout._drop_connect import check_select, check_selected, drop_connect_tree, matching_names
 from jdropout._typing import Flag, Key
 from jdropout.keys import at_site
 from jdropout.linen._dropout import RateLayer
@@ -105,9 +105,9 @@ def with_params(
     module: linen.Module,
     use: Callable[[Any], Any],
 ) -> Any:
-    """Uses a module with changed parameters."""
+    """Calls ``use`` with the module, its parameters replaced by ``change(params)``."""
 
-    # An audit takes the first argument for the owner: not the module, whose scope this runs in.
+    # The audit treats argument 0 as the owning module: `layer`, not the scope that this runs in.
     def changed(layer: linen.Module, variables: Any) -> Any:
         params = variables.get("params")
         return {**variables, "params": change(params)} if params else variables
@@ -116,9 +116,9 @@ def with_params(
 
 
 class _Drop:
-    """DropConnect in each of the scopes that a module's parameters lie in.
+    """Applies DropConnect in each of the scopes that hold a module's parameters.
 
-    There is one, unless the module holds others that were made outside of it, each with its own.
+    There is one scope, plus one for each module it holds that was made outside of it.
     """
 
     def __init__(self, key: Key | None, rate: Any, select: Any, flag: bool | jax.Array) -> None:
@@ -132,7 +132,7 @@ class _Drop:
 
     def __call__(self, params: Any) -> Any:
         paths = ["/".join(map(str, site)) for site, _ in _trees.leaves_with_sites(params)]
-        found = set().union(*(matches(self.select, path) for path in paths))
+        found = set().union(*(matching_names(self.select, path) for path in paths))
         self.paths += paths
         self.found |= found
         if not found:
@@ -143,7 +143,7 @@ class _Drop:
             key,
             params,
             self.rate,
-            select=lambda path: bool(matches(self.select, path)),
+            select=lambda path: bool(matching_names(self.select, path)),
             deterministic=self.flag,
         )
 

@@ -1,4 +1,4 @@
-"""Dropout as a Flax linen module, and where all modules here take their flag and key from."""
+"""Dropout as a linen module, and how all linen modules here get their flag and key."""
 
 from typing import Any, ClassVar
 
@@ -12,25 +12,25 @@ from jdropout._typing import Flag, Key
 
 
 class Layer:
-    """What modules that draw random numbers have in common: how they resolve flag and key."""
+    """Base of modules that draw random numbers: resolves their flag and key."""
 
     deterministic: Any
     rng_collection: str
     drawing_methods: ClassVar[tuple[str, ...]] = ("__call__",)
     rng_position: ClassVar[int | None] = 2
-    """Of the argument ``rng`` in these methods; None if it has none."""
+    """Position of the argument ``rng`` in these methods; None if it is keyword-only."""
 
     def __post_init__(self) -> None:
         self._check_attributes()
-        super().__post_init__()  # type: ignore[misc]  # of linen.Module
+        super().__post_init__()  # type: ignore[misc]  # linen.Module has it
 
     def _check_attributes(self) -> None:
-        """Raises an error for impossible attributes; to be overridden."""
+        """Raises an error for invalid attributes; for subclasses to override."""
 
     def _resolve(
         self, deterministic: Flag | None, rng: Key | None
     ) -> tuple[bool | jax.Array, Key | None]:
-        """The flag, and the key that a call takes; None if it draws nothing."""
+        """Returns the flag, and the key for this call; None if it draws nothing."""
         flag = check_module_flag(
             linen.merge_param("deterministic", self.deterministic, deterministic)
         )
@@ -39,7 +39,7 @@ class Layer:
         return flag, rng
 
     def _draws(self, flag: bool | jax.Array) -> bool:
-        """Whether a call takes a key; to be overridden."""
+        """Whether a call takes a key; for subclasses to override."""
         return flag is not True
 
 
@@ -108,7 +108,7 @@ class Dropout(RateLayer, linen.Dropout):
 
 
 class Dropping(RateLayer, linen.Module):
-    """A layer that applies a function of this library, which its subclass names."""
+    """Base of a layer that applies one function of this library."""
 
     rate: float
     deterministic: bool | None = None

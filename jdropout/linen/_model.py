@@ -1,4 +1,4 @@
-"""What is done to a whole linen model: its keys."""
+"""Changes a whole linen model: its keys."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,7 +77,7 @@ def with_site_keys(
 
 
 class _KeysByPath:
-    """Gives the modules that draw masks a key made from the stream and their path."""
+    """Intercepts modules that draw masks, and passes a key made from the stream and their path."""
 
     def __init__(self, rng_collection: str) -> None:
         self.rng_collection = rng_collection
@@ -96,7 +96,7 @@ class _KeysByPath:
         return method(*args, **kwargs)
 
     def argument(self, module: linen.Module, method: str) -> tuple[str | None, int | None]:
-        """The argument, if any, that takes a key instead of one from the stream; its position."""
+        """The name, if any, of the argument that overrides the stream's key, and its position."""
         ours = isinstance(module, Layer)
         if ours or isinstance(module, linen.Dropout):
             draws = method in (module.drawing_methods if ours else ("__call__",))
@@ -109,13 +109,13 @@ class _KeysByPath:
 
     def key(self, module: linen.Module) -> jax.Array | None:
         scope = module.scope
-        assert scope is not None  # a module that is called has one
+        assert scope is not None  # a called module is bound
         stream = scope.rngs.get(self.rng_collection)
         if stream is None:
-            return None  # a lifted transform left the stream out: Flax says so if it is needed
-        # Flax's own count, which all modules at a path share: those that a shared parent makes
-        # anew in each of its calls too, and those inside of linen.remat.
+            return None  # removed by a lifted transform; Flax raises if it is needed
+        # Flax's own count, because all modules at a path share it: also those inside linen.remat,
+        # and those that a parent creates again in each of its calls.
         calls = scope.rng_counters[self.rng_collection]
         scope.rng_counters[self.rng_collection] = calls + 1
-        # The suffix is the path; below linen.jit, whose trace serves several paths, the rest of it.
+        # The suffix is the path, or below linen.jit, whose trace serves several paths, its end.
         return at_site(stream.rng, (*stream.suffix, calls))

@@ -109,7 +109,7 @@ def mc_predict(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sample:
-    """Calls a model that takes its masks from a key; equal ones are compiled once."""
+    """Calls a model with a key for its masks. Hashable: equal models compile once."""
 
     model: linen.Module
     apply: Callable[[Any, Any], Any] | None
@@ -143,7 +143,11 @@ def _call(model: Any, x: Any) -> Any:
 
 
 class _DropoutOn:
-    """Lets the layers that drop draw their masks."""
+    """Intercepts dropout layers, and makes every call draw its mask.
+
+    Calling the model with a flag would not do: models name it `train` or `deterministic`, or none,
+    and may pass a layer its own.
+    """
 
     def __init__(self) -> None:
         self.drops = False
@@ -169,13 +173,13 @@ class _DropoutOn:
         for name, value in (("deterministic", False), ("rng", None), ("dropout_rng", None)):
             if name not in parameters:
                 continue
-            position = list(parameters).index(name) - 1  # without self
+            position = list(parameters).index(name) - 1  # not counting self
             keyword_only = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
             if keyword_only or position >= len(args):
                 kwargs = kwargs | {name: value}
             else:
                 args = (*args[:position], value, *args[position + 1 :])
-        # The constructor's flag does not count either; with both Flax raises an error.
+        # Unset the constructor's flag: Flax raises if both it and the call's are given.
         flag = module.deterministic
         object.__setattr__(
             module, "deterministic", None if "deterministic" in parameters else False

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 from flax import linen
 
-from jdropout._checks import check_amount, check_rate, check_rate_below_one
+from jdropout._checks import check_rate, check_rate_below_one
 from jdropout._flax import Applied, FunctionLayer, draws_noise
 from jdropout._noise import gaussian_dropout, gaussian_noise
 from jdropout._typing import Flag, Key
+from jdropout._values import check_amount
 from jdropout.linen._dropout import Dropping, Layer
 
 

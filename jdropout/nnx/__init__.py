@@ -1,7 +1,7 @@
 """Dropout as Flax nnx modules."""
 
 try:
-    from flax import nnx as _nnx  # noqa: F401  # for its error alone
+    from flax import nnx as _nnx  # noqa: F401  # only to raise its ImportError
 except ImportError as error:
     raise ImportError(
         "jdropout.nnx needs Flax. Install it with: pip install 'jdropout[flax]'"

@@ -1,4 +1,4 @@
-"""Attention with dropout as a Flax nnx module, and with the signature that Flax has for it."""
+"""Attention with dropout as a Flax nnx module, and as a function with Flax's signature."""
 
 from collections.abc import Callable
 from typing import Any

@@ -107,11 +107,12 @@ class DropConnect(Dropout):
 
 
 def with_params(change: Callable[[Any], Any], module: Any, use: Callable[[Any], Any]) -> Any:
-    """Uses a module with changed parameters; its other variables are the very ones that it has.
+    """Calls ``use`` with a twin of the module that has the parameters ``change(params)``.
 
-    Variables that it makes in the meantime, as ``sow`` does, are handed over afterwards.
+    The twin shares all other variables with the module. Variables that it creates, as ``sow``
+    does, are copied to the module afterwards.
     """
-    parts: Any = nnx.split(module, nnx.Param, ...)  # mypy cannot read its type
+    parts: Any = nnx.split(module, nnx.Param, ...)  # its type is too complex for mypy
     graph, params, others = parts
     before: list[Any] = list(nnx.to_flat_state(params))
     after: list[Any] = list(nnx.to_flat_state(change(params)))

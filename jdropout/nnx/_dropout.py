@@ -1,4 +1,4 @@
-"""Dropout as a Flax nnx module, and where all modules here take their flag and key from."""
+"""Dropout as an nnx module, and how all nnx modules here get their flag and key."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from jdropout._typing import Flag
 
 
 class Layer(nnx.Module):
-    """A module that draws random numbers: resolves its flag and its key as Flax's dropout does.
+    """Base of modules that draw random numbers: resolves flag and key as Flax's dropout does.
 
     Its attributes are ``deterministic``, ``rng_collection`` and ``rngs``.
     """
@@ -21,14 +21,14 @@ class Layer(nnx.Module):
     rng_collection: str
     rngs: Any
     _arguments = "rate"
-    """What the constructor takes before its options."""
+    """Positional arguments of the constructor, for error messages."""
 
     def _resolve(
         self,
         deterministic: Flag | None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None,
     ) -> tuple[bool | jax.Array, jax.Array | None]:
-        """The flag, and the key that a call takes; None if it draws nothing."""
+        """Returns the flag, and the key for this call; None if it draws nothing."""
         if deterministic is None:
             deterministic = self.deterministic
         if deterministic is None:
@@ -44,7 +44,7 @@ class Layer(nnx.Module):
         return flag, self._key(rngs) if self._draws(flag) else None
 
     def _draws(self, flag: bool | jax.Array) -> bool:
-        """Whether a call takes a key; to be overridden."""
+        """Whether a call takes a key; for subclasses to override."""
         return flag is not True
 
     def _key(self, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None) -> jax.Array:
@@ -69,7 +69,7 @@ class Layer(nnx.Module):
             " Write rngs=nnx.Rngs(0), or rngs=jax.random.key(0) in the call."
         )
 
-    # Flax's own, since its contract with nnx.view changed between versions.
+    # Borrowed from Flax, because its contract with nnx.view changed between versions.
     set_view = nnx.Dropout.set_view
 
 
@@ -79,14 +79,14 @@ def attach(
     rng_collection: str,
     rngs: nnx.Rngs | nnx.RngStream | None,
 ) -> None:
-    """Sets the attributes of a layer that is no `flax.nnx.Dropout`, by the rules of that."""
+    """Sets the attributes that `flax.nnx.Dropout` would set, on a layer that is not one."""
     source = nnx.Dropout(0.0, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
     layer.deterministic = deterministic
     layer.rng_collection = rng_collection
     layer.rngs = nnx.data(source.rngs)
 
 
-class Dropout(FunctionLayer, Layer, nnx.Dropout):
+class Dropout(Layer, FunctionLayer, nnx.Dropout):
     """Drop-in replacement for `flax.nnx.Dropout` that uses this library's mask law.
 
     Constructor, call, attributes and random streams are Flax's own (it is a subclass, so
@@ -172,5 +172,5 @@ class Dropout(FunctionLayer, Layer, nnx.Dropout):
 
     @classmethod
     def _checked_rate(cls, rate: Any) -> Any:
-        """The rate as a static number, or an error."""
+        """Returns the rate as a static number; for subclasses to override."""
         return check_module_rate(rate)

@@ -1,4 +1,4 @@
-"""What is done to a whole nnx model: its keys, its rates, its dropout layers."""
+"""Changes a whole nnx model: its keys, its rates, its dropout layers."""
 
 from typing import Any, cast
 
@@ -57,7 +57,7 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
     """
     key = step_key(root, step=step, microbatch=microbatch)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # as a stream does with a raw key
+        key = jax.random.wrap_key_data(key)  # a stream wraps a raw key too
     streams = [
         (cast("tuple[str | int, ...]", path), node)
         for path, node in nnx.iter_graph(model)
@@ -69,13 +69,13 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
             "Dropout(rate, rngs=rngs), or call them with rngs=jdropout.keys.site_key(...)."
         )
     for path, stream in streams:
-        # Not `stream.key[...] = `, which keeps the implementation that the stream had.
+        # Not `stream.key[...] = key`, which would keep the stream's old key implementation.
         stream.key.set_value(_keys_of_stack(at_site(key, path), stream.key.shape))
         stream.count.set_value(jnp.zeros_like(stream.count[...]))
 
 
 def _keys_of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The key itself, or in a stack of streams one for each index."""
+    """The key itself, or for stacked streams (nnx.vmap) an array with one key per index."""
     if not shape:
         return key
     stack = jax.vmap(lambda index: _keys_of_stack(at_site(key, index), shape[1:]))
@@ -121,7 +121,7 @@ def replace_dropout(model: nnx.Module) -> int:
     rates = [check_module_rate(layer.rate) for layer in layers]
     for layer, rate in zip(layers, rates, strict=True):
         layer.rate = rate
-        # Not a new object: whoever holds this one, in whatever container, holds the new layer.
+        # Mutates in place: the layer may be shared, or in any container.
         object.__setattr__(layer, "__class__", Dropout)
     return len(layers)
 

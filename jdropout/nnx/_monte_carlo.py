@@ -115,20 +115,20 @@ def mc_predict(
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """Calls a model whose streams start from a key; equal ones are compiled once."""
+    """Calls a model with a key for its streams. Hashable: equal models compile once."""
 
     structure: Any
     apply: Callable[[Any, Any], Any] | None
 
     def __call__(self, key: jax.Array, state: Any, x: Any) -> Any:
-        # New variables, of this trace: those of an outer one cannot be set.
+        # tree.map makes new variables: nnx refuses to set those of an outer trace.
         model = nnx.merge(self.structure, jax.tree.map(lambda leaf: leaf, state))
         set_site_keys(model, key, step=0)
         return model(x) if self.apply is None else self.apply(model, x)
 
 
 def _turn_on(node: Any) -> bool:
-    """Lets a layer draw in all its calls, from its own stream; returns whether it drops."""
+    """Makes a layer draw in every call, from its own stream; returns whether it ever drops."""
     attention = isinstance(node, nnx.MultiHeadAttention)
     if not attention and not isinstance(node, nnx.Dropout | Layer):
         return False
@@ -140,7 +140,7 @@ def _turn_on(node: Any) -> bool:
         collection = "dropout" if attention else node.rng_collection
         source = nnx.Dropout(0.0, rng_collection=collection, rngs=nnx.Rngs(0))
         node.rngs = nnx.data(source.rngs)
-    # Not a new object, for it may be shared, or in any container.
+    # Mutates in place: the layer may be shared, or in any container.
     kind: Any = type(node)
     object.__setattr__(node, "__class__", _always_on(kind))
     return drops
@@ -148,7 +148,11 @@ def _turn_on(node: Any) -> bool:
 
 @functools.cache
 def _always_on(kind: type) -> type:
-    """A layer whose calls draw, whatever the flag and the source of keys that are passed."""
+    """Subclasses a layer so that every call draws, whatever flag and rngs it is given.
+
+    Setting the attribute `deterministic` would not do: a flag in the call overrides it, and nnx has
+    no interceptors.
+    """
 
     def drawing(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)

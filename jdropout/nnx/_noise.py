@@ -60,7 +60,7 @@ class GaussianDropout(Dropout):
         return check_rate_below_one(check_module_rate(rate))
 
 
-class GaussianNoise(FunctionLayer, Layer):
+class GaussianNoise(Layer, FunctionLayer):
     """Layer of `jdropout.gaussian_noise`: adds normal noise.
 
     It has no rate and is therefore not a `flax.nnx.Dropout`, but flags, views and random

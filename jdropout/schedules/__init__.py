@@ -1,4 +1,4 @@
-"""Schedules in Optax's style: functions from the training step to the drop rate."""
+"""Schedules in the style of Optax: functions from the training step to the drop rate."""
 
 from jdropout.schedules._pieces import early as early
 from jdropout.schedules._pieces import join as join

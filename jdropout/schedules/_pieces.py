@@ -1,4 +1,4 @@
-"""Rates that are put together from pieces."""
+"""Schedules put together from pieces."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._typing import ArrayLike, Rate
 from jdropout.schedules._steps import Schedule, as_float32, check_boundaries, check_num_steps, since
 from jdropout.schedules._transitions import constant, linear
@@ -78,7 +78,7 @@ def early(
     """
     value = as_float32("rate", rate)
     cutoff_step = check_num_steps(cutoff_step, "cutoff_step")
-    _checks.check_option("decay", decay, ("linear", "constant"))
+    _values.check_option("decay", decay, ("linear", "constant"))
     if decay == "linear":
         return linear(value, 0.0, cutoff_step)
     return piecewise([value, 0.0], [cutoff_step])

@@ -1,4 +1,4 @@
-"""What a schedule is, and how it counts steps."""
+"""The type of a schedule, and how schedules count steps."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _checks
-from jdropout._checks import type_name
 from jdropout._typing import ArrayLike, Rate
+from jdropout._values import type_name
 
 Schedule: TypeAlias = Callable[[ArrayLike], jax.Array]
 """Function from a step to a rate, a float32 scalar in [0, 1] for `jdropout.dropout`.
@@ -23,8 +23,8 @@ compared as integers, never rounded to float32. Steps below 0 count as 0.
 def since(step: ArrayLike, begin: int) -> jax.Array:
     """The number of steps since `begin`: int32, or float32 for a fractional step.
 
-    The step is clipped to [0, MAX_STEP] first. Whole parts are subtracted as integers: the sign
-    is exact, though float32 does not hold all integers above 2**24.
+    The step is first clipped to [0, MAX_STEP]. Whole parts are subtracted as integers, which makes
+    the sign exact: float32 cannot hold every integer above 2**24.
     """
     step = check_step(step)
     fractional = jnp.issubdtype(step.dtype, jnp.floating)
@@ -44,7 +44,7 @@ def as_float32(name: str, rate: Rate) -> np.float32 | jax.Array:
 
 
 MAX_STEP = 2**31 - 128
-"""The largest float32 that int32 holds: in both, counting stops there."""
+"""The largest int32 that is a float32; counting stops there in both."""
 
 
 def check_step(step: Any) -> jax.Array | np.ndarray:
@@ -65,7 +65,7 @@ def check_step(step: Any) -> jax.Array | np.ndarray:
 
 
 def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 0) -> int:
-    """Returns a number of steps, to follow those ``before``."""
+    """Returns a number of steps that, with the steps ``before``, stays within MAX_STEP."""
     try:
         number = operator.index(num_steps)
     except TypeError:
@@ -87,7 +87,7 @@ def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 
 
 
 def check_boundaries(boundaries: Any, of: str, count: int) -> tuple[int, ...]:
-    """Returns the steps at which one of ``count`` pieces ends and the next begins."""
+    """Returns the steps at which ``count`` pieces change, one less than there are pieces."""
     if not isinstance(boundaries, Sequence | np.ndarray | jax.Array):
         raise TypeError(
             f"boundaries must be a sequence of steps, got {boundaries!r}. Write [step] for one."

@@ -1,4 +1,4 @@
-"""Rates that stay, or move from one value to another."""
+"""Schedules that stay constant, or move from one rate to another."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout._checks import type_name
 from jdropout._typing import ArrayLike, Rate
+from jdropout._values import type_name
 from jdropout.schedules._steps import Schedule, as_float32, check_num_steps, check_step, since
 
 
@@ -112,7 +112,7 @@ def cosine(start_rate: Rate, end_rate: Rate, num_steps: int, start_step: int = 0
       equation 5, for learning rates.
     """
 
-    # (1 - cos(2 a)) / 2 = sin(a)^2, which loses no digits near 0.
+    # sin(a)^2 instead of (1 - cos(2 a)) / 2, which loses digits near 0.
     def curve(progress: jax.Array) -> jax.Array:
         return jnp.square(jnp.sin(progress * (math.pi / 2)))
 
@@ -199,7 +199,7 @@ def _transition(
     num_steps = check_num_steps(num_steps, "num_steps", before=start_step)
 
     def schedule(step: ArrayLike) -> jax.Array:
-        # Not progress == 1: XLA divides by multiplying with a reciprocal, which may miss it.
+        # Not `progress == 1`: XLA may divide by multiplying with a reciprocal, and miss 1.
         done = since(step, start_step + num_steps) >= 0
         progress = since(step, start_step).astype(jnp.float32) / np.float32(num_steps)
         return jnp.where(done, end, _mix(start, end, curve(jnp.clip(progress, 0, 1))))
@@ -208,7 +208,7 @@ def _transition(
 
 
 def _mix(start: np.float32 | jax.Array, end: np.float32 | jax.Array, share: jax.Array) -> jax.Array:
-    """From start at share 0 to end at share 1; never beyond either, whatever the rounding."""
+    """Interpolates from start (share 0) to end (share 1), never beyond either by rounding."""
     low, high = jnp.minimum(start, end), jnp.maximum(start, end)
     return jnp.clip(start + (end - start) * share, low, high)
 

@@ -1,7 +1,7 @@
-"""Assertions for your own tests: of masks, of layers with dropout, of whole training runs.
+"""Assertions for your own tests of masks, layers with dropout, and whole training runs.
 
 Each raises an AssertionError if its property does not hold, and a ValueError or TypeError
-if the test could not show anything. None needs a test framework.
+if the test could not show anything. No test framework is needed.
 """
 
 from jdropout.testing._backward import (

@@ -1,4 +1,4 @@
-"""Derivatives with the mask of the forward pass."""
+"""Asserts that derivatives use the mask of the forward pass."""
 
 import functools
 import itertools
@@ -100,7 +100,7 @@ def assert_backward_uses_forward_mask(
 
 
 def _other_values(shape: tuple[int, ...]) -> np.ndarray:
-    """Neighbours differ, in sign and size; none is 0, and all are exact in every dtype."""
+    """Values whose neighbours differ in sign and size; never 0, and exact in every dtype."""
     index = np.arange(math.prod(shape)).reshape(shape)
     return (1 + index % 4 / 4) * np.where(index % 3, 1, -1)
 
@@ -123,7 +123,7 @@ def _check_some_dropped(factors: np.ndarray) -> None:
     kept = np.count_nonzero(factors)
     if kept in (0, factors.size):
         raise ValueError(
-            f"fn keeps {kept} of {factors.size} elements, so that its mask cannot be told from "
+            f"fn keeps {kept} of {factors.size} elements, so its mask cannot be told from "
             "another. Pass a larger x and a rate such as 0.5, and switch dropout on "
             "(deterministic=False)."
         )

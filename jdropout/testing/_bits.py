@@ -1,4 +1,4 @@
-"""Bits that are the same in every run: of masks, and of whole trainings."""
+"""Asserts that masks and whole trainings have the same bits in every run."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdropout._checks import type_name
 from jdropout._dropout import keep_mask
 from jdropout._typing import Index, Key, Rate
+from jdropout._values import type_name
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_any_leaves
 

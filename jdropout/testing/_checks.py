@@ -1,4 +1,4 @@
-"""Checks that several assertions share."""
+"""Argument checks that several assertions share."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout._checks import as_array, type_name
+from jdropout._values import as_array, type_name
 
 
 def check_any_leaves(name: str, leaves: Any) -> None:
     if not leaves:
         raise ValueError(
-            f"{name} returned no arrays, so that there is nothing to compare. Return what it "
+            f"{name} returned no arrays, so there is nothing to compare. Return what it "
             "computes, such as the final parameters and the loss."
         )
 
@@ -28,7 +28,7 @@ def check_floating(x: Any) -> jax.Array:
 
 
 def check_like_input(name: str, result: Any, x: jax.Array) -> np.dtype:
-    """Checks the abstract result of a function; returns its dtype."""
+    """Checks that an abstract result has x's shape; returns its dtype."""
     if not isinstance(result, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must be one array, got {type_name(result)}. Wrap the function.")
     if result.shape != x.shape or not jnp.issubdtype(result.dtype, jnp.floating):

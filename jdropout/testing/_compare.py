@@ -1,4 +1,4 @@
-"""Pytrees compared bit by bit, and the first difference in words."""
+"""Compares pytrees bit by bit, and puts the first difference into words."""
 
 from typing import Any, NamedTuple
 
@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _law
-from jdropout._checks import type_name
+from jdropout._values import type_name
 
 
 class Leaf(NamedTuple):
-    """A leaf on the host."""
+    """A leaf of a tree, copied to the host."""
 
     dtype: str
-    """As the user sees it: that of a typed key is no dtype of its words."""
+    """The dtype that the user sees, which for a typed key is not the dtype of its words."""
     values: np.ndarray
 
 
 def on_host(tree: Any) -> dict[str, Leaf]:
-    """Copies of all leaves by their paths; what the tree's buffers become is of no matter."""
+    """Copies of all leaves by path. Safe even if the originals are donated."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = ((f"result{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves)
     return {name: _leaf(name, leaf) for name, leaf in named}
@@ -28,10 +28,10 @@ def on_host(tree: Any) -> dict[str, Leaf]:
 def difference(
     expected: dict[str, Leaf], actual: dict[str, Leaf], origin: str, rtol: float | None = None
 ) -> str | None:
-    """What differs first, and how much of it; None if nothing does.
+    """Describes the first leaf that differs; None if none does.
 
-    ``origin`` says where what is expected comes from. Floating-point values may differ by ``rtol``
-    times the largest magnitude of their leaf.
+    ``origin`` names the source of ``expected``, such as "in run 1". Floating-point values may
+    differ by ``rtol`` times the largest magnitude of their leaf.
     """
     for name in sorted(expected.keys() ^ actual.keys()):
         return f"{name} is only there {origin if name in expected else f'not {origin}'}"

@@ -1,4 +1,4 @@
-"""The mean of dropout over its keys, by a test with stated error rates."""
+"""Tests the mean of dropout over keys, with stated error rates."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import Key
 from jdropout.keys import site_key
 from jdropout.testing._checks import check_floating, check_like_input
 
-# Elements in one batch of keys: megabytes at most, and enough to keep the loop's cost small.
+# Elements per batch of keys: a few MB at most, and enough to hide the cost of the loop.
 _BATCH = 1 << 18
 
 
@@ -92,14 +92,14 @@ def assert_unbiased(
     key = _checks.check_key(key)
     noise = _Noise.of_dropout(_check_static_rate(rate))
     shared = _checks.check_broadcast_dims(broadcast_dims, x.ndim)
-    _checks.check_fraction("tolerance", tolerance)
-    _checks.check_fraction("false_alarm_rate", false_alarm_rate)
+    _values.check_fraction("tolerance", tolerance)
+    _values.check_fraction("false_alarm_rate", false_alarm_rate)
     check_like_input("fn(key, x)", jax.eval_shape(fn, key, x), x)
 
-    fates = math.prod(size for axis, size in enumerate(x.shape) if axis not in shared)
+    decisions = math.prod(size for axis, size in enumerate(x.shape) if axis not in shared)
     level = false_alarm_rate / 3
     calls = max(
-        math.ceil(noise.sample_size(tolerance / 2, level) / fates),
+        math.ceil(noise.sample_size(tolerance / 2, level) / decisions),
         math.ceil(noise.sample_size(0.5, level / x.size)),
     )
     _check_number_of_keys(calls, tolerance)
@@ -112,13 +112,13 @@ def assert_unbiased(
     rounding = float(jnp.finfo(x.dtype).eps) / 2 + float(jnp.finfo(jnp.float32).eps)
     of_all = tolerance / 2 + rounding
     of_element = noise.bound(calls, level / x.size) + rounding
-    of_call = noise.bound(fates, level / calls) + rounding
-    biased = ~(np.abs(elements) <= of_element)  # so that NaN counts
+    of_call = noise.bound(decisions, level / calls) + rounding
+    biased = ~(np.abs(elements) <= of_element)  # NaN counts as biased
     found = []
     if not abs(elements.mean()) <= of_all:
         found.append(
             f"the mean over all elements and keys is {1 + elements.mean():.6g}, and may be off by "
-            f"{of_all:.2g}. Is what is kept divided by the probability of keeping?"
+            f"{of_all:.2g}. Are kept elements divided by the probability of keeping?"
         )
     if biased.any():
         farthest = np.unravel_index(np.argmax(np.abs(elements)), elements.shape)
@@ -131,8 +131,8 @@ def assert_unbiased(
     if not abs(extreme) <= of_call:
         found.append(
             f"the mean over the elements of one call is {1 + extreme:.6g}, and may be off by "
-            f"{of_call:.2g}. Do elements share fates along other axes than broadcast_dims, or is "
-            f"more dropped than {rate}?"
+            f"{of_call:.2g}. Are elements dropped together along axes that are not in "
+            f"broadcast_dims, or is more dropped than {rate}?"
         )
     if found:
         raise AssertionError(
@@ -142,24 +142,24 @@ def assert_unbiased(
 
 
 class _Noise(NamedTuple):
-    """Independent factors of mean 1 that satisfy Bernstein's condition."""
+    """Independent factors of mean 1, whose means obey Bernstein's inequality."""
 
     variance: float
     reach: float
 
     @classmethod
     def of_dropout(cls, rate: float) -> "_Noise":
-        dropped = rate + 2.0**-17  # a threshold of 16 bits may drop that much more
+        dropped = rate + 2.0**-17  # rounding to 16 bits may drop that much more
         variance = dropped / (1 - dropped)
         return cls(variance, max(1.0, variance))
 
     def sample_size(self, deviation: float, level: float) -> float:
-        """How many factors have a mean that is off by that much with probability ``level``."""
+        """How many factors keep their mean within ``deviation`` of 1, but for probability level."""
         spread = self.variance + self.reach * deviation / 3
         return 2 * math.log(2 / level) * spread / deviation**2
 
     def bound(self, count: int, level: float) -> float:
-        """The inverse: how far their mean is off with probability ``level`` at most."""
+        """The inverse: how far the mean of ``count`` factors strays, but for probability level."""
         tail = math.log(2 / level)
         linear = tail * self.reach / 3
         return (linear + math.sqrt(linear**2 + 2 * tail * self.variance * count)) / count
@@ -174,7 +174,7 @@ def _deviations(
 ) -> tuple[jax.Array, float]:
     """Sums of ``fn(key, x) / x - 1`` over the keys, and the farthest mean of one call.
 
-    Deviations from 1 sum up without the loss of digits that the factors would have.
+    Summing deviations from 1 keeps the digits that sums of the factors would round away.
     """
     wide = wide_dtype(x)
 
@@ -212,13 +212,13 @@ def _check_factors_defined(x: jax.Array) -> jax.Array:
 
 
 def _check_static_rate(rate: Any) -> float:
-    """Returns a static rate that leaves something to keep."""
+    """Returns a static rate below 1."""
     rate = _checks.check_rate(rate)
     if isinstance(rate, jax.Array):
         raise TypeError("rate must be a Python number, got an array. Convert it with float(rate).")
     if rate > 1 - 2**-16:
         raise ValueError(
-            f"rate must be below 1, got {rate}: where all is dropped no mean is x."
+            f"rate must be below 1, got {rate}: if everything is dropped, the mean cannot be x."
             " Test with a rate such as 0.5."
         )
     return rate

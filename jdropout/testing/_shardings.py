@@ -1,4 +1,4 @@
-"""Results that do not depend on how arrays are placed on devices."""
+"""Asserts that results do not depend on how arrays are sharded."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdropout._checks import is_real, type_name
+from jdropout._values import is_real, type_name
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_any_leaves
 
@@ -86,7 +86,7 @@ def assert_sharding_invariant(
 
 
 class _Placement(NamedTuple):
-    """Which arguments are sharded, and which axes of theirs over which axes of the mesh."""
+    """Which arguments are sharded, and along which of their axes over which mesh axes."""
 
     arguments: tuple[int, ...]
     axes: dict[int, tuple[str, ...]]
@@ -111,7 +111,7 @@ class _Placement(NamedTuple):
 
 
 def _placements(mesh: Mesh, args: tuple[Any, ...]) -> Iterator[_Placement]:
-    """Every sharding by one or two axes, of every argument alone and of all that it fits."""
+    """Every sharding of one or two axes, of each argument alone and of all that it fits."""
     rank = max(
         (np.ndim(leaf) for leaf in jax.tree.leaves(args) if hasattr(leaf, "ndim")), default=0
     )
@@ -139,7 +139,7 @@ def _shardings(rank: int, names: Sequence[str]) -> Iterator[dict[int, tuple[str,
 
 
 def _place(args: tuple[Any, ...], mesh: Mesh, placement: _Placement) -> list[Any]:
-    """Copies of the arrays on the devices of the mesh: a function may donate them."""
+    """Copies the arrays to the devices of the mesh; copies, because fn may donate them."""
 
     def place(leaf: Any, chosen: bool) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray):
@@ -179,7 +179,7 @@ def _check_rtol(rtol: Any) -> None:
 
 
 def _check_mesh(mesh: Any, devices: Any) -> None:
-    """Checks the two ways to say what devices to use, None being all."""
+    """Returns the devices of a mesh or a sequence; all devices if both are None."""
     if mesh is not None and devices is not None:
         raise ValueError("mesh and devices were both given. A mesh has its devices: pass one.")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
@@ -199,6 +199,6 @@ def _check_mesh(mesh: Any, devices: Any) -> None:
 def _check_any_placements(placements: Any, sizes: Any) -> None:
     if not placements:
         raise ValueError(
-            f"args hold no array with an axis that the mesh {dict(sizes)} divides, so that nothing "
-            "can be sharded. Pass arrays with sizes that are multiples of 8, or fewer devices."
+            f"args hold no array with an axis that the mesh {dict(sizes)} divides, so nothing can "
+            "be sharded. Pass arrays with sizes that are multiples of 8, or fewer devices."
         )

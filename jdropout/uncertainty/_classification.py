@@ -1,4 +1,4 @@
-"""Agreement, likelihood and calibration of predictions of classes."""
+"""Agreement, likelihood and calibration of class predictions."""
 
 import functools
 from typing import Any
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _checks
-from jdropout._checks import as_array
+from jdropout import _values
 from jdropout._typing import ArrayLike
+from jdropout._values import as_array
 from jdropout.uncertainty._logs import (
     check_categorical,
     check_samples,
@@ -180,7 +180,7 @@ def expected_calibration_error(
     x, axis = check_categorical(logits, -1)
     _check_any_examples(x.shape)
     labels = _check_labels(labels, x.shape[:-1], x.shape[axis])
-    return _calibration_error(x, labels, _checks.check_positive("num_bins", num_bins))
+    return _calibration_error(x, labels, _values.check_positive("num_bins", num_bins))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -214,7 +214,7 @@ def _calibration_error(logits: jax.Array, labels: jax.Array, num_bins: int) -> j
     right = (x.argmax(-1).astype(labels.dtype) == labels).astype(x.dtype)
     right = jnp.where(_is_class(labels, x.shape[-1]), right, jnp.nan)
     edges = np.arange(1, num_bins) / num_bins
-    bins = jnp.searchsorted(jnp.asarray(edges, x.dtype), confidence)  # as many as are below
+    bins = jnp.searchsorted(jnp.asarray(edges, x.dtype), confidence)  # number of edges below
     in_bin = bins[None] == jnp.arange(num_bins, dtype=bins.dtype)[:, None]
     gaps = jnp.where(in_bin, (right - confidence)[None], 0).sum(1)
     return jnp.abs(gaps).sum() / x.shape[0]
@@ -225,7 +225,7 @@ def _is_class(labels: jax.Array, num_classes: int) -> jax.Array:
 
 
 def _check_labels(labels: Any, shape: tuple[int, ...], num_classes: int) -> jax.Array:
-    """Returns labels of a shape as integers of 32 bits or more, in range if they are known."""
+    """Returns labels as integers of at least 32 bits; their range is checked if concrete."""
     array = as_array("labels", labels)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
@@ -254,5 +254,5 @@ def _check_any_examples(shape: tuple[int, ...]) -> None:
     if 0 in shape:
         raise ValueError(
             f"logits must have at least one example, got shape {shape}. Without one there is no "
-            "average."
+            "mean."
         )

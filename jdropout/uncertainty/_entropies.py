@@ -1,4 +1,4 @@
-"""How a predictive distribution over classes splits into entropies."""
+"""Entropies of a predictive distribution over classes, and mutual information."""
 
 import functools
 import math
@@ -201,8 +201,8 @@ def _expected_entropy(logits: jax.Array, axis: int, sample_axis: int) -> jax.Arr
 def _mutual_information(logits: jax.Array, axis: int, sample_axis: int) -> jax.Array:
     x = samples_first(logits, axis, sample_axis)
     q = jnp.exp(log_mean(log_softmax(x, -1)))
-    # From here on relative to the largest logits of all samples: what the samples have in common
-    # leaves as a difference of logits, which is exact where they are near.
+    # From here on relative to each class's largest logit over the samples: subtracting logits that
+    # nearly agree is exact, and removes their common part before any rounding.
     reference = lax.stop_gradient(x.max(0, keepdims=True))
     possible = ~jnp.isneginf(reference)
     x = x - jnp.where(possible, reference, 0)

@@ -1,4 +1,4 @@
-"""Sums and means of logarithms of probabilities."""
+"""Sums and means of log-probabilities that keep their digits near 0."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _checks
+from jdropout import _values
 from jdropout._dtypes import wide_dtype
 
 
@@ -18,9 +18,9 @@ def entropy_of_logs(log_p: jax.Array, axis: int) -> jax.Array:
 def divergence_term(d: jax.Array) -> jax.Array:
     """``d * exp(d) - exp(d) + 1``, which is ``(p * log(p / q) - p + q) / q`` at ``d = log(p / q)``.
 
-    Near 0 by its series, the sum of ``(n - 1) / n! * d**n``.
+    Near 0 it is computed as a series, the sum of ``(n - 1) / n! * d**n``.
     """
-    d = jnp.maximum(d, -1e4)  # where p is 0; it is 1 there already
+    d = jnp.maximum(d, -1e4)  # d is -inf if p is 0; the result is 1 long before
     near = jnp.abs(d) < 0.25
     series = [(n - 1) / math.factorial(n) for n in range(12, 1, -1)]
     small, large = jnp.where(near, d, 0), jnp.where(near, 1, d)
@@ -29,14 +29,14 @@ def divergence_term(d: jax.Array) -> jax.Array:
 
 
 def log_mean(log_p: jax.Array) -> jax.Array:
-    """The logarithm of the mean of exp(log_p), none of it above 0, over the first axis."""
+    """log(mean(exp(log_p))) over the first axis, for log_p of at most 0."""
     return log_mean_exp(log_p, -math.log(log_p.shape[0]), 0)[0]
 
 
 def log_mean_exp(x: jax.Array, log_weights: jax.Array | float, axis: int) -> jax.Array:
-    """The logarithm of the weighted mean of exp(x), for x of at most 0; keeps the axis.
+    """log(sum(weight * exp(x))), for x of at most 0 and weights that sum to 1; keeps the axis.
 
-    The result has the relative precision of x, also where all are near 0.
+    The result has the relative precision of x, even if all x are near 0.
     """
     change = (jnp.exp(log_weights) * jnp.expm1(x)).sum(axis, keepdims=True)
     near = change > -0.5
@@ -48,20 +48,20 @@ def log_mean_exp(x: jax.Array, log_weights: jax.Array | float, axis: int) -> jax
 
 
 def log_softmax(x: jax.Array, axis: int) -> jax.Array:
-    """Differs from `jax.nn.log_softmax` near 0: of a probability near 1 it keeps the digits."""
+    """`jax.nn.log_softmax`, but keeps the digits of results near 0 (probabilities near 1)."""
     x = x - lax.stop_gradient(x.max(axis, keepdims=True))
     return x - jnp.log1p(others(x, axis))
 
 
 def others(x: jax.Array, axis: int) -> jax.Array:
-    """The sum of exp(x), but for the 1 of the largest, for a largest x of 0; keeps the axis."""
+    """sum(exp(x)) - 1, without cancellation, if the largest x is 0; keeps the axis."""
     top = x.argmax(axis, keepdims=True).astype(jnp.int32)
     at_top = lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim) == top
     return jnp.where(at_top, jnp.expm1(x), jnp.exp(x)).sum(axis, keepdims=True)
 
 
 def samples_first(logits: jax.Array, axis: int, sample_axis: int) -> jax.Array:
-    """Of shape (samples, ..., classes), in float32 at least."""
+    """Moves axes to (samples, ..., classes), and widens to at least float32."""
     return jnp.moveaxis(wide(logits), (sample_axis, axis), (0, -1))
 
 
@@ -70,8 +70,8 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def check_categorical(logits: Any, axis: Any) -> tuple[jax.Array, int]:
-    array = _checks.check_floating_array("logits", logits)
-    axis = _checks.check_axis("axis", axis, array.ndim)
+    array = _values.check_floating_array("logits", logits)
+    axis = _values.check_axis("axis", axis, array.ndim)
     if array.shape[axis] == 0:
         raise ValueError(
             f"logits must have classes, got shape {array.shape} with none on axis {axis}. Pass "
@@ -82,7 +82,7 @@ def check_categorical(logits: Any, axis: Any) -> tuple[jax.Array, int]:
 
 def check_samples(logits: Any, axis: Any, sample_axis: Any) -> tuple[jax.Array, int, int]:
     array, axis = check_categorical(logits, axis)
-    sample_axis = _checks.check_axis("sample_axis", sample_axis, array.ndim)
+    sample_axis = _values.check_axis("sample_axis", sample_axis, array.ndim)
     if axis == sample_axis:
         raise ValueError(
             f"axis and sample_axis must differ, got axis {axis} of shape {array.shape} for both. "

@@ -1,4 +1,4 @@
-"""Likelihoods of regression, and the precision of its noise."""
+"""Likelihoods for regression, and the precision of its noise."""
 
 import functools
 import math
@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks
-from jdropout._checks import is_real, type_name
+from jdropout import _checks, _values
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Rate
+from jdropout._values import is_real, type_name
 from jdropout.uncertainty._logs import check_has_samples, log_mean
 
 
@@ -62,12 +62,12 @@ def gaussian_log_likelihood(
       Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
       in deep learning" (ICML 2016), equation 8, for one output.
     """
-    f = _checks.check_floating_array("samples", samples)
-    sample_axis = _checks.check_axis("sample_axis", sample_axis, f.ndim)
+    f = _values.check_floating_array("samples", samples)
+    sample_axis = _values.check_axis("sample_axis", sample_axis, f.ndim)
     check_has_samples(f.shape[sample_axis])
     shape = f.shape[:sample_axis] + f.shape[sample_axis + 1 :]
     target = _check_target(y, shape, "samples without their axis")
-    axes = _checks.check_axes("output_axes", output_axes, target.ndim)
+    axes = _values.check_axes("output_axes", output_axes, target.ndim)
     tau = _check_above_zero("precision", precision, shape)
     return _gaussian_log_likelihood(f, target, tau, sample_axis, axes)
 
@@ -107,7 +107,7 @@ def gaussian_nll(mean: ArrayLike, variance: ArrayLike, y: ArrayLike) -> jax.Arra
       Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
       in deep learning" (ICML 2016), section 4, for the variance.
     """
-    center = _checks.check_floating_array("mean", mean)
+    center = _values.check_floating_array("mean", mean)
     target = _check_target(y, center.shape, "mean")
     return _gaussian_nll(center, _check_above_zero("variance", variance, center.shape), target)
 
@@ -163,7 +163,7 @@ def model_precision(
     checked = _check_rate_that_keeps(_checks.check_rate(rate))
     scale = _check_positive_number("length_scale", length_scale)
     decay = _check_positive_number("weight_decay", weight_decay)
-    factor = scale**2 / (2 * _checks.check_positive("num_examples", num_examples) * decay)
+    factor = scale**2 / (2 * _values.check_positive("num_examples", num_examples) * decay)
     if isinstance(checked, jax.Array):
         return (1 - checked.astype(jnp.float32)) * factor
     return (1 - checked) * factor
@@ -195,7 +195,7 @@ def _gaussian_nll(mean: jax.Array, variance: jax.Array, y: jax.Array) -> jax.Arr
 
 
 def _check_target(y: Any, shape: tuple[int, ...], source: str) -> jax.Array:
-    array = _checks.check_floating_array("y", y)
+    array = _values.check_floating_array("y", y)
     if array.shape != shape:
         raise ValueError(
             f"y must have the shape {shape}, which is that of {source}, got {array.shape}. "
@@ -205,8 +205,8 @@ def _check_target(y: Any, shape: tuple[int, ...], source: str) -> jax.Array:
 
 
 def _check_above_zero(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a number, or an array that broadcasts to a shape, above 0 if it is known."""
-    array = _checks.check_parameter(name, float(value) if is_real(value) else value, shape)
+    """Returns a scalar or an array that broadcasts to a shape; concrete ones must be above 0."""
+    array = _values.check_parameter(name, float(value) if is_real(value) else value, shape)
     if not isinstance(array, jax.core.Tracer) and array.size:
         lowest = float(array.min())
         if not lowest > 0:  # also catches NaN
@@ -233,7 +233,7 @@ def _check_positive_number(name: str, value: Any) -> float:
 def _check_rate_that_keeps(rate: float | jax.Array) -> float | jax.Array:
     if not isinstance(rate, jax.core.Tracer) and float(rate) == 1:
         raise ValueError(
-            "rate must be below 1, got 1: where all is dropped there is no precision. Pass the "
+            "rate must be below 1, got 1: if everything is dropped there is no precision. Pass the "
             "rate that the network was trained with."
         )
     return rate

@@ -1,0 +1,190 @@
+"""Checks of values of any kind: numbers, axes, options, arrays, functions."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_shape(name: str, shape: Any) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a sequence of integers, got {shape!r}. Write (n,) for one axis."
+        ) from None
+    if any(size < 0 for size in sizes):
+        raise ValueError(
+            f"{name} must not have a negative size, got {sizes}. Use sizes of at least 0."
+        )
+    return sizes
+
+
+def check_axis(name: str, axis: Any, rank: int) -> int:
+    """Returns an axis as a non-negative number."""
+    number = as_integer(axis)
+    if number is None:
+        raise TypeError(
+            f"{name} must be an integer, got {axis!r} of type {type_name(axis)}."
+            " Negative axes count from the end."
+        )
+    if not -rank <= number < rank:
+        raise ValueError(
+            f"{name} is {number}, but the array has {rank} axes. Use {-rank} to {rank - 1}."
+        )
+    return number % rank
+
+
+def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
+    """Returns distinct axes as non-negative numbers, in the given order."""
+    if not isinstance(axes, Sequence | range) or isinstance(axes, str):
+        raise TypeError(f"{name} must be a sequence of axes, got {axes!r}. Write (axis,) for one.")
+    counted = tuple(check_axis(name, axis, rank) for axis in axes)
+    if len(set(counted)) != len(counted):
+        raise ValueError(
+            f"{name} names an axis twice, got {tuple(axes)} of {rank} axes. Name every axis once."
+        )
+    return counted
+
+
+def check_apart(name: str, axis: int, others_name: str, others: tuple[int, ...]) -> None:
+    if axis in others:
+        raise ValueError(
+            f"{name} is axis {axis}, which {others_name} {others} has too. Give each axis one role."
+        )
+
+
+def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(
+            f"{name} must be {' or '.join(map(repr, options))}, got {value!r}."
+            " Pass one of them as a string."
+        )
+
+
+def check_positive(name: str, value: Any) -> int:
+    number = as_integer(value)
+    if number is None:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type_name(value)}."
+            f" Convert it with int({name})."
+        )
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}. Pass 1 or more.")
+    return number
+
+
+def check_amount(name: str, amount: Any) -> float | jax.Array:
+    """Returns a number of at least 0 as a float, and an array as a floating-point scalar."""
+    number = check_scalar(name, amount)
+    if not isinstance(number, jax.core.Tracer) and not 0 <= float(number) < math.inf:
+        raise ValueError(
+            f"{name} must be a finite number of at least 0, got {amount}. Pass 0 to switch it off."
+        )
+    return number
+
+
+def check_scalar(name: str, number: Any) -> float | jax.Array:
+    """Returns a real number as a float, and an array as a floating-point scalar."""
+    if isinstance(number, jax.Array):
+        if number.shape != () or not jnp.issubdtype(number.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must be a floating-point scalar, got shape {number.shape} and dtype "
+                f"{number.dtype}."
+                " For one value per example use jax.vmap."
+            )
+        return number
+    if isinstance(number, np.ndarray) and number.ndim == 0:
+        return check_scalar(name, number[()])
+    real = is_real(number) or (
+        isinstance(number, np.generic) and jnp.issubdtype(number.dtype, jnp.floating)
+    )  # unlike np.issubdtype, jnp's knows bfloat16
+    if not real:
+        raise TypeError(
+            f"{name} must be a number, got {number!r} of type {type_name(number)}."
+            " Pass a Python float or a floating-point scalar array."
+        )
+    return float(number)
+
+
+def check_parameter(name: str, parameter: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a floating-point scalar, or an array whose axes are 1 or the size in ``shape``."""
+    array = check_floating_array(name, parameter)
+    fits = array.ndim == len(shape) and all(
+        size in (1, bound) for size, bound in zip(array.shape, shape, strict=True)
+    )
+    if array.ndim and not fits:
+        raise ValueError(
+            f"{name} must be a scalar or have axes of size 1 or of the sizes {shape}, got shape "
+            f"{array.shape}. Insert axes of size 1, such as {name}[None, :]."
+        )
+    return array
+
+
+def check_floating_array(name: str, x: Any) -> jax.Array:
+    array = as_array(name, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be a floating-point array, got dtype {array.dtype}. Convert it with "
+            f"{name}.astype(jnp.float32)."
+        )
+    return array
+
+
+def check_function(name: str, fn: Any) -> None:
+    if not callable(fn):
+        raise TypeError(
+            f"{name} must be a function, got {type_name(fn)}."
+            " Pass the function itself, not its result."
+        )
+
+
+def check_fraction(name: str, value: Any) -> None:
+    if not is_real(value):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {type_name(value)}."
+            " Pass a Python float."
+        )
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}. Both ends are excluded.")
+
+
+def as_integer(value: Any) -> int | None:
+    """The value of a concrete integer, otherwise None; a boolean is not an integer."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
+
+
+def as_array(name: str, x: Any) -> jax.Array:
+    if isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float):
+        return jnp.asarray(x)
+    raise TypeError(f"{name} must be an array, got {type_name(x)}. Convert it with jnp.asarray.")
+
+
+def type_name(value: object) -> str:
+    return type(value).__name__
+
+
+def describe_array(x: Any) -> str:
+    """Dtype and shape, such as float32[2, 3]."""
+    return f"{jnp.result_type(x)}{list(np.shape(x))}"
+
+
+def check_averaged(y: Any) -> None:
+    """Checks the arrays, or abstract arrays, that a function returns to be averaged."""
+    for leaf in jax.tree.leaves(y):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                "fn must return floating-point or complex arrays to be averaged, got dtype "
+                f"{leaf.dtype}. Return logits or a loss."
+            )
