@@ -117,8 +117,10 @@ def main() -> int:
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         FORKS.set_forkserver_preload(IMPORTED)
         tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-        if run(tests).verdict != "SURVIVED":
-            return 2
+        sharded = [test for test in tests if test.startswith("sharded/")]  # with eight devices
+        for group in (sharded, [test for test in tests if test not in sharded]):
+            if group and run(group).verdict != "SURVIVED":
+                return 2
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             results = list(pool.map(lambda mutant: run(mutant.tests, mutant), mutants))
 
