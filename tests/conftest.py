@@ -40,8 +40,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+# Compiled as users' programs are. Elsewhere LLVM's optimizations would double the time of a
+# compilation, and most programs run once.
+OPTIMIZED = {"test_law", "test_costs", "test_properties", "test_residual", "test_dropout"}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def drop_compiled_programs():
-    """Compiled programs stay in memory until JAX's caches are cleared."""
+def compilation(request):
+    """Compiles a file's programs with or without optimizations, and forgets them after it."""
+    name = request.path.stem
+    quickly = name.startswith("test_") and name not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
-    jax.clear_caches()
+    jax.clear_caches()  # compiled programs stay in memory until then

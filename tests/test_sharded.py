@@ -1,6 +1,5 @@
 """Runs the tests in `sharded`, each file in a process of its own with eight CPU devices."""
 
-import os
 import pathlib
 import re
 import subprocess
@@ -14,13 +13,10 @@ FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 def run(path):
     """Runs a file's tests; an error holds everything that pytest printed."""
-    # These tests look at what is computed where: LLVM's optimisations would double their time.
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
     result = subprocess.run(
         command,
         cwd=FOLDER.parent.parent,
-        env=os.environ | {"XLA_FLAGS": flags},
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
