@@ -26,7 +26,7 @@ import jdropout
 from jdropout.keys import site_key
 
 
-@pytest.fixture(params=DROPOUTS)
+@pytest.fixture(params=["ours", "by hand"])
 def drop(request):
     return DROPOUTS[request.param]
 
@@ -46,7 +46,10 @@ def x():
         for guise, name in in_turn(
             [*GUISES, "custom_jvp"],
             ["ours", "by hand", "custom_vjp"],
-            also=itertools.product(CORE_GUISES, DROPOUTS),
+            also=[
+                *itertools.product(CORE_GUISES, ["ours", "by hand", "custom_vjp"]),
+                *itertools.product(["plain", "grad"], DROPOUTS),
+            ],
         )
     ],
 )
@@ -105,7 +108,7 @@ def test_three_sites_and_two_keys_are_two_findings(drop, key, x):
 
 def test_one_layer_called_twice_with_one_key_is_found(drop, key, x):
     layer = jax.jit(jax.jit(drop))
-    layer(key, x)  # compiled before
+    layer.trace(key, x)  # traced before
     assert_found([("key-reused", (0, 1))], 2, lambda k, x: layer(k, layer(k, x)), key, x)
 
     def clean(k, x):
@@ -180,11 +183,7 @@ def test_branches_may_share_a_key(drop, key, x):
 
 @pytest.mark.parametrize(
     ("guise", "name"),
-    in_turn(
-        ["jit", "grad of checkpoint"],
-        ["ours", "by hand"],
-        also=itertools.product(["plain", "grad"], DROPOUTS),
-    ),
+    in_turn(["plain", "grad", "jit", "grad of checkpoint"], ["ours", "by hand"]),
 )
 def test_keys_that_meet_in_value_are_found(guise, name, key, x):
     drop, wrap = DROPOUTS[name], GUISES[guise]
@@ -218,12 +217,7 @@ def test_keys_that_meet_in_branches_are_none(key, x):
 @pytest.mark.parametrize(
     ("guise", "name"),
     in_turn(
-        [
-            guise
-            for guise in GUISES
-            if (guise, "custom_vjp") not in NOT_CUSTOM
-            and not guise.endswith(("keys", "while_loop"))
-        ],
+        ["jit", "cond"],
         ["ours", "by hand"],
         also=itertools.product(
             ["plain", "grad", "grad of scan of checkpoint"], ["ours", "by hand"]
@@ -308,9 +302,9 @@ LOOPS = {
     ("loop", "guise", "name"),
     in_turn(
         LOOPS,
-        ["plain", "jit", "grad", "jit of grad of jit"],
+        ["plain", "jit of grad of jit"],
         [*DROPOUTS],
-        also=itertools.product(["scan"], ["plain", "grad"], DROPOUTS),
+        also=itertools.product(["scan"], ["plain"], DROPOUTS),
     ),
 )
 def test_a_loop_whose_iterations_share_a_mask_is_found(loop, guise, name, key, x):
@@ -516,9 +510,7 @@ def over(dims):
     return ours, by_hand, by_product
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda f: f, jax.jit, gradient, lambda f: gradient(jax.checkpoint(f))]
-)
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jax.jit(gradient(jax.checkpoint(f)))])
 def test_a_mask_that_the_batch_shares_is_found(wrap, key):
     x = jnp.ones((8, 5, 16))
     for drop in over((0,)):
@@ -537,7 +529,7 @@ def test_a_batch_of_one_shares_nothing(key):
 
 @pytest.mark.parametrize(
     ("guise", "name"),
-    in_turn(["jit"], ["by hand"], also=itertools.product(["plain", "grad"], DROPOUTS)),
+    [*itertools.product(["plain"], DROPOUTS), ("grad", "ours"), ("jit", "by hand")],
 )
 def test_a_key_that_vmap_does_not_split_is_found(guise, name, key):
     drop, wrap, x = DROPOUTS[name], GUISES[guise], jnp.ones((8, 5, 16))
@@ -579,13 +571,15 @@ def test_attention_whose_batch_or_heads_share_a_mask_is_found(key):
         )
 
     codes = {0: ("shared-over-batch", (0,)), 1: ("shared-over-heads", (0,))}
-    for dims in ((), (0,), (1,), (0, 1), (2,)):
-        step = functools.partial(attend, dims)
-        expected = [codes[axis] for axis in dims if axis < 2]
-        for wrap in (GUISES["plain"], GUISES["jit"], GUISES["grad of checkpoint"]):
-            report = assert_found(expected, 1, wrap(step), key, q)
-            assert (report.sites[0].kind, report.sites[0].shape) == ("attention", (2, 4, 8, 8))
-    assert_found([], 1, functools.partial(attend, ()), key, q)
+    for dims, guise in [
+        ((), "plain"),
+        ((0,), "grad of checkpoint"),
+        ((1,), "jit"),
+        ((2,), "plain"),
+    ]:
+        step = GUISES[guise](functools.partial(attend, dims))
+        report = assert_found([codes[axis] for axis in dims if axis < 2], 1, step, key, q)
+        assert (report.sites[0].kind, report.sites[0].shape) == ("attention", (2, 4, 8, 8))
 
 
 def test_attention_of_one_example_has_heads_first(key):
@@ -628,7 +622,7 @@ def test_augmentation_with_the_key_of_dropout_shows_dropout_alone(drop, key, x):
 
 def test_site_keys_are_clean(drop, key, x):
     def step(root, step, x):
-        for site in ("embedding", ("block", 0), ("block", 1), "head"):
+        for site in (("block", 0), ("block", 1), "head"):
             x = drop(site_key(root, step=step, site=site), x)
 
         def layer(x, i):
@@ -636,8 +630,8 @@ def test_site_keys_are_clean(drop, key, x):
 
         return lax.scan(layer, x, jnp.arange(3))[0].sum()
 
-    for number in (0, jnp.int32(0), np.int32(5)) if drop is OURS else (0,):
-        assert_found([], 5, jax.jit(jax.grad(step, 2)), key, number, x)
+    for number in (0, np.int32(5)) if drop is OURS else (jnp.int32(0),):
+        assert_found([], 4, jax.jit(jax.grad(step, 2)), key, number, x)
 
 
 def test_accumulation_over_microbatches(drop, key, x):

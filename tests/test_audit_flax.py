@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cheap import UNIFORM
 from example_runs import EXAMPLES
 from flax import linen, nnx
 
@@ -43,7 +44,7 @@ def assert_found(expected, number_of_sites, function, *args, **kwargs):
 class Block(nnx.Module):
     def __init__(self, layer, rngs, own=True):
         streams = {"rngs": rngs} if own else {}
-        self.linear = nnx.Linear(16, 16, rngs=rngs)
+        self.linear = nnx.Linear(16, 16, kernel_init=UNIFORM, rngs=rngs)
         self.dropouts = nnx.List([layer(RATE, **streams) for _ in range(2)])
 
     def __call__(self, x, **options):
@@ -79,9 +80,7 @@ def test_a_model_that_keeps_its_random_state_is_clean(layer, x):
 
     assert_found([], 4, model, x)
     assert_found([], 4, model.__call__, x)
-    assert_found([], 4, mean, model, x)
     assert_found([], 4, nnx.jit(mean), model, x)
-    assert_found([], 4, nnx.jit(nnx.value_and_grad(mean)), model, x)
     assert_found([], 4, nnx.value_and_grad(nnx.remat(mean)), model, x)
     report = assert_found([], 4, train_step, model, optimizer, x)
     sources = set(report.sites[0].key_sources)
@@ -100,15 +99,11 @@ def test_random_state_that_is_lost_after_the_step_is_found(layer, x):
     def forgets(state, x):
         return outputs(state, x)[0]
 
-    for wrap in (lambda f: f, jax.jit, lambda f: jax.grad(lambda s, x: f(s, x).sum(), 1)):
-        assert {c for c, _ in _found(wrap(forgets), state, x)} == {STALE}
-        assert sorted(sites for _, sites in _found(wrap(forgets), state, x)) == [(0,), (1,)]
-    assert_found([], 2, outputs, state, x)
+    for wrap in (lambda f: f, lambda f: jax.jit(jax.grad(lambda s, x: f(s, x).sum(), 1))):
+        findings = jdropout.audit(wrap(forgets), state, x).findings
+        assert {finding.code for finding in findings} == {STALE}
+        assert sorted(finding.sites for finding in findings) == [(0,), (1,)]
     assert_found([], 2, jax.jit(outputs), state, x)
-
-
-def _found(function, *args):
-    return [(f.code, f.sites) for f in jdropout.audit(function, *args).findings]
 
 
 @pytest.mark.parametrize("layer", NNX)
@@ -158,9 +153,8 @@ def test_site_keys_make_a_merged_model_clean(layer, key, x):
         jdropout.nnx.set_site_keys(model, root, step=step)
         return model(x).sum()
 
-    for number in (0, jnp.int32(3)):
-        report = assert_found([], 2, jax.jit(jax.grad(step, 3)), state, key, number, x)
-        assert set(report.sites[0].key_sources) == {"root", "step"}
+    report = assert_found([], 2, jax.jit(jax.grad(step, 3)), state, key, jnp.int32(3), x)
+    assert set(report.sites[0].key_sources) == {"root", "step"}
 
     def left_out(state, root, number, x):
         jdropout.nnx.set_site_keys(model := nnx.merge(graph, state), root, step=0)
@@ -189,22 +183,17 @@ def test_the_step_of_an_optimizer_is_not_asked_of_keys(layer, key, x):
 
 
 @pytest.mark.parametrize("layer", NNX)
-@pytest.mark.parametrize("wrap", [nnx.jit, lambda f: nnx.jit(nnx.grad(lambda m, x: f(m, x).sum()))])
-def test_layers_in_a_scan(layer, wrap, x):
+def test_layers_in_a_scan(layer, x):
     @nnx.split_rngs(splits=3)
     @nnx.vmap
     def apart(rngs):
         return Block(layer, rngs)
 
-    @nnx.vmap(in_axes=None, axis_size=3)
-    def alike(rngs):
-        return Block(layer, rngs.fork())
-
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
     def forward(x, block):
         return block(x)
 
-    step = wrap(lambda blocks, x: forward(x, blocks))
+    step = nnx.jit(nnx.grad(lambda blocks, x: forward(x, blocks).sum()))
     report = assert_found([], 2, step, apart(nnx.Rngs(0)), x)
     assert report.sites[0].loops == ("scan of 3",)
 
@@ -268,7 +257,7 @@ def test_a_linen_model_is_clean(layer, key, x):
     def loss(params, key, x):
         return linen_loss(model, params, key, x)
 
-    for wrap in (lambda f: f, jax.jit, jax.grad, lambda f: jax.jit(jax.value_and_grad(jax.jit(f)))):
+    for wrap in (lambda f: f, lambda f: jax.jit(jax.value_and_grad(jax.jit(f)))):
         report = assert_found([], 2, wrap(loss), params, key, x)
         names = [site.path.split("/")[-1] for site in report.sites]
         assert names == ["Dropout_0", "last"]
@@ -288,7 +277,7 @@ def test_a_linen_model_with_a_constant_key_is_found(layer, key, x):
 
 
 @pytest.mark.parametrize("layer", LINEN)
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.grad])
+@pytest.mark.parametrize("wrap", [jax.jit, jax.grad])
 def test_linen_scan_without_split_rngs_is_found(layer, wrap, key, x):
     for split, expected in ((False, [("key-independent-of-iteration", (0, 1))]), (True, [])):
         model = LinenModel(layer, split)
@@ -347,14 +336,14 @@ def test_a_module_that_is_not_bound_may_be_an_argument(key, x):
 )
 def test_attention_of_nnx(broadcast, layer, key):
     attention = layer(
-        4, 16, dropout_rate=RATE, broadcast_dropout=broadcast, decode=False, rngs=nnx.Rngs(0)
-    )
+        4, 16, dropout_rate=RATE, broadcast_dropout=broadcast, decode=False, kernel_init=UNIFORM,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
 
     def attend(attention, key, x):
         return attention(x, deterministic=False, rngs=nnx.Rngs(dropout=key)).sum()
 
-    _check_attention(broadcast, attend, attention, key)
-    _check_attention(broadcast, nnx.jit(nnx.grad(attend)), attention, key)
+    _check_attention(broadcast, attend, nnx.jit(nnx.grad(attend)), attention, key)
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
@@ -370,14 +359,13 @@ def test_attention_of_linen(broadcast, layer, key):
     def attend(params, key, x):
         return linen_loss(model, params, key, x)
 
-    _check_attention(broadcast, attend, params, key)
-    _check_attention(broadcast, jax.jit(jax.grad(attend)), params, key)
+    _check_attention(broadcast, attend, jax.jit(jax.grad(attend)), params, key)
 
 
-def _check_attention(broadcast, attend, parameters, key):
+def _check_attention(broadcast, attend, gradient, parameters, key):
     shared = [("shared-over-batch", (0,)), ("shared-over-heads", (0,))]
     x = jnp.ones((2, 6, 16))
-    report = assert_found(shared if broadcast else [], 1, attend, parameters, key, x)
+    report = assert_found(shared if broadcast else [], 1, gradient, parameters, key, x)
     assert report.sites[0].shape == (2, 4, 6, 6)
     assert report.sites[0].rate == RATE
     # A batch of one shares its mask with nobody, but its heads do.
@@ -494,6 +482,7 @@ def test_train_transformer_is_clean(examples, attention):
     assert all(site.deterministic for site in report.sites)
 
 
+@pytest.mark.examples
 def test_test_reproducible_is_clean(examples):
     example = examples("test_reproducible")
     x, labels = example.batch(0)

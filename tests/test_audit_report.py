@@ -112,15 +112,22 @@ def test_stored_bytes_are_those_of_the_residuals_of_ours(options, key, x):
     def drop(key, x):
         return jdropout.dropout(key, x, RATE, **options)
 
-    _check_stored_bytes(drop, key, x)
-    _check_stored_bytes(drop, jax.random.key(0, impl="rbg"), x)
-
     def part(key, x):
         return drop(key, x[:3]) if options else jdropout.dropout(
             key, x, RATE, start=(jnp.int32(2), 0), global_shape=(32, 16)
         )  # fmt: skip
 
-    _check_stored_bytes(part, key, x)
+    rbg = jax.random.key(0, impl="rbg")
+    for drop_x, any_key in ((drop, key), (drop, rbg), (part, key)):
+
+        def residuals(x, drop_x=drop_x, any_key=any_key):
+            return jax.vjp(jax.jit(lambda x: drop_x(any_key, x)), x)[1]
+
+        (site,) = jdropout.audit(drop_x, any_key, x).sites
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, x))
+        assert site.stored_bytes == sum(
+            leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.dtype != x.dtype
+        )
 
 
 def test_stored_bytes_are_those_of_the_residuals_of_others(key, x):
@@ -129,8 +136,7 @@ def test_stored_bytes_are_those_of_the_residuals_of_others(key, x):
     def half(key, x):
         return x * (jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype) / 0.5)
 
-    _check_stored_bytes(half, key, x)
-    _check_stored_bytes(half, key, x.astype(jnp.bfloat16))
+    _check_stored_bytes(half, key, np.ones((8, 16), jnp.bfloat16))
     layer = nnx.Dropout(RATE, broadcast_dims=(1,))
     _check_stored_bytes(lambda key, x: layer(x, rngs=key), key, x)
 
@@ -324,4 +330,4 @@ def test_audits_in_threads_do_not_mix(key, x):
         return len(jdropout.audit(apply, key, x).sites)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(step, range(1, 9))) == list(range(1, 9))
+        assert list(pool.map(step, range(1, 6))) == list(range(1, 6))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
+from cheap import normal
 from jax import lax
 from scipy import stats
 
@@ -162,16 +163,22 @@ def stack(key, x, weights, rates, runs=None):
 
 
 def stack_inputs():
-    weights = jax.random.normal(jax.random.key(2), (DEPTH, 8, 8)) / 8
-    return jnp.ones((4, 8)), weights, jnp.linspace(0.0, 0.9, DEPTH)
+    weights = np.asarray(normal(DEPTH, 8, 8)) / 8
+    return np.ones((4, 8), np.float32), weights, np.linspace(0.0, 0.9, DEPTH, dtype=np.float32)
+
+
+def kept_of(key, rates):
+    """Which layers of the stack the twin keeps."""
+    keys = [words(at_site(key, i)) for i in range(DEPTH)]
+    return [
+        bool(law_twin.keep_mask(key, float(rate), (), precision=16))
+        for key, rate in zip(keys, rates, strict=True)
+    ]
 
 
 def test_a_scan_over_layers_runs_those_that_are_kept_at_their_own_rates(key):
     x, weights, rates = stack_inputs()
-    kept = [
-        bool(law_twin.keep_mask(words(at_site(key, i)), float(rates[i]), (), precision=16))
-        for i in range(DEPTH)
-    ]
+    kept = kept_of(key, rates)
     assert 1 < sum(kept) < DEPTH
     runs = []
     y = jax.jit(functools.partial(stack, runs=runs))(key, x, weights, rates)
@@ -180,14 +187,13 @@ def test_a_scan_over_layers_runs_those_that_are_kept_at_their_own_rates(key):
     assert len(runs) == sum(kept)
     expected = x
     for w, m in zip(weights, kept, strict=True):
-        expected = expected + jnp.tanh(expected @ w) if m else expected
+        expected = expected + np.tanh(expected @ w) if m else expected
     np.testing.assert_allclose(y, expected, rtol=1e-5)
 
 
 def test_gradients_through_a_scan_are_those_of_the_layers_that_were_kept(key):
     x, weights, rates = stack_inputs()
-    gradient = jax.jit(jax.grad(lambda w: stack(key, x, w, rates).sum()))(weights)
-    kept = [bool(jdropout.keep_mask(at_site(key, i), rates[i], ())) for i in range(DEPTH)]
+    kept = kept_of(key, rates)
 
     def chosen(weights):
         y = x
@@ -195,12 +201,16 @@ def test_gradients_through_a_scan_are_those_of_the_layers_that_were_kept(key):
             y = y + jnp.tanh(y @ w) if m else y
         return y.sum()
 
-    np.testing.assert_allclose(gradient, jax.grad(chosen)(weights), rtol=1e-4, atol=1e-5)
+    @jax.jit
+    def gradients(weights):
+        return jax.grad(lambda w: stack(key, x, w, rates).sum())(weights), jax.grad(chosen)(weights)
+
+    gradient, expected = map(np.asarray, gradients(weights))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
     assert [bool(g.any()) for g in gradient] == kept
 
 
-@pytest.mark.parametrize("differentiate", [False, True], ids=["forward", "gradient"])
-def test_the_layers_product_is_inside_a_conditional_of_the_compiled_program(differentiate, key):
+def test_the_layers_products_are_inside_conditionals_of_the_gradients_program(key):
     w = jnp.ones((64, 64))
 
     def f(x):
@@ -212,7 +222,7 @@ def test_the_layers_product_is_inside_a_conditional_of_the_compiled_program(diff
         start = text.index("\nENTRY ")
         return text[start:]
 
-    program = entry(jax.grad(f) if differentiate else f)
+    program = entry(jax.grad(f))
     assert "conditional(" in program
     assert " dot(" not in program
 
@@ -220,7 +230,7 @@ def test_the_layers_product_is_inside_a_conditional_of_the_compiled_program(diff
         y = x + jnp.tanh(x @ w)
         return jnp.where(jdropout.keep_mask(key, 0.5, ()), y, x).sum()
 
-    control = entry(jax.grad(selected) if differentiate else selected)
+    control = entry(jax.grad(selected))
     assert "conditional(" not in control
 
 
@@ -274,9 +284,9 @@ def test_trees_with_integers_pass_through_a_layer_together():
 
 def test_under_vmap_over_keys_both_sides_are_computed_and_each_example_has_its_own():
     kept, dropped = keys_by_fate()
-    keys, x = jnp.stack([kept[0], dropped[0]]), jnp.ones((2, 3))
-    y = jax.vmap(lambda k, x: layer_drop(k, layer, x, 0.5))(keys, x)
-    np.testing.assert_allclose(y, jnp.stack([layer(x[0]), x[1]]), rtol=1e-6)
+    keys, x = jnp.stack([kept[0], dropped[0]]), np.ones((2, 3), np.float32)
+    y = jax.jit(jax.vmap(lambda k, x: layer_drop(k, layer, x, 0.5)))(keys, x)
+    np.testing.assert_allclose(y, np.stack([x[0] + np.sin(x[0]), x[1]]), rtol=1e-6)
 
     def program(in_axes, key):
         f = jax.vmap(lambda k, x: layer_drop(k, layer, x, 0.5), in_axes=in_axes)
@@ -289,18 +299,23 @@ def test_under_vmap_over_keys_both_sides_are_computed_and_each_example_has_its_o
 def test_the_mean_over_masks_is_the_formulas():
     """n = 2^12 decisions, one z-score each; false alarm 1e-8."""
     keys, rate = jax.random.split(jax.random.key(9), 1 << 12), jdropout.effective_rate(0.3)
-    x = jnp.full(1, 2.0)
-    update = float(jnp.sin(2.0))
+    x = np.full(1, 2.0, np.float32)
+    update = np.sin(2.0)
 
-    def score(mean, **options):
-        y = jax.jit(jax.vmap(lambda k: layer_drop(k, layer, x, 0.3, **options)))(keys)
-        factor = 1 / (1 - rate) if options else 1
+    @jax.jit
+    @jax.vmap
+    def both(key):
+        return [layer_drop(key, layer, x, 0.3, unbiased=unbiased) for unbiased in (False, True)]
+
+    biased, unbiased = both(keys)
+
+    def score(y, mean, factor=1.0):
         return abs(z_scores(y, mean, rate * (1 - rate) * (factor * update) ** 2).item())
 
-    evaluation = float(layer(x)[0])
-    assert score(2.0 + (1 - rate) * update) < bound(1)
-    assert score(evaluation) > bound(1)  # the control: LayerDrop's mean is not its evaluation
-    assert score(evaluation, unbiased=True) < bound(1)
+    evaluation = 2.0 + update
+    assert score(biased, 2.0 + (1 - rate) * update) < bound(1)
+    assert score(biased, evaluation) > bound(1)  # the control: its mean is not its evaluation
+    assert score(unbiased, evaluation, 1 / (1 - rate)) < bound(1)
 
 
 X = jnp.ones((3, 4))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
-from cheap import quick_jit
+from cheap import normal
 from contract import Draw, patch_indices, put_back, take
 from scipy import stats
 
@@ -24,11 +24,6 @@ SHAPE = (12, 40)
 @pytest.fixture
 def tokens():
     return jnp.asarray(np.random.default_rng(1).integers(0, 9, SHAPE), jnp.int32)
-
-
-def normal(shape):
-    """Not of `jax.random`, whose normal numbers take longer to compile than a test."""
-    return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
 def words_of(key):
@@ -49,7 +44,7 @@ word_dropout = functools.partial(jdropout.word_dropout, replacement=UNKNOWN)
 
 @pytest.mark.parametrize(
     ("protected", "rate", "precision"),
-    [((), RATE, None), ([0, 5], 0.5, 32), (frozenset({0, 1, 8}), 0.1, None), (range(4), 0.5, None)],
+    [((), RATE, None), (frozenset({0, 1, 8}), 0.1, 32), (range(4), 0.5, None)],
 )
 def test_words_are_replaced_where_the_twin_drops_and_they_are_not_protected(
     protected, rate, precision, key, tokens
@@ -89,12 +84,9 @@ def test_a_word_is_replaced_at_the_rate_and_independently_of_the_others():
 # Name: options, shape.
 PATCHES = {
     "one class token": ({}, (4, 17, 6)),
-    "no prefix": (dict(num_prefix_tokens=0), (4, 16, 6)),
-    "long prefix": (dict(num_prefix_tokens=5), (4, 21, 6)),
-    "ordered": (dict(ordered=True), (4, 17, 6)),
-    "no batch": (dict(axis=0, num_prefix_tokens=0), (16, 6)),
-    "two batch axes": (dict(axis=-2, ordered=True), (2, 3, 17, 6)),
-    "two feature axes": ({}, (4, 17, 3, 2)),
+    "no batch and no prefix": (dict(axis=0, num_prefix_tokens=0), (16, 6)),
+    "ordered, two batch axes": (dict(axis=-2, ordered=True), (2, 3, 17, 6)),
+    "long prefix, two feature axes": (dict(num_prefix_tokens=5), (4, 21, 3, 2)),
     "no feature axis": (dict(axis=-1), (4, 17)),
 }
 
@@ -102,10 +94,10 @@ PATCHES = {
 @pytest.mark.parametrize("kind", PATCHES)
 def test_patches_are_the_twins_in_both_passes(kind, key):
     options, shape = PATCHES[kind]
-    x = normal(shape)
+    x = normal(*shape)
     axis = options.get("axis", 1)
 
-    @quick_jit
+    @jax.jit
     def passes(key, x):
         drop = functools.partial(jdropout.patch_dropout, key, rate=0.5, **options)
         y, pullback, indices = jax.vjp(lambda x: drop(x), x, has_aux=True)
@@ -123,10 +115,7 @@ def test_patches_are_the_twins_in_both_passes(kind, key):
     ("length", "rate", "count"),
     [
         (100, 0.9, 10),  # in floating point 1 - 0.9 is less than 0.1
-        (20, 0.9, 2),
-        (10, 0.7, 3),
         (7, 0.5, 3),
-        (196, 0.5, 98),
         (5, 0.99, 1),
         (5, 1.0, 1),
         (5, 1e-9, 5),
@@ -147,8 +136,9 @@ def test_all_subsets_and_all_orders_are_equally_probable():
     """
     x = jnp.zeros((1 << 15, 5, 1))
     drop = functools.partial(jdropout.patch_dropout, jax.random.key(6), x, 0.4)
-    _, free = jax.jit(functools.partial(drop, num_prefix_tokens=0))()
-    _, ordered = jax.jit(functools.partial(drop, num_prefix_tokens=0, ordered=True))()
+    free, ordered = jax.jit(
+        lambda: [drop(num_prefix_tokens=0, ordered=ordered)[1] for ordered in (False, True)]
+    )()
     np.testing.assert_array_equal(np.sort(free, axis=-1), ordered)
 
     def p_value(indices, choices):
@@ -187,7 +177,7 @@ def test_temporaries_of_patches_are_those_of_taking_them(key):
     shape, indices = (64, 65, 256), jnp.zeros((64, 33, 1), jnp.int32)
 
     def temporaries(take):
-        gradient = quick_jit(jax.grad(lambda x, key: jnp.sin(take(key, jnp.cos(x))).sum()))
+        gradient = jax.jit(jax.grad(lambda x, key: jnp.sin(take(key, jnp.cos(x))).sum()))
         compiled = gradient.lower(jax.ShapeDtypeStruct(shape, jnp.float32), key).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -250,6 +240,8 @@ def test_errors_about_patches_name_the_argument_and_the_value(changes, error, te
 
 
 def test_rates_and_flags_of_patches_may_be_concrete_arrays(key):
-    x = jnp.ones((2, 9, 4))
-    y, _ = jdropout.patch_dropout(key, x, jnp.float32(0.5), deterministic=jnp.array(False))
+    rate, flag = jnp.float32(0.5), jnp.array(False)
+    y = jax.eval_shape(
+        lambda x: jdropout.patch_dropout(key, x, rate, deterministic=flag)[0], np.ones((2, 9, 4))
+    )
     assert y.shape == (2, 5, 4)
