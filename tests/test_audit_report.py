@@ -107,7 +107,7 @@ def test_paths_of_linen_modules(layer, key, x):
         assert site.path == "Outer/encoder/Dropout_0"
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": 32}, {"broadcast_dims": (0,)}])
+@pytest.mark.parametrize("options", [{}, {"precision": 32, "broadcast_dims": (0,)}])
 def test_stored_bytes_are_those_of_the_residuals_of_ours(options, key, x):
     def drop(key, x):
         return jdropout.dropout(key, x, RATE, **options)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cheap import UNIFORM, normal, quick_jit
+from cheap import UNIFORM, normal
 from flax import nnx
 
 import jdropout
@@ -29,7 +29,7 @@ both = pytest.mark.parametrize(
 
 
 def ones(*shape):
-    return jnp.ones(shape, jnp.float32)
+    return np.ones(shape, np.float32)
 
 
 def key_of(layer):
@@ -436,7 +436,7 @@ def test_reseed_repeats_the_masks():
     before = [layer(ones(2, 32)) for _ in range(2)]
     nnx.reseed(layer, dropout=42)
     after = [layer(ones(2, 32)) for _ in range(2)]
-    assert_same(jnp.stack(after), jnp.stack(before))
+    assert_same(after, before)
     assert_different(*before)
 
 
@@ -474,7 +474,7 @@ def test_repeated_jit_calls_with_rngs_trace_once():
     assert count_of(rngs["dropout"]) == 4
 
 
-def test_two_layers_of_equal_configuration_share_one_trace():
+def test_layers_of_equal_configuration_share_one_trace_and_a_new_rate_takes_effect():
     traces = []
 
     @nnx.jit
@@ -482,10 +482,13 @@ def test_two_layers_of_equal_configuration_share_one_trace():
         traces.append(x.shape)
         return layer(x)
 
-    call(Dropout(0.5, rngs=nnx.Rngs(0)), ones(8))
-    call(Dropout(0.5, rngs=nnx.Rngs(1)), ones(8))
+    x, layer = ones(4, 32), Dropout(0.5, rngs=nnx.Rngs(0))
+    call(layer, x)
+    call(Dropout(0.5, rngs=nnx.Rngs(1)), x)
     assert len(traces) == 1
-    call(Dropout(0.25, rngs=nnx.Rngs(0)), ones(8))
+    jdropout.nnx.set_rate(layer, 0.25)
+    expected = jdropout.dropout(key_of(layer), x, 0.25)
+    assert_same(call(layer, x), expected)
     assert len(traces) == 2
 
 
@@ -516,7 +519,7 @@ def test_grad_reaches_the_parameters_before_it():
     y = jdropout.dropout(key_of(block.dropout), ones(1, 16), 0.5)
     gradients = gradient(block, ones(1, 3))
     assert {path[0] for path, _ in nnx.to_flat_state(gradients)} == {"linear", "norm"}
-    assert_same(gradients["linear"]["kernel"][...], jnp.broadcast_to(y, (3, 16)))
+    assert_same(gradients["linear"]["kernel"][...], np.broadcast_to(y, (3, 16)))
     jdropout.nnx.set_rate(block, 1.0)
     gradients = gradient(block, ones(1, 3))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients)), "rate 1 lets none through"
@@ -541,9 +544,9 @@ def test_vmap_gives_every_example_the_mask_of_its_key_or_one_mask_if_the_stream_
         return with_split_rngs(split_layer, x), shared(shared_layer, x)
 
     y, z = call(split_layer, shared_layer, ones(5, 4, 16))
-    assert_same(y, jnp.stack([jdropout.dropout(key, ones(4, 16), 0.5) for key in keys]))
+    assert_same(y, np.stack([jdropout.dropout(key, ones(4, 16), 0.5) for key in keys]))
     assert len({np.asarray(row).tobytes() for row in y}) == 5
-    assert_same(z, jnp.broadcast_to(one, z.shape))
+    assert_same(z, np.broadcast_to(one, z.shape))
     assert count_of(split_layer.rngs) == count_of(shared_layer.rngs) == 1
     assert bool(split_layer.rngs.key[...] == key)
 
@@ -557,7 +560,7 @@ def test_vmap_builds_an_ensemble_of_independent_layers():
     assert ensemble.rngs.key.shape == (3,)
     keys = jax.vmap(jax.random.fold_in)(ensemble.rngs.key[...], ensemble.rngs.count[...])
     y = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(ensemble, ones(4, 16))
-    assert_same(y, jnp.stack([jdropout.dropout(key, ones(4, 16), 0.5) for key in keys]))
+    assert_same(y, np.stack([jdropout.dropout(key, ones(4, 16), 0.5) for key in keys]))
     assert len({np.asarray(row).tobytes() for row in y}) == 3
 
 
@@ -581,7 +584,7 @@ def test_scan_over_layers_gives_every_layer_its_own_mask():
     layers = create(nnx.Rngs(0))
     copies = nnx.clone(layers)
     keys = [jax.random.fold_in(layers.rngs.key[...][i], 0) for i in range(depth)]
-    expected = jnp.stack([jdropout.dropout(key, x, 0.5) for key in keys])
+    expected = np.stack([jdropout.dropout(key, x, 0.5) for key in keys])
     assert len({np.asarray(mask).tobytes() for mask in expected}) == depth
     for (steps, masks), stack in zip(scans(layers, copies), (layers, copies), strict=True):
         assert steps == depth
@@ -637,7 +640,7 @@ def test_recurrent_dropout_holds_one_mask_over_time_and_renews_it_per_sequence()
     first, second = call(rnn, ones(2, 7, 32)), call(rnn, ones(2, 7, 32))
     for masks in (first, second):
         assert {float(value) for value in np.unique(masks)} == {0.0, 2.0}
-        assert_same(masks, jnp.broadcast_to(masks[:, :1], masks.shape))
+        assert_same(masks, np.broadcast_to(masks[:, :1], masks.shape))
     assert_different(first, second)
 
 
@@ -647,48 +650,13 @@ def test_recurrent_dropout_without_broadcast_renews_its_mask_at_every_step():
     assert len({np.asarray(masks[:, step]).tobytes() for step in range(7)}) == 7
 
 
-class CellWithDropout(nnx.SimpleCell):
-    def __init__(self, features_in, features, *, rngs):
-        super().__init__(
-            features_in,
-            features,
-            kernel_init=nnx.initializers.uniform(0.2),
-            recurrent_kernel_init=nnx.initializers.uniform(0.1),
-            rngs=rngs,
-        )
-        self.dropout = Dropout(0.1, rng_collection="recurrent_dropout", rngs=rngs)
-
-    def __call__(self, carry, x):
-        carry, y = super().__call__(carry, x)
-        return jax.tree.map(self.dropout, carry), y
-
-
-def test_recurrent_network_with_dropout_learns():
-    class Model(nnx.Module):
-        def __init__(self, *, rngs):
-            self.rnn = nnx.RNN(
-                CellWithDropout(4, 16, rngs=rngs), broadcast_rngs="recurrent_dropout", rngs=rngs
-            )
-            self.dropout = Dropout(0.1, rngs=rngs)
-            self.head = nnx.Linear(16, 1, rngs=rngs)
-
-        def __call__(self, x):
-            return self.head(self.dropout(self.rnn(x))[:, -1])
-
-    x = normal(32, 5, 4)
-    target = x[:, :, :1].sum(axis=1)
-    model = Model(rngs=nnx.Rngs(0, recurrent_dropout=1))
-    losses = train(model, x, target, steps=60)
-    assert losses[-1] < 0.5 * losses[0]
-
-
 # --- training -----------------------------------------------------------------------------
 
 
 TRACES = []
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def step(graph, state, x, target):
     TRACES.append(x.shape)
     model, optimizer = nnx.merge(graph, state)
@@ -852,12 +820,3 @@ def test_set_rate_refuses_before_it_changes_anything():
         jdropout.nnx.set_rate(model, 0.5, jdropout.nnx.DropPath)
     with pytest.raises(ValueError, match="model has no dropout layer"):
         jdropout.nnx.set_rate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 0.5)
-
-
-def test_a_new_rate_retraces_and_takes_effect():
-    layer = Dropout(0.5, rngs=nnx.Rngs(0))
-    call = nnx.jit(lambda layer, x: layer(x))
-    call(layer, ones(4, 32))
-    jdropout.nnx.set_rate(layer, 0.1)
-    expected = jdropout.dropout(key_of(layer), ones(4, 32), 0.1)
-    assert_same(call(layer, ones(4, 32)), expected)

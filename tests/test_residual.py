@@ -17,13 +17,16 @@ SHAPE = (3, 10, 64)
 def arrays(dtype=jnp.float32):
     x, residual = np.random.default_rng(1).standard_normal((2, *SHAPE), np.float32)
     vector = np.linspace(0.5, 2, SHAPE[-1], dtype=np.float32)
-    return tuple(jnp.asarray(array).astype(dtype) for array in (x, residual, vector))
+    return tuple(array.astype(dtype) for array in (x, residual, vector))
 
 
-@pytest.mark.parametrize("residual_dtype", [None, jnp.float32])
-def test_bias_dropout_add_is_the_sum_of_its_parts(residual_dtype, key):
-    cases = [arrays(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)]
-    cases = [(x, bias, r.astype(residual_dtype or x.dtype)) for x, r, bias in cases]
+def test_bias_dropout_add_is_the_sum_of_its_parts(key):
+    full, brain, half = jnp.float32, jnp.bfloat16, jnp.float16
+    cases = [
+        (x, bias, r.astype(residual_dtype))
+        for dtype, residual_dtype in [(full, full), (brain, brain), (brain, full), (half, half)]
+        for x, r, bias in [arrays(dtype)]
+    ]
 
     @quick_jit
     def sums(key, cases):
@@ -52,7 +55,7 @@ def test_bias_dropout_add_is_the_sum_of_its_parts(residual_dtype, key):
 
 def test_the_gradients_of_bias_dropout_add(key):
     x, residual, bias = arrays()
-    g = jnp.cos(x)
+    g = np.cos(x)
 
     @quick_jit
     def passes(key, x, bias, residual):
@@ -63,7 +66,7 @@ def test_the_gradients_of_bias_dropout_add(key):
     (dx, dbias, dresidual), stored = passes(key, x, bias, residual)
     expected = jdropout.dropout(key, g, 0.3)
     np.testing.assert_array_equal(dx, expected)
-    np.testing.assert_allclose(dbias, expected.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dbias, np.sum(expected, (0, 1)), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(dresidual, g)
     assert [leaf.shape for leaf in stored] == [(2,)]
 
@@ -92,7 +95,7 @@ def test_dropout_add_norm_is_flax_norm_of_the_sum_and_stores_the_sum_alone(norm,
         stored = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size > SHAPE[-1]]
         return outputs, pullback((jnp.cos(x), jnp.sin(x))), stored
 
-    arguments = (key, x, residual, vector, jnp.sin(vector))
+    arguments = (key, x, residual, vector, np.sin(vector))
     outputs, gradients, stored = passes(ours, *arguments)
     expected, expected_gradients, stored_by_parts = passes(parts, *arguments)
     np.testing.assert_allclose(outputs[1], expected[1], rtol=1e-6, atol=1e-6)
@@ -140,7 +143,7 @@ def test_options_of_dropout_are_passed_on(key):
     for result in results:
         np.testing.assert_array_equal(result, expected)
     y = jdropout.bias_dropout_add(None, x, bias, residual, 0.3, deterministic=True)
-    np.testing.assert_array_equal(y, residual + (x + jnp.broadcast_to(bias, x.shape)))
+    np.testing.assert_array_equal(y, residual + (x + bias))
     _, total = jdropout.dropout_add_norm(None, x, residual, 0.3, deterministic=True)
     np.testing.assert_array_equal(total, residual + x)
 
@@ -153,7 +156,7 @@ def test_a_larger_epsilon_shrinks_the_result(key):
         return jdropout.dropout_add_norm(key, x, residual, 0.3, epsilon=epsilon)[0]
 
     small, large = (normalised(key, x, residual, epsilon) for epsilon in (1e-6, 3.0))
-    assert (jnp.abs(large) < jnp.abs(small)).mean() > 0.99
+    assert (np.abs(large) < np.abs(small)).mean() > 0.99
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jdropout
 
 
 def normal(shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 SHAPE = (24, 16)
@@ -29,12 +29,12 @@ def uniform(shape):
     return Draw(KEY).uniform(shape)
 
 
-@pytest.mark.parametrize("probability", [0.25, 0.5, 0.9, 2.0**-24])
+@pytest.mark.parametrize("probability", [0.25, 0.9, 2.0**-24])
 def test_a_constant_probability_gives_the_mask_of_the_law(probability):
     logit = special.logit(probability)
     probability = float(jax.nn.sigmoid(jnp.float32(logit)))  # as rounded
-    y = jdropout.standout(KEY, jnp.ones((64, 32)), logit)
-    mask = jdropout.keep_mask(KEY, 1 - probability, (64, 32), precision=32)
+    y = jdropout.standout(KEY, np.ones((64, 32), np.float32), logit)
+    mask = Draw(KEY, precision=32).keep(1 - probability, (64, 32))
     np.testing.assert_array_equal(y, np.float32(mask))
 
 
@@ -48,7 +48,7 @@ def test_standout_keeps_where_the_uniform_number_is_below_the_probability():
     np.testing.assert_array_equal(y, np.where(u < probability, X, 0))
     y = jdropout.standout(None, X, preactivation, **options, deterministic=True)
     np.testing.assert_allclose(y, X * probability, rtol=1e-6)
-    certain = jnp.where(X > 0, 200.0, -200.0)
+    certain = np.where(X > 0, 200, -200).astype(np.float32)
     np.testing.assert_array_equal(jdropout.standout(KEY, X, certain), np.where(X > 0, X, 0))
 
 
@@ -62,7 +62,7 @@ def test_gradients_of_standout_are_those_documented():
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
     to_x, *others = gradient(X, preactivation, 1.0, 0.0, False)
-    mask = jdropout.standout(KEY, jnp.ones(SHAPE), preactivation)
+    mask = uniform(SHAPE) < special.expit(as_float(preactivation)[0])
     np.testing.assert_array_equal(to_x, mask)
     for other in others:
         np.testing.assert_array_equal(other, jnp.zeros_like(other))

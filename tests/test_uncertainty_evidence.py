@@ -129,8 +129,8 @@ def test_the_densities_of_the_regression_are_those_of_scipy(regression):
     each = scipy.stats.norm.logpdf(
         y, samples[:, None], deviation[:, None, None]
     )  # candidates, precisions, samples, rows
-    arrays = jnp.float32(samples), jnp.float32(y)
-    mixture = regression.mixture(*arrays)
+    arrays = samples.astype(np.float32), y.astype(np.float32)
+    mixture = jax.jit(regression.mixture)(*arrays)
     expected = scipy.special.logsumexp(each, axis=2) - np.log(7)
     np.testing.assert_allclose(mixture.log_density, expected, rtol=1e-4, atol=1e-4)
     one = regression.one_gaussian(arrays[0], deviation[:, None, None] ** 2, arrays[1])
@@ -161,6 +161,7 @@ def runs(active_learning):
     return active_learning.start(SHORT)
 
 
+@jax.jit
 def one_of(runs, acquisition):
     return jax.tree.map(lambda leaf: leaf[acquisition, 1], runs)
 
