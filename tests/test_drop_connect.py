@@ -170,25 +170,20 @@ def test_linen_parameters_are_dropped_and_gradients_reach_what_is_kept(key):
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
 
-    def loss(params, rate):
+    @jax.jit
+    @jax.grad
+    def gradient(params):
         dropped = drop_connect_tree(
-            key, params, rate, select=lambda path: re.search("h./kernel$", path) is not None
+            key, params, 0.5, select=lambda path: re.search("h./kernel$", path) is not None
         )
         return cell.apply(dropped, carry, x)[1].sum()
 
-    @jax.jit
-    def passes(params, rate):
-        value, gradient = jax.value_and_grad(loss)(params, rate)
-        return value, gradient["params"], cell.apply(params, carry, x)[1].sum()
-
-    _, gradients, _ = passes(params, 0.5)
+    gradients = gradient(params)["params"]
     for name in ("hi", "hf", "hg", "ho"):
         own = law_twin.at_site(words(key), ("params", name, "kernel"))
         mask = law_twin.keep_mask(own, 0.5, (4, 4))
         np.testing.assert_array_equal(np.asarray(gradients[name]["kernel"]) != 0, mask)
-    assert (gradients["ii"]["kernel"] != 0).all()
-    value, _, undropped = passes(params, 0.0)
-    np.testing.assert_allclose(value, undropped, rtol=1e-5)
+    assert (np.asarray(gradients["ii"]["kernel"]) != 0).all()
 
 
 ERRORS = {
