@@ -341,9 +341,10 @@ class MLP(linen.Module):
 
     @linen.compact
     def __call__(self, x, *, training):
-        x = linen.relu(linen.Dense(self.features)(x))
+        kernel_init = linen.initializers.lecun_uniform()
+        x = linen.relu(linen.Dense(self.features, kernel_init=kernel_init)(x))
         x = self.module(self.rate, deterministic=not training)(x)
-        return linen.Dense(1)(x)
+        return linen.Dense(1, kernel_init=kernel_init)(x)
 
 
 def test_variables_of_a_model_are_those_it_has_with_flax(key):
