@@ -638,6 +638,7 @@ def test_recurrent_dropout_without_broadcast_renews_its_mask_at_every_step():
 
 
 TRACES = []
+SGD = optax.sgd(0.05, momentum=0.9)  # a new one would compile again
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -650,7 +651,7 @@ def step(graph, state, x, target):
 
 
 def train(model, x, target, steps):
-    optimizer = nnx.Optimizer(model, optax.sgd(0.05, momentum=0.9), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, SGD, wrt=nnx.Param)
     graph, state = nnx.split((model, optimizer))
     TRACES.clear()
     losses = []

@@ -202,6 +202,9 @@ def test_nnx_jit_sets_the_keys_of_a_model_in_place():
         assert_same(mask(model, jnp.int32(step)), expected)
 
 
+SGD = optax.sgd(0.1)  # a new one would compile again
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def update(graph, state, x, step):
     model, optimizer = nnx.merge(graph, state)
@@ -213,7 +216,7 @@ def update(graph, state, x, step):
 
 
 def train_nnx(model, steps):
-    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, SGD, wrt=nnx.Param)
     x = normal(16, 4)
     graph, state = nnx.split((model, optimizer))
     for step in steps:
@@ -430,8 +433,11 @@ def test_linen_remat_changes_no_mask_and_repeats_it_in_the_backward_pass():
 
 
 def test_linen_jit_gives_calls_and_instances_masks_of_their_own():
-    x = ones(3, 32)
-    masks = [apply_at(Twice(linen.jit), x, step=step) for step in (7, 7, 8)]
+    @jax.jit
+    def masks_of_steps(x):
+        return [apply_at(Twice(linen.jit), x, step=step) for step in (7, 7, 8)]
+
+    masks = masks_of_steps(ones(3, 32))
     for first, again in zip(*masks[:2], strict=True):
         assert_same(first, again)
     assert distinct([*masks[0], *masks[2]]) == 6
