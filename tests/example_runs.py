@@ -1,12 +1,15 @@
-"""Runs the examples as a reader would: each in a process of its own."""
+"""Runs the examples as a reader would, each in a process of its own, and again in this one."""
 
+import contextlib
 import importlib
+import io
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -29,6 +32,28 @@ def run_example(name, *options, **settings):
     return result.stdout
 
 
+def run_here(name, *options):
+    """Runs an example in this process, where starting and compiling it costs little."""
+    module = load(name.removesuffix(".py"))
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        patch.setattr(sys, "argv", [name, *map(str, options)])
+        module.main()
+    return printed.getvalue()
+
+
+def run_twice(name, *options):
+    """Runs an example in a process of its own, and checks that this one gives the same digest."""
+    text = run_example(name, *options)
+    assert last_digest(run_here(name, *options)) == last_digest(text)
+    return text
+
+
 def load(name):
     """Imports an example as a module."""
     with pytest.MonkeyPatch.context() as patch:
@@ -47,13 +72,20 @@ def error_of(name, *options):
 
 
 def environment(**settings):
-    # The tests' own settings are not what a reader of the examples has.
-    own = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
-    return inherited | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"} | settings
+    # Eight devices are not what a reader of the examples has. Optimizing would double the time of
+    # a short run, nearly all of which is compilation.
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"}
+    return inherited | ours | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | settings
 
 
 def last_digest(text):
     match = re.fullmatch(r"digest: ([0-9a-f]{16})", text.splitlines()[-1])
     assert match, text
     return match[1]
+
+
+def assert_is_picture(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(data) > 10_000

@@ -1,35 +1,24 @@
 import re
+import sys
 
 import jax
 import numpy as np
 import pytest
-from example_runs import EXAMPLES, error_of, last_digest, load, run, run_example
+from example_runs import (
+    assert_is_picture,
+    error_of,
+    last_digest,
+    load,
+    run_example,
+    run_here,
+    run_twice,
+)
 from flax import nnx
 
-# Installed torch or not, the import fails.
-WITHOUT_TORCH = """
-import os, runpy, sys
-sys.modules["torch"] = None
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as `python script` does
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-# Nearly all of the time of a short run goes into compiling: optimizing would double it.
-COMPILE_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
-def train_shortly(output, *options, example="train_mlp.py"):
-    settings = ["--steps=20", "--width=8", "--seeds=2", "--train-size=50", "--batch-size=16"]
-    return run_example(example, *settings, "--output", output, *options, **COMPILE_QUICKLY)
-
-
-def train_transformer_shortly(output, *options):
-    settings = ["--steps=20", "--width=16", "--layers=1", "--heads=2", "--context=16"]
-    settings += ["--batch-size=4", "--train-chars=4000", "--sample-chars=40"]
-    name = "train_transformer.py"
-    return run_example(name, *settings, "--output", output, *options, **COMPILE_QUICKLY)
+MLP = ["--steps=20", "--width=8", "--seeds=2", "--train-size=50", "--batch-size=16"]
+CNN = ["--steps=2", "--width=4", "--depth=1", "--seeds=2", "--train-size=32", "--batch-size=8"]
+TRANSFORMER = ["--steps=20", "--width=16", "--layers=1", "--heads=2", "--context=16"]
+TRANSFORMER += ["--batch-size=4", "--train-chars=4000", "--sample-chars=40"]
 
 
 def losses(text):
@@ -37,12 +26,6 @@ def losses(text):
     rows = re.findall(r"(no dropout|dropout) +│ (\d\.\d{3}) +│ (\d\.\d{3}) +│ (\d\.\d{3})", text)
     assert [row[0] for row in rows] == ["no dropout", "dropout"], text
     return rows
-
-
-def assert_is_picture(path):
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(data) > 10_000
 
 
 def test_how_dropout_works_prints_its_table_and_draws_its_picture(tmp_path):
@@ -57,77 +40,63 @@ def test_how_dropout_works_prints_its_table_and_draws_its_picture(tmp_path):
 @pytest.mark.examples
 @pytest.mark.parametrize("options", [("--rate", 0.9, "--units", 1), ("--rate", 1e-9, "--keys", 2)])
 def test_how_dropout_works_at_extreme_settings(options, tmp_path):
-    run_example("how_dropout_works.py", "--keys", 500, *options, "--output", tmp_path)
+    run_here("how_dropout_works.py", "--keys", 500, *options, "--output", tmp_path)
     assert_is_picture(tmp_path / "how_dropout_works.png")
 
 
-def test_how_dropout_works_says_how_to_get_torch(tmp_path):
-    script = EXAMPLES / "how_dropout_works.py"
-    result = run("-c", WITHOUT_TORCH, script, "--torch", "--output", tmp_path)
-    assert result.returncode == 1
-    assert "pip install torch" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_how_dropout_works_says_how_to_get_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # installed or not, the import fails
+    with pytest.raises(SystemExit, match="pip install torch"):
+        run_here("how_dropout_works.py", "--torch", "--output", tmp_path)
+
+
+@pytest.mark.examples
+def test_train_mlp_gives_the_same_parameters_in_another_process_and_others_for_another_seed(
+    tmp_path,
+):
+    text = run_twice("train_mlp.py", *MLP, "--output", tmp_path)
+    assert "test accuracy" in text
+    assert "50 training samples" in text
+    assert_is_picture(tmp_path / "train_mlp.png")
+    other = run_here("train_mlp.py", *MLP, "--seed=1", "--output", tmp_path)
+    assert last_digest(other) != last_digest(text)
 
 
 @pytest.fixture(scope="module")
-def nnx_output(tmp_path_factory):
-    return train_shortly(tmp_path_factory.mktemp("nnx"))
+def linen_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("linen")
+    return run_twice("train_mlp.py", *MLP, "--api=linen", "--output", output), output
 
 
 @pytest.mark.examples
-def test_train_mlp_gives_the_same_parameters_in_another_process(nnx_output, tmp_path):
-    again = train_shortly(tmp_path)
-    assert "test accuracy" in again
-    assert "50 training samples" in again
-    assert last_digest(again) == last_digest(nnx_output)
-    assert_is_picture(tmp_path / "train_mlp.png")
+def test_train_mlp_does_the_same_with_linen(linen_run):
+    text, output = linen_run
+    assert "test accuracy" in text
+    assert_is_picture(output / "train_mlp.png")
 
 
 @pytest.mark.examples
-def test_train_mlp_gives_other_parameters_for_another_seed(nnx_output, tmp_path):
-    assert last_digest(train_shortly(tmp_path, "--seed", 1)) != last_digest(nnx_output)
-
-
-@pytest.mark.examples
-def test_train_mlp_does_the_same_with_linen(tmp_path):
-    first, second = (train_shortly(tmp_path, "--api", "linen") for _ in range(2))
-    assert "test accuracy" in first
-    assert last_digest(first) == last_digest(second)
-    assert_is_picture(tmp_path / "train_mlp.png")
-
-
-@pytest.mark.examples
-def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(tmp_path):
-    first, second = (
-        train_shortly(tmp_path, "--cutoff-step", 10, example="rate_schedules.py") for _ in range(2)
-    )
-    assert last_digest(first) == last_digest(second)
-    assert "cutoff at 10" in first
+def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(linen_run, tmp_path):
+    text = run_twice("rate_schedules.py", *MLP, "--cutoff-step=10", "--output", tmp_path)
+    assert "cutoff at 10" in text
     assert_is_picture(tmp_path / "rate_schedules.png")
 
     def rows(text):
         return dict(re.findall(r"│ (\w[\w ]*\w) +│ (\d.*%) ", text))
 
-    scheduled, fixed = rows(first), rows(train_shortly(tmp_path, "--api", "linen"))
+    scheduled, fixed = rows(text), rows(linen_run[0])
     assert list(scheduled) == ["no dropout", "constant", "early", "late", "curriculum"]
     # A schedule that does not change makes the same training as a plain number.
     assert scheduled["no dropout"] == fixed["no dropout"]
     assert scheduled["constant"] == fixed["dropout"]
 
 
-def train_cnn_shortly(output, *options):
-    settings = ["--steps=2", "--width=4", "--depth=1", "--seeds=2", "--train-size=32"]
-    settings += ["--batch-size=8"]
-    return run_example("train_cnn.py", *settings, "--output", output, *options, **COMPILE_QUICKLY)
-
-
 @pytest.mark.examples
 def test_train_cnn_compares_each_regulariser_and_repeats_itself(tmp_path):
-    first, second = (train_cnn_shortly(tmp_path) for _ in range(2))
-    assert last_digest(first) == last_digest(second)
-    accuracies = re.findall(r"│ (\w[\w ]*\w) +│ \d.*% +│ \d.*% ", first)
+    text = run_twice("train_cnn.py", *CNN, "--output", tmp_path)
+    accuracies = re.findall(r"│ (\w[\w ]*\w) +│ \d.*% +│ \d.*% ", text)
     assert accuracies == ["none", "drop_block", "spatial_dropout", "drop_path", "all three"]
-    differences = re.findall(r"│ (\w[\w ]*\w) +│ [+-].* points +│ [+-]", first)
+    differences = re.findall(r"│ (\w[\w ]*\w) +│ [+-].* points +│ [+-]", text)
     assert differences == accuracies[1:]
     assert_is_picture(tmp_path / "train_cnn.png")
 
@@ -146,7 +115,7 @@ def test_the_convolution_of_train_cnn_is_one(key):
 @pytest.mark.examples
 def test_sparse_digits_prunes_and_compares_in_pairs():
     settings = ["--steps=5", "--width=4", "--seeds=2", "--train-size=40", "--batch-size=8"]
-    text = run_example("sparse_digits.py", *settings, "--validate", **COMPILE_QUICKLY)
+    text = run_example("sparse_digits.py", *settings, "--validate")
     assert re.search(r"variational +│ .*% +│ .*% +│ \d+ \(\d+, \d+, \d+\)", text), text
     assert re.search(r"validation accuracy pruned minus without noise, .* [+-].* ± .* points", text)
     assert re.search(r"weights pruned: \d+\.\d%", text)
@@ -154,32 +123,29 @@ def test_sparse_digits_prunes_and_compares_in_pairs():
 
 @pytest.mark.examples
 def test_gallery_has_a_panel_for_every_function(tmp_path):
-    assert "24 panels" in run_example("gallery.py", "--output", tmp_path, **COMPILE_QUICKLY)
+    assert "24 panels" in run_example("gallery.py", "--output", tmp_path)
     assert_is_picture(tmp_path / "gallery.png")
 
 
 @pytest.fixture(scope="module")
-def transformer_output(tmp_path_factory):
-    return train_transformer_shortly(tmp_path_factory.mktemp("transformer"))
+def transformer_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("transformer")
+    return run_twice("train_transformer.py", *TRANSFORMER, "--output", output), output
 
 
 @pytest.mark.examples
-def test_train_transformer_gives_the_same_parameters_in_another_process(
-    transformer_output, tmp_path
-):
-    again = train_transformer_shortly(tmp_path)
-    assert "4000 characters for training, 2000 held out" in again
-    assert losses(again) == losses(transformer_output)
-    assert last_digest(again) == last_digest(transformer_output)
-    assert_is_picture(tmp_path / "train_transformer.png")
+def test_train_transformer_gives_the_same_parameters_in_another_process(transformer_run):
+    text, output = transformer_run
+    assert "4000 characters for training, 2000 held out" in text
+    assert_is_picture(output / "train_transformer.png")
 
 
 @pytest.mark.examples
-def test_train_transformer_with_the_attention_of_flax(transformer_output, tmp_path):
-    text = train_transformer_shortly(tmp_path, "--attention", "flax")
+def test_train_transformer_with_the_attention_of_flax(transformer_run, tmp_path):
+    text = run_here("train_transformer.py", *TRANSFORMER, "--attention=flax", "--output", tmp_path)
     assert "attention: flax" in text
     plain, dropped = losses(text)
-    other_plain, other_dropped = losses(transformer_output)
+    other_plain, other_dropped = losses(transformer_run[0])
     # The same function without dropout, up to rounding; other masks with it.
     np.testing.assert_allclose(np.float64(plain[1:]), np.float64(other_plain[1:]), atol=2e-3)
     assert dropped != other_dropped

@@ -1,5 +1,4 @@
 import argparse
-import concurrent.futures
 import re
 
 import jax
@@ -8,24 +7,9 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from example_runs import error_of, last_digest, load, run_example
+from example_runs import assert_is_picture, error_of, load, run_twice
 
-
-def assert_is_picture(path):
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(data) > 10_000
-
-
-def run_twice(example, output, *options):
-    """Side by side, since nearly all of the time goes into compiling."""
-    settings = ["--steps=5", "--width=8", "--samples=3", *options, "--output"]
-
-    def run_once(name):
-        return run_example(example, *settings, output / name, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return list(pool.map(run_once, ("first", "second")))
+SETTINGS = ["--steps=5", "--width=8", "--samples=3"]
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +24,27 @@ def active_learning():
 
 @pytest.mark.examples
 def test_uncertainty_regression_compares_all_ways_and_repeats_itself(tmp_path):
-    options = ("--splits", 2, "--tables", "linnerud")
-    first, second = run_twice("uncertainty_regression.py", tmp_path, *options)
-    assert last_digest(first) == last_digest(second)
-    assert "3 features, 18 examples for training, 2 for the test" in first
+    options = [*SETTINGS, "--splits=2", "--tables=linnerud", "--output", tmp_path]
+    text = run_twice("uncertainty_regression.py", *options)
+    assert "3 features, 18 examples for training, 2 for the test" in text
     scores = r"^ (\w[\w ]*\w) +-?\d+\.\d+ ± \d+\.\d+ "
     ways = ["plain", "masks off", "MC dropout", "MC moments", "ensemble", "deep ensemble"]
-    assert re.findall(scores, first, re.MULTILINE) == ways
-    differences = re.findall(r"^ (\w[\w ]*\w) .* [+-]\d.* ± .* [+-]\d.* ± ", first, re.MULTILINE)
+    assert re.findall(scores, text, re.MULTILINE) == ways
+    differences = re.findall(r"^ (\w[\w ]*\w) .* [+-]\d.* ± .* [+-]\d.* ± ", text, re.MULTILINE)
     assert differences == ways[1:]
-    assert "chosen for MC dropout" in first
-    assert_is_picture(tmp_path / "first" / "uncertainty_regression.png")
+    assert "chosen for MC dropout" in text
+    assert_is_picture(tmp_path / "uncertainty_regression.png")
 
 
 @pytest.mark.examples
 def test_active_learning_compares_acquisitions_and_repeats_itself(tmp_path):
-    options = ("--seeds", 2, "--train-size", 40)
-    first, second = run_twice("active_learning.py", tmp_path, *options)
-    assert last_digest(first) == last_digest(second)
-    rows = re.findall(r"^ (\w+) +\d+ ± \d+ (.*)", first, re.MULTILINE)
+    options = [*SETTINGS, "--seeds=2", "--train-size=40", "--output", tmp_path]
+    text = run_twice("active_learning.py", *options)
+    rows = re.findall(r"^ (\w+) +\d+ ± \d+ (.*)", text, re.MULTILINE)
     assert [name for name, _ in rows] == ["random", "entropy", "BALD"]
     assert [len(re.findall(r"[+-]\d", rest)) for _, rest in rows] == [0, 3, 3]
-    assert "does not get to 90% counts as 50 labels" in first
-    assert_is_picture(tmp_path / "first" / "active_learning.png")
+    assert "does not get to 90% counts as 50 labels" in text
+    assert_is_picture(tmp_path / "active_learning.png")
 
 
 @pytest.mark.parametrize(

@@ -5,27 +5,17 @@ import re
 
 import numpy as np
 import pytest
-from example_runs import EXAMPLES, last_digest, run_example
+from example_runs import EXAMPLES, assert_is_picture, run_twice
 
 FIGURES = ["uncertainty_band.png", "uncertainty_rejection.png", "uncertainty_turn.png"]
 SHORT = ["--steps=100", "--seeds=2", "--width=32", "--samples=4", "--many=1000"]
 
 
 @pytest.fixture(scope="module")
-def two_runs(tmp_path_factory):
-    """The printed texts of two processes, and where the first one drew."""
-    root = tmp_path_factory.mktemp("runs")
-    # Nearly all of the time goes into compiling: the second process has it done.
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    texts = [
-        run_example("uncertainty.py", *SHORT, "--output", root / name, **settings)
-        for name in ("first", "second")
-    ]
-    return texts, root / "first"
+def run(tmp_path_factory):
+    """The printed text, and where the figures are."""
+    output = tmp_path_factory.mktemp("uncertainty")
+    return run_twice("uncertainty.py", *SHORT, "--output", output), output
 
 
 @pytest.fixture
@@ -45,25 +35,17 @@ def rows(text, name, numbers):
 
 
 @pytest.mark.examples
-def test_two_processes_end_in_the_same_bits(two_runs):
-    (first, second), _ = two_runs
-    assert last_digest(first) == last_digest(second)
-
-
-@pytest.mark.examples
-def test_the_figures_are_drawn(two_runs):
-    _, output = two_runs
+def test_the_figures_are_drawn(run):
+    _, output = run
     assert sorted(path.name for path in output.iterdir()) == FIGURES
     for name in FIGURES:
-        data = (output / name).read_bytes()
-        assert data.startswith(b"\x89PNG\r\n\x1a\n")
-        assert len(data) > 10_000
+        assert_is_picture(output / name)
 
 
 @pytest.mark.examples
-def test_networks_of_few_steps_already_know_right_from_turned_digits(two_runs):
+def test_networks_of_few_steps_already_know_right_from_turned_digits(run):
     """After 100 steps; chance is an accuracy of 10 % and an area of 50 %."""
-    (text, _), _ = two_runs
+    text, _ = run
     for prediction in ("no dropout", "off", "MC"):
         upright, _, by_60_degrees, _ = rows(text, f"│ {prediction} ", 3)
         assert upright[0] > 50
@@ -74,8 +56,8 @@ def test_networks_of_few_steps_already_know_right_from_turned_digits(two_runs):
 
 
 @pytest.mark.examples
-def test_accuracy_rises_when_the_doubtful_are_rejected_and_most_when_the_errors_are(two_runs):
-    (text, _), _ = two_runs
+def test_accuracy_rises_when_the_doubtful_are_rejected_and_most_when_the_errors_are(run):
+    text, _ = run
     _, by_entropy = rows(text, "MC: entropy", 4)
     (by_errors,) = rows(text, "MC: its errors", 4)
     assert by_entropy[0] == by_errors[0]
@@ -84,8 +66,8 @@ def test_accuracy_rises_when_the_doubtful_are_rejected_and_most_when_the_errors_
 
 
 @pytest.mark.examples
-def test_the_text_says_where_monte_carlo_loses(two_runs):
-    (text, _), _ = two_runs
+def test_the_text_says_where_monte_carlo_loses(run):
+    text, _ = run
     assert re.search(r"^better: .+\nworse: .+$", text, re.MULTILINE)
 
 
