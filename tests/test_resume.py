@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import importlib
 import json
 import os
 import pathlib
@@ -19,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from example_runs import EXAMPLES, environment, run, run_example
+from cheap import normal
+from example_runs import EXAMPLES, environment, load, run, run_example, run_here
 from flax import nnx
 
 import jdropout
@@ -31,21 +31,39 @@ SETTINGS += ["--train-size=50", "--save-every=2"]
 TEMPORARY = "*.orbax-checkpoint-tmp"
 
 
+# --- stopped and resumed, in this process ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def example():
+    module = load("train_resume")
+    with pytest.MonkeyPatch.context() as patch:
+        # Its hooks would stay in this process.
+        patch.setattr(module._checkpoints, "hide_late_failures", lambda: None)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def stopped(example, tmp_path_factory):
+    """The output of a training of 8 steps: three checkpoints, of steps 4, 6 and 8."""
+    output = tmp_path_factory.mktemp("stopped")
+    run_here("train_resume.py", *SETTINGS, "--steps=8", "--output", output)
+    return output
+
+
+def test_a_training_stopped_and_resumed_ends_in_the_same_bits(stopped, tmp_path, capsys):
+    whole = run_here("train_resume.py", *SETTINGS, "--output", tmp_path / "whole")
+    output = copy(stopped, tmp_path / "copy")
+    assert run_here("train_resume.py", *SETTINGS, "--output", output) == whole
+    assert "resuming after step 8\n" in capsys.readouterr().err
+
+
 # --- killed and resumed -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def settings():
-    """The environment of the processes: most of their time would go into compiling."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(settings, tmp_path_factory):
-    return run_whole(tmp_path_factory.mktemp("whole"), **settings)
+def uninterrupted(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"))
 
 
 def run_whole(output, **settings):
@@ -53,18 +71,15 @@ def run_whole(output, **settings):
 
 
 @pytest.mark.examples
-def test_a_process_that_compiles_for_itself_ends_in_the_same_bits(
-    uninterrupted, settings, tmp_path
-):
-    alone = {**settings, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    assert run_whole(tmp_path, **alone) == uninterrupted
+def test_a_process_that_compiles_for_itself_ends_in_the_same_bits(uninterrupted, tmp_path):
+    assert run_whole(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == uninterrupted
 
 
 @pytest.fixture(scope="module")
-def killed_once(tmp_path_factory, settings):
+def killed_once(tmp_path_factory):
     output = tmp_path_factory.mktemp("killed")
     step = random.Random(0).randrange(2, STEPS - 4, 2)
-    with started(output, settings) as process:
+    with started(output) as process:
         wait_for(process, f"step {step} of {STEPS}")
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     assert step <= newest_step(output) < STEPS
@@ -72,12 +87,12 @@ def killed_once(tmp_path_factory, settings):
 
 
 @contextlib.contextmanager
-def started(output, settings, *options):
+def started(output, *options):
     """Starts the example; ends it with SIGKILL, at the latest after two minutes."""
     command = [sys.executable, EXAMPLES / "train_resume.py", *SETTINGS, "--output", output]
     process = subprocess.Popen(
         [*map(str, command), *options],
-        env=environment(**settings),
+        env=environment(),
         encoding="utf-8",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -115,11 +130,10 @@ def copy(output, to):
     return pathlib.Path(shutil.copytree(output, to))
 
 
-def test_a_training_killed_once_ends_in_the_same_bits(
-    uninterrupted, killed_once, settings, tmp_path
-):
+@pytest.mark.examples
+def test_a_training_killed_once_ends_in_the_same_bits(uninterrupted, killed_once, tmp_path):
     output = copy(killed_once, tmp_path / "copy")
-    result = resume(output, **settings)
+    result = resume(output)
     assert f"resuming after step {newest_step(killed_once)}\n" in result.stderr
     assert result.stdout == uninterrupted
 
@@ -133,18 +147,18 @@ def resume(output, *options, **settings):
 
 @pytest.mark.examples
 def test_a_training_killed_several_times_ends_in_the_same_bits(
-    uninterrupted, killed_once, settings, tmp_path
+    uninterrupted, killed_once, tmp_path
 ):
     """The second time while it writes a checkpoint; and checkpoints are now at other steps."""
     output = copy(killed_once, tmp_path / "copy")
-    with started(output, settings, "--save-every=1") as process:
+    with started(output, "--save-every=1") as process:
         wait_for(process, "step ")
         unfinished = stop_while_it_writes(process, checkpoints(output))
     assert process.returncode == -signal.SIGKILL
     (path,) = checkpoints(output).glob(TEMPORARY)
     assert path.name == unfinished
 
-    result = resume(output, "--save-every=3", **settings)
+    result = resume(output, "--save-every=3")
     assert f"{path} is half-written: it is not used\n" in result.stderr
     assert f"resuming after step {int(path.name.split('.')[0]) - 1}\n" in result.stderr
     assert not list(checkpoints(output).glob(TEMPORARY))
@@ -168,11 +182,7 @@ def test_on_more_devices_the_masks_are_the_same_and_the_losses_to_rounding(
     uninterrupted, killed_once, tmp_path
 ):
     output = copy(killed_once, tmp_path / "copy")
-    result = resume(
-        output,
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
+    result = resume(output, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert "training on 4 of 4 device(s)\n" in result.stderr
     assert f"resuming after step {newest_step(killed_once)}\n" in result.stderr
     assert masks(result.stdout) == masks(uninterrupted)
@@ -190,14 +200,15 @@ def losses(text):
 # --- damage -------------------------------------------------------------------------------
 
 
+@pytest.mark.examples
 def test_after_damage_the_last_good_checkpoint_is_used_and_the_end_is_the_same(
-    uninterrupted, killed_once, settings, tmp_path
+    uninterrupted, killed_once, tmp_path
 ):
     output = copy(killed_once, tmp_path / "copy")
     newest = newest_step(output)
     for path in (checkpoints(output) / f"{newest}" / "state" / "d").iterdir():
         path.write_bytes(path.read_bytes()[:-10])
-    result = resume(output, **settings)
+    result = resume(output)
     assert f"{checkpoints(output) / str(newest)} is damaged (ValueError: " in result.stderr
     assert f"resuming after step {newest - 2}\n" in result.stderr
     assert result.stdout == uninterrupted
@@ -260,13 +271,6 @@ def test_without_damage_the_newest_checkpoint_is_used(read_after_damage):
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-        yield importlib.import_module("train_resume")
-
-
-@pytest.fixture(scope="module")
 def beginning(example, tmp_path_factory):
     """Options, training, data and state of the example, as it is before its first step."""
     options = parse(example, *SETTINGS, f"--output={tmp_path_factory.mktemp('unused')}")
@@ -281,10 +285,8 @@ def parse(example, *words):
 
 
 @pytest.fixture
-def resume_here(example, beginning, monkeypatch):
+def resume_here(example, beginning):
     """What the example does on its start, in this process; returns the step."""
-    # They are for the whole process: as before afterwards.
-    monkeypatch.setattr(example._checkpoints, "hide_late_failures", lambda: None)
 
     def call(output, **changed):
         options, training, _, start = beginning
@@ -296,9 +298,9 @@ def resume_here(example, beginning, monkeypatch):
 
 
 def test_without_a_good_checkpoint_nothing_is_trained_or_removed(
-    killed_once, resume_here, tmp_path, capsys
+    stopped, resume_here, tmp_path, capsys
 ):
-    output = copy(killed_once, tmp_path / "copy")
+    output = copy(stopped, tmp_path / "copy")
     for path in checkpoints(output).glob("*/metadata/metadata"):
         path.write_text("{")
     before = contents(output)
@@ -328,14 +330,14 @@ def contents(folder):
     ],
 )
 def test_options_that_do_not_fit_the_checkpoints_are_named(
-    option, value, fix, killed_once, resume_here
+    option, value, fix, stopped, resume_here
 ):
-    assert resume_here(killed_once) == newest_step(killed_once)
-    before = contents(killed_once)
+    assert resume_here(stopped) == 8
+    before = contents(stopped)
     with pytest.raises(SystemExit) as ended:
-        resume_here(killed_once, **{option: value})
+        resume_here(stopped, **{option: value})
     assert ended.value.code.startswith(f"argument --{option}: got {value}, {fix}")
-    assert contents(killed_once) == before
+    assert contents(stopped) == before
 
 
 def test_an_option_that_does_not_fit_another_is_named(example, tmp_path, capsys):
@@ -377,7 +379,7 @@ def test_the_masks_of_all_microbatches_and_layers_differ(example, accumulation):
 
 
 def different_masks(example, options, training):
-    masks = np.asarray(example.make_masks(options, training, STEP))
+    masks = np.asarray(jax.jit(functools.partial(example.make_masks, options, training))(STEP))
     assert masks.shape == (COUNT, 2, SIZE, options.width)
     return {mask.tobytes() for mask in masks.reshape(2 * COUNT, -1)}
 
@@ -385,10 +387,10 @@ def different_masks(example, options, training):
 def test_accumulation_equals_its_definition_to_rounding(example, accumulation, accumulated):
     _, training, params, batch = accumulation
     one = jax.jit(functools.partial(example.loss_and_gradient, training))
-    total = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    total = jax.tree.map(np.zeros_like, (np.float32(0), params))
     for microbatch in range(COUNT):
         samples = jax.tree.map(lambda x, m=microbatch: x[m], batch)
-        total = jax.tree.map(jnp.add, total, one(params, STEP, microbatch, samples))
+        total = jax.tree.map(np.add, total, one(params, STEP, microbatch, samples))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, accumulated, jax.tree.map(lambda x: x / COUNT, total))
 
@@ -404,9 +406,10 @@ def test_accumulation_equals_its_definition_exactly_where_nothing_is_rounded(
     loss, gradient = accumulate(example, training, params, batch)
 
     expected_loss, expected = 0, jax.tree.map(np.zeros_like, params)
+    one = jax.jit(jax.value_and_grad(definition))
     for microbatch in range(COUNT):
         samples = jax.tree.map(lambda x, m=microbatch: np.asarray(x[m]), batch)
-        term = jax.value_and_grad(definition)(params, microbatch, samples)
+        term = one(params, microbatch, samples)
         expected_loss += term[0]
         expected = jax.tree.map(np.add, expected, term[1])
     assert loss == expected_loss / COUNT
@@ -456,7 +459,7 @@ def test_one_key_for_all_microbatches_would_be_noticed(
 def test_the_code_of_the_page_runs_and_does_what_it_says(tmp_path):
     text = (EXAMPLES.parent / "docs" / "resume.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    params = {"hidden": jnp.ones((64, 8)), "output": jnp.ones((8, 10))}
+    params = {"hidden": np.ones((64, 8), np.float32), "output": np.ones((8, 10), np.float32)}
     page = {"root": jax.random.key(0), "step": 0, "directory": tmp_path}
     for block in blocks:
         if "train_step" in page and "state" not in page:
@@ -465,7 +468,7 @@ def test_the_code_of_the_page_runs_and_does_what_it_says(tmp_path):
         exec(block, page)
     page["manager"].close()
 
-    images, labels = jax.random.normal(jax.random.key(1), (40, 64)), jnp.arange(40) % 10
+    images, labels = normal(40, 64), np.arange(40) % 10
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         state = page["train_step"](page["state"], images, labels)
     assert state["step"] == 1
