@@ -14,7 +14,7 @@ import jdropout.uncertainty
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(jdropout.__file__).parent
-MODULES = list(PACKAGE.rglob("*.py"))
+MODULES = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 PUBLIC = (
     jdropout,
     jdropout.keys,
@@ -48,10 +48,10 @@ def test_no_module_uses_private_jax():
 def test_random_numbers_are_made_in_the_law_alone():
     """Elsewhere keys are taken apart and put together, no numbers or children drawn from them."""
     conversions = {f"jax.random.{name}" for name in ("key_data", "key_impl", "wrap_key_data")}
-    for path in MODULES:
+    for path, tree in MODULES.items():
         if path.name == "_law.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and "random" in ast.unparse(node.value):
                 assert ast.unparse(node) in conversions, (path, ast.unparse(node))
             if isinstance(node, ast.Name) and node.id == "threefry2x32":
@@ -61,7 +61,9 @@ def test_random_numbers_are_made_in_the_law_alone():
 def test_imports_form_no_circle():
     names = {path: module_name(path) for path in MODULES}
     known = set(names.values())
-    imports = {name: imported(path, known) - {name, "jdropout"} for path, name in names.items()}
+    imports = {
+        name: imported(MODULES[path], known) - {name, "jdropout"} for path, name in names.items()
+    }
     assert len(imports) > 60
     while imports:  # takes away what imports nothing that is left
         leaves = {name for name, needed in imports.items() if not needed & set(imports)}
@@ -74,10 +76,10 @@ def module_name(path):
     return ".".join(parts).removesuffix(".__init__")
 
 
-def imported(path, known):
+def imported(tree, known):
     """The modules of this package that a file imports, where Python runs its import statements."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             both = {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
             submodules = both & known - {node.module}
@@ -88,8 +90,8 @@ def imported(path, known):
 def test_every_error_says_what_to_do():
     """After what is wrong: a second sentence, or something after a colon."""
     count = 0
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree in MODULES.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 if not isinstance(node.exc.args[0], ast.JoinedStr | ast.Constant):
                     continue  # a message that is made elsewhere

@@ -109,7 +109,8 @@ def assemble(parts):
 def test_two_processes_give_the_masks_of_one_in_every_mode_and_sharding(parts):
     inputs = make_inputs()
     drop = functools.partial(jdropout.dropout, rate=RATE)
-    expected = both_passes(drop, jax.random.key(SEED), inputs["x"], inputs["y_bar"])
+    passes = jax.jit(functools.partial(both_passes, drop))
+    expected = passes(jax.random.key(SEED), inputs["x"], inputs["y_bar"])
     assert (expected["mask"] == jdropout.keep_mask(jax.random.key(SEED), RATE, SHAPE)).all()
     for mode, name, result in itertools.product(MODES, SPECS, expected):
         label = f"{mode} {name} {result}"
@@ -118,14 +119,15 @@ def test_two_processes_give_the_masks_of_one_in_every_mode_and_sharding(parts):
 
 
 def test_training_in_two_processes_has_the_masks_of_one_and_its_losses_to_rounding(parts):
-    expected = train(jax.random.key(SEED), make_inputs(), lambda x, spec: x)
+    keys = jnp.stack([jax.random.key(SEED), jax.random.key(SEED + 1)])
+    both = jax.vmap(lambda key: train(key, make_inputs(), lambda x, spec: x))(keys)
+    expected, other = ({name: values[i] for name, values in both.items()} for i in range(2))
     ours = {result: assemble(parts[f"train {result}"]) for result in expected}
     np.testing.assert_array_equal(ours["masks"], expected["masks"])
     # The gradient's sum over the samples is taken in another order: 2^-24 for each addition.
     np.testing.assert_allclose(ours["losses"], expected["losses"], rtol=1e-5)
     np.testing.assert_allclose(ours["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
     assert np.ptp(expected["losses"]) > 0.1  # it does learn
-    other = train(jax.random.key(SEED + 1), make_inputs(), lambda x, spec: x)
     assert abs(other["losses"] - expected["losses"]).max() > 1e-2  # the control: other masks
 
 
@@ -177,13 +179,22 @@ def work():
 
     for mode, axis_type in MODES.items():
         mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type,) * 2)
-        for name, spec in SPECS.items():
-            function = drop if mode != "manual" else in_parts(drop, mesh, spec)
-            step = jax.jit(functools.partial(both_passes, function))
-            with jax.set_mesh(mesh):
-                placed = (put(mesh)(inputs[x], spec) for x in ("x", "y_bar"))
-                for result, array in step(key, *placed).items():
-                    results[f"{mode} {name} {result}"] = array
+
+        @jax.jit
+        def in_every_sharding(key, placed, mode=mode, mesh=mesh):
+            found = {}
+            for name, spec in SPECS.items():
+                function = in_parts(drop, mesh, spec) if mode == "manual" else drop
+                for result, array in both_passes(function, key, *placed[name]).items():
+                    found[f"{mode} {name} {result}"] = array
+            return found
+
+        with jax.set_mesh(mesh):
+            placed = {
+                name: [put(mesh)(inputs[x], spec) for x in ("x", "y_bar")]
+                for name, spec in SPECS.items()
+            }
+            results |= in_every_sharding(key, placed)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     for result, array in train(key, inputs, put(mesh)).items():
         results[f"train {result}"] = array

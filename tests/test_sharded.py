@@ -1,4 +1,4 @@
-"""Runs the tests in `sharded`, each file in a process of its own with eight CPU devices."""
+"""Runs the tests in `sharded`, in a process with eight CPU devices."""
 
 import pathlib
 import re
@@ -8,12 +8,11 @@ import sys
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent / "sharded"
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 
-def run(path):
-    """Runs a file's tests; an error holds everything that pytest printed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+def run(*paths):
+    """Runs the tests of files; an error holds everything that pytest printed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     result = subprocess.run(
         command,
         cwd=FOLDER.parent.parent,
@@ -29,13 +28,10 @@ def run(path):
         raise AssertionError(f"pytest ended with code {result.returncode}\n{result.stdout}")
 
 
-def test_there_are_files():
-    assert len(FILES) > 2
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_on_eight_devices(name):
-    run(FOLDER / name)
+def test_on_eight_devices():
+    files = sorted(FOLDER.glob("test_*.py"))
+    assert len(files) > 2
+    run(*files)
 
 
 @pytest.mark.parametrize(
