@@ -26,7 +26,6 @@ COLLECTIVE = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scat
 TENSOR_PARALLEL = {"w1": P(None, "t"), "b1": P("t"), "w2": P("t", None)}
 PLACES = {
     "data": ({"d": 8}, P("d"), {}),
-    "tensor": ({"t": 8}, P(), TENSOR_PARALLEL),
     "data and tensor": ({"d": 2, "t": 4}, P("d"), TENSOR_PARALLEL),
 }
 

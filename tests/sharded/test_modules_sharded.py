@@ -1,9 +1,9 @@
 """Flax layers on eight devices: the bits of one device, and the sharding of the input."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import normal
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,25 +23,20 @@ def call_linen(x, key, **options):
 
 
 CASES = [
-    (call_nnx, ("data",), (), "eager"),
     (call_nnx, ("data",), (1,), "jit"),
-    (call_nnx, (None, "model"), (0,), "jit"),
     (call_nnx, (None, "model"), (0, 2), "eager"),
-    (call_nnx, (None, None, "data"), (2,), "jit"),
-    (call_nnx, (None, None, "data"), (0,), "eager"),
-    (call_nnx, ("data", None, "model"), (), "jit"),
-    (call_nnx, ("data", None, "model"), (1,), "eager"),
+    (call_nnx, ("data", None, "model"), (), "eager"),
     (call_nnx, ("data", None, "model"), (0, 2), "jit"),
     (call_linen, ("data",), (0,), "eager"),
     (call_linen, ("data", None, "model"), (1,), "jit"),
 ]
-"""Every spec with both ways to call, every shared axis sharded and not."""
+"""Both ways to call, and shared axes that are sharded and that are not."""
 
 
 @pytest.mark.parametrize(("call", "spec", "broadcast_dims", "way"), CASES)
 def test_explicitly_sharded_input_keeps_sharding_and_bits(call, spec, broadcast_dims, way):
     key = jax.random.key(3)
-    x = jax.random.normal(jax.random.key(1), (8, 12, 16))
+    x = normal(8, 12, 16)
     expected = jdropout.dropout(key, x, 0.5, broadcast_dims=broadcast_dims)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
@@ -60,7 +55,7 @@ def test_explicitly_sharded_input_keeps_sharding_and_bits(call, spec, broadcast_
 
 def test_explicitly_sharded_input_under_nnx_jit_takes_the_key_of_the_stream():
     layer = jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (8, 16))
+    x = normal(8, 16)
     expected = [
         jdropout.dropout(jax.random.fold_in(layer.rngs.key[...], i), x, 0.5) for i in (0, 1)
     ]
@@ -75,23 +70,21 @@ def test_explicitly_sharded_input_under_nnx_jit_takes_the_key_of_the_stream():
     assert int(layer.rngs.count[...]) == 2
 
 
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
-def test_attention_layers_keep_the_sharding_and_the_mask(framework):
+def test_attention_layers_keep_the_sharding_and_the_mask():
     """Batch over the devices: every device drops its own part of the whole mask."""
-    shape = (8, 4, 2, 4)
-    query, key, value = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
-    attention = getattr(jdropout, framework).dot_product_attention
-    ours = jax.jit(
-        lambda *x: attention(
-            *x, dropout_rng=jax.random.key(5), dropout_rate=0.5, broadcast_dropout=False
-        )
-    )
-    expected = ours(query, key, value)
+    inputs = [normal(8, 4, 2, 4, seed=seed) for seed in range(3)]
+    options = dict(dropout_rng=jax.random.key(5), dropout_rate=0.5, broadcast_dropout=False)
+
+    @jax.jit
+    def both(*inputs):
+        apis = jdropout.nnx, jdropout.linen
+        return [api.dot_product_attention(*inputs, **options) for api in apis]
+
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put((query, key, value), NamedSharding(mesh, P("data")))
-        y = ours(*sharded)
-    assert y.sharding.spec[0] == "data"
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(np.asarray(y) == 0, np.asarray(expected) == 0)
-    assert jnp.isfinite(y).all()
+        sharded = both(*jax.device_put(inputs, NamedSharding(mesh, P("data"))))
+    for y, expected in zip(sharded, both(*inputs), strict=True):
+        assert y.sharding.spec[0] == "data"
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(np.asarray(y) == 0, np.asarray(expected) == 0)
+        assert np.isfinite(y).all()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +29,7 @@ SHAPES = {
     (8, 8, 24, 8): 5,
     (64,): 1,
 }
+MODES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit, "manual": AxisType.Auto}
 
 
 def mesh(axis_type):
@@ -49,24 +51,32 @@ def collectives(compiled):
     return [name for name in COLLECTIVES if name in compiled.as_text()]
 
 
+def in_shardings(function, x, devices, tested):
+    """Applies a function of (x, spec) to x in several shardings, all in one program."""
+    shardings = [NamedSharding(devices, spec) for spec in tested]
+    with jax.set_mesh(devices):
+        placed = jax.device_put([x] * len(shardings), shardings)
+        apply = jax.jit(
+            lambda placed: [function(*pair) for pair in zip(placed, tested, strict=True)]
+        )
+        compiled = apply.lower(placed).compile()
+        results = compiled(placed)
+    assert collectives(compiled) == []
+    for result, sharding in zip(results, shardings, strict=True):
+        for y in jax.tree.leaves(result):
+            assert y.sharding.is_equivalent_to(sharding, y.ndim), sharding
+    return results
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_sharding_gives_the_same_bits_without_a_collective(shape, key):
-    """In automatic and explicit mode in turn."""
-    x = np.asarray(jax.random.normal(jax.random.key(1), shape))
-    expected = np.asarray(jdropout.dropout(key, x, 0.3))
-    function = jax.jit(lambda x: jdropout.dropout(key, x, 0.3))
-    types = itertools.cycle([AxisType.Auto, AxisType.Explicit])
-    tested = itertools.islice(specs(shape), 0, None, SHAPES[shape])
-    for spec, axis_type in zip(tested, types, strict=False):
-        devices = mesh(axis_type)
-        with jax.set_mesh(devices):
-            sharding = NamedSharding(devices, spec)
-            placed = jax.device_put(x, sharding)
-            compiled = function.lower(placed).compile()
-            y = compiled(placed)
-        np.testing.assert_array_equal(y, expected)
-        assert y.sharding.is_equivalent_to(sharding, len(shape)), spec
-        assert collectives(compiled) == [], spec
+    """The shapes in automatic and explicit mode in turn."""
+    x = np.asarray(normal(*shape))
+    drop = functools.partial(jdropout.dropout, rate=0.3)
+    devices = mesh([AxisType.Auto, AxisType.Explicit][list(SHAPES).index(shape) % 2])
+    tested = list(specs(shape))[:: SHAPES[shape]]
+    for y in in_shardings(lambda x, spec: drop(key, x), x, devices, tested):
+        np.testing.assert_array_equal(y, drop(key, x))
 
 
 def manual(function, devices, spec, shape, **options):
@@ -82,33 +92,26 @@ def manual(function, devices, spec, shape, **options):
     return jax.shard_map(local, mesh=devices, in_specs=(P(), spec), out_specs=spec, **options)
 
 
-MODES = ["auto", "explicit", "manual"]
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", RAGGED, ids=str)
 def test_both_passes_are_the_same_in_every_mode_and_sharding(shape, mode, key):
-    x, y_bar = np.asarray(jax.random.normal(jax.random.key(1), (2, *shape)))
+    x, y_bar = (np.asarray(normal(*shape, seed=seed)) for seed in (0, 1))
     drop = functools.partial(jdropout.dropout, rate=0.3)
-    expected = [np.asarray(drop(key, array)) for array in (x, y_bar)]
-    devices = mesh(AxisType.Explicit if mode == "explicit" else AxisType.Auto)
+    devices = mesh(MODES[mode])
+
+    def passes(arrays, spec):
+        x, y_bar = arrays
+        function = manual(drop, devices, spec, shape) if mode == "manual" else drop
+        y, pullback = jax.vjp(functools.partial(function, key), x)
+        return y, *pullback(y_bar)
+
     # All shardings of two axes; of three axes each in one mode.
-    first, stride = (0, 1) if len(shape) == 2 else (MODES.index(mode), len(MODES))
-    with jax.set_mesh(devices):
-        for spec in itertools.islice(specs(shape), first, None, stride):
-            function = manual(drop, devices, spec, shape) if mode == "manual" else drop
-
-            @jax.jit
-            def passes(key, x, y_bar, function=function):
-                y, pullback = jax.vjp(functools.partial(function, key), x)
-                return y, *pullback(y_bar)
-
-            placed = jax.device_put((x, y_bar), NamedSharding(devices, spec))
-            compiled = passes.lower(key, *placed).compile()
-            for result, whole in zip(compiled(key, *placed), expected, strict=True):
-                np.testing.assert_array_equal(result, whole)
-                assert result.sharding.is_equivalent_to(placed[0].sharding, len(shape)), spec
-            assert collectives(compiled) == [], spec
+    tested = list(specs(shape))
+    if len(shape) == 3:
+        tested = tested[list(MODES).index(mode) :: len(MODES)]
+    for result in in_shardings(passes, (x, y_bar), devices, tested):
+        for ours, array in zip(result, (x, y_bar), strict=True):
+            np.testing.assert_array_equal(ours, drop(key, array))
 
 
 def test_parts_of_a_mask_at_the_wrong_places_are_not_the_whole(key):
@@ -124,7 +127,7 @@ def test_parts_of_a_mask_at_the_wrong_places_are_not_the_whole(key):
 
 
 def test_positions_by_hand_on_one_axis_and_by_the_compiler_on_the_other(key):
-    x = jax.random.normal(jax.random.key(1), (24, 16))
+    x = normal(24, 16)
     drop = functools.partial(jdropout.dropout, rate=0.3)
     devices = mesh(AxisType.Auto)
     for by_hand, by_compiler in [("a", "b"), ("b", "a")]:
@@ -135,16 +138,20 @@ def test_positions_by_hand_on_one_axis_and_by_the_compiler_on_the_other(key):
         assert collectives(compiled) == []
 
 
-@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1), (2,)])
-def test_explicit_sharding_survives_broadcast_axes(dims, key):
-    x = jnp.ones((8, 16, 4))
-    expected = np.asarray(jdropout.dropout(key, x, 0.5, broadcast_dims=dims))
+def test_explicit_sharding_survives_broadcast_axes(key):
+    x = np.ones((8, 16, 4), np.float32)
+
+    def dropped(x):
+        dims = [(0,), (1,), (0, 1), (2,)]
+        return [jdropout.dropout(key, x, 0.5, broadcast_dims=shared) for shared in dims]
+
+    expected = jax.jit(dropped)(x)
     with jax.set_mesh(mesh(AxisType.Explicit)):
         placed = jax.device_put(x, P("a", "b", None))
         for wrap in (jax.jit, lambda f: f):
-            y = wrap(lambda x: jdropout.dropout(key, x, 0.5, broadcast_dims=dims))(placed)
-            assert jax.typeof(y).sharding.spec == P("a", "b", None)
-            np.testing.assert_array_equal(y, expected)
+            for y, whole in zip(wrap(dropped)(placed), expected, strict=True):
+                assert jax.typeof(y).sharding.spec == P("a", "b", None)
+                np.testing.assert_array_equal(y, whole)
 
 
 @pytest.mark.parametrize("options", [{"rate": 1.0}, {"rate": 0.0}, {"deterministic": True}])
@@ -170,36 +177,37 @@ def test_explicit_sharding_works_with_traced_rate_and_flag_and_their_gradient(ke
 
 
 def test_an_explicitly_sharded_batch_of_rates_works(key):
-    x, rates = jnp.ones((4, 16, 24)), jnp.array([0.1, 0.3, 0.5, 0.9])
-    expected = jax.vmap(lambda r, x: jdropout.dropout(key, x, r))(rates, x)
+    x, rates = np.ones((4, 16, 24), np.float32), np.array([0.1, 0.3, 0.5, 0.9], np.float32)
+    drop = jax.jit(jax.vmap(lambda x, rate: jdropout.dropout(key, x, rate)))
+    expected = drop(x, rates)
     with jax.set_mesh(mesh(AxisType.Explicit)):
-        placed = jax.device_put(x, P("a", None, "b")), jax.device_put(rates, P("a"))
-        y = jax.jit(jax.vmap(lambda x, r: jdropout.dropout(key, x, r)))(*placed)
+        y = drop(jax.device_put(x, P("a", None, "b")), jax.device_put(rates, P("a")))
     np.testing.assert_array_equal(y, expected)
-
-
-SPLITS = [
-    ((24, 16), P(("a", "b"), None)),  # 3 rows a device: blocks begin in the middle of a group
-    ((4, 40, 6), P("a", "b", None)),
-    ((2, 4, 64, 16), P("a", None, "b", None)),
-    ((64,), P(("a", "b"))),
-]
 
 
 @pytest.mark.parametrize(
     ("shape", "spec", "check_vma"),
-    [*((*split, True) for split in SPLITS), (*SPLITS[0], False)],
+    [
+        ((24, 16), P(("a", "b"), None), False),  # 3 rows a device: some begin within a group
+        ((2, 4, 64, 16), P("a", None, "b", None), True),
+        ((64,), P(("a", "b")), True),
+    ],
     ids=str,
 )
 def test_shard_map_with_global_positions_equals_the_whole(shape, spec, check_vma, key):
-    x = jax.random.normal(jax.random.key(1), shape)
+    x = normal(*shape)
     drop = functools.partial(jdropout.dropout, rate=0.3)
-    expected = np.asarray(drop(key, x))
-    split = jax.jit(manual(drop, mesh(AxisType.Auto), spec, shape, check_vma=check_vma))
-    np.testing.assert_array_equal(split(key, x), expected)
-    assert collectives(split.lower(key, x).compile()) == []
-    gradient = jax.jit(lambda x: jax.vjp(lambda x: split(key, x), x)[1](x)[0])(x)
-    np.testing.assert_array_equal(gradient, expected)
+    split = manual(drop, mesh(AxisType.Auto), spec, shape, check_vma=check_vma)
+
+    @jax.jit
+    def passes(x):
+        y, pullback = jax.vjp(functools.partial(split, key), x)
+        return y, *pullback(x)
+
+    compiled = passes.lower(x).compile()
+    for result in compiled(x):
+        np.testing.assert_array_equal(result, drop(key, x))
+    assert collectives(compiled) == []
 
 
 def test_shard_map_without_positions_repeats_the_mask_and_with_folded_keys_does_not(key):
@@ -209,29 +217,23 @@ def test_shard_map_without_positions_repeats_the_mask_and_with_folded_keys_does_
     def folded(key, x):
         return jdropout.dropout(jax.random.fold_in(key, jax.lax.axis_index("b")), x, 0.5)
 
-    x = jnp.ones((32, 16))
-    results = [
-        np.asarray(
-            jax.shard_map(f, mesh=mesh(AxisType.Auto), in_specs=(P(), P("b")), out_specs=P("b"))(
-                key, x
-            )
-        ).reshape(4, 8, 16)
-        for f in (shared, folded)
-    ]
+    def both(key, x):
+        devices = mesh(AxisType.Auto)
+        split = functools.partial(
+            jax.shard_map, mesh=devices, in_specs=(P(), P("b")), out_specs=P("b")
+        )
+        return [split(function)(key, x) for function in (shared, folded)]
+
+    x = np.ones((32, 16), np.float32)
+    results = [np.asarray(y).reshape(4, 8, 16) for y in jax.jit(both)(key, x)]
     assert all((results[0][0] == results[0][i]).all() for i in range(1, 4))
     assert all((results[1][0] != results[1][i]).any() for i in range(1, 4))
 
 
 def test_the_mask_does_not_depend_on_the_number_of_devices(key):
-    x = jnp.ones((64, 48))
-    expected = np.asarray(jdropout.dropout(key, x, 0.5))
-    for count, spec in (
-        (1, P("d")),
-        (2, P(None, "d")),
-        (4, P("d")),
-        (8, P("d")),
-        (8, P(None, "d")),
-    ):
+    x = np.ones((64, 48), np.float32)
+    expected = jdropout.dropout(key, x, 0.5)
+    for count, spec in ((1, P("d")), (2, P(None, "d")), (4, P("d")), (8, P(None, "d"))):
         devices = jax.make_mesh(
             (count,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
         )
