@@ -65,7 +65,7 @@ def test_train_mlp_gives_the_same_parameters_in_another_process_and_others_for_a
 @pytest.fixture(scope="module")
 def linen_run(tmp_path_factory):
     output = tmp_path_factory.mktemp("linen")
-    return run_twice("train_mlp.py", *MLP, "--api=linen", "--output", output), output
+    return run_here("train_mlp.py", *MLP, "--api=linen", "--output", output), output
 
 
 @pytest.mark.examples
@@ -77,7 +77,7 @@ def test_train_mlp_does_the_same_with_linen(linen_run):
 
 @pytest.mark.examples
 def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(linen_run, tmp_path):
-    text = run_twice("rate_schedules.py", *MLP, "--cutoff-step=10", "--output", tmp_path)
+    text = run_example("rate_schedules.py", *MLP, "--cutoff-step=10", "--output", tmp_path)
     assert "cutoff at 10" in text
     assert_is_picture(tmp_path / "rate_schedules.png")
 
@@ -92,8 +92,8 @@ def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(linen_run, tmp_
 
 
 @pytest.mark.examples
-def test_train_cnn_compares_each_regulariser_and_repeats_itself(tmp_path):
-    text = run_twice("train_cnn.py", *CNN, "--output", tmp_path)
+def test_train_cnn_compares_each_regulariser(tmp_path):
+    text = run_example("train_cnn.py", *CNN, "--output", tmp_path)
     accuracies = re.findall(r"│ (\w[\w ]*\w) +│ \d.*% +│ \d.*% ", text)
     assert accuracies == ["none", "drop_block", "spatial_dropout", "drop_path", "all three"]
     differences = re.findall(r"│ (\w[\w ]*\w) +│ [+-].* points +│ [+-]", text)

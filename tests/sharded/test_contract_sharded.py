@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
-from cheap import quick_jit
 from contract import RATE, ROWS, Draw
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -55,7 +54,8 @@ SHAPES = {
     "patch_dropout": (16, 9, 8),
     "variational_dense": (16, 10),
 }
-SPECS = {  # else each axis of the mesh on an axis of x, and both on one
+# In explicit mode each axis of the mesh is on an axis of x, in automatic mode both are on one.
+SPECS = {
     "patch_dropout": ({0: "a", 2: "b"}, {0: BOTH}),
     "variational_dense": ({0: BOTH},),  # the sum over inputs is no matter of the noise
     "drop_block": ({0: "a", 3: "b"}, {3: BOTH}),
@@ -70,8 +70,8 @@ def test_sharding_changes_no_value_and_needs_no_collective(name, mode):
     row = CASES[name]
     shape = SHAPES.get(name, tuple(-(-size // 8) * 8 for size in row.shape))
     last = len(shape) - 1
-    specs = SPECS.get(name, ({0: "a", last: "b"}, {min(1, last): BOTH}))
-    specs = specs[:1] if mode == "explicit" else specs
+    placements = SPECS.get(name, ({0: "a", last: "b"}, {min(1, last): BOTH}))
+    axes = placements[0 if mode == "explicit" else -1]
     x, strength = row.inputs(shape), row.strength
     if np.ndim(strength):
         columns = strength.shape[1] if name == "variational_dense" else shape[1]
@@ -83,6 +83,7 @@ def test_sharding_changes_no_value_and_needs_no_collective(name, mode):
     if row.differentiable:
         expected.append(row.gradient(draw, x, strength, y_bar))
 
+    @jax.jit
     def passes(key, x, traced_strength, y_bar):
         strength = row.strength if traced_strength is None else traced_strength
         if not row.differentiable:
@@ -90,39 +91,27 @@ def test_sharding_changes_no_value_and_needs_no_collective(name, mode):
         y, pullback = jax.vjp(lambda x: row.call(key, x, strength), x)
         return [y, *pullback(y_bar)]
 
-    @quick_jit
-    def all_placements(key, strength, *placed):
-        return [
-            passes(key, x, own, y_bar) for (x, y_bar), own in zip(placed, strength, strict=True)
-        ]
-
     devices = mesh(AXIS_TYPES[mode])
+    sharding = NamedSharding(devices, on_axes(len(shape), axes))
     with jax.set_mesh(devices):
-        placed, strengths, shardings = [], [], []
-        for axes in specs:
-            sharding = NamedSharding(devices, on_axes(len(shape), axes))
-            shardings.append(sharding)
-            placed.append(jax.device_put((x, y_bar), sharding))
-            together = row.array_strength and name != "variational_dense"
-            if together:
-                strengths.append(jax.device_put(strength, sharding))
-            else:
-                strengths.append(strength if np.ndim(strength) else None)
-        compiled = all_placements.lower(KEY, strengths, *placed).compile()
-        results = compiled(KEY, strengths, *placed)
-    for passes_, sharding in zip(results, shardings, strict=True):
-        for result, whole in zip(passes_, expected, strict=True):
-            if row.rtol == 0:
-                np.testing.assert_array_equal(result, whole)
-            else:
-                np.testing.assert_allclose(result, whole, rtol=row.rtol, atol=row.atol)
-            assert result.sharding.is_equivalent_to(sharding, len(shape))
+        x, y_bar = jax.device_put((x, y_bar), sharding)
+        if row.array_strength and name != "variational_dense":
+            strength = jax.device_put(strength, sharding)
+        traced_strength = strength if np.ndim(strength) else None
+        compiled = passes.lower(KEY, x, traced_strength, y_bar).compile()
+        results = compiled(KEY, x, traced_strength, y_bar)
+    for result, whole in zip(results, expected, strict=True):
+        if row.rtol == 0:
+            np.testing.assert_array_equal(result, whole)
+        else:
+            np.testing.assert_allclose(result, whole, rtol=row.rtol, atol=row.atol)
+        assert result.sharding.is_equivalent_to(sharding, len(shape))
     if name not in MEETING:
         assert collectives(compiled) == []
 
 
 @pytest.mark.parametrize(
-    ("options", "mode"), [({}, "auto"), ({}, "explicit"), (dict(shared_channels=False), "auto")]
+    ("options", "mode"), [({}, "explicit"), (dict(shared_channels=False), "auto")]
 )
 def test_blocks_reach_over_the_parts_of_a_map(options, mode):
     options = dict(block_size=3, **options)
@@ -133,7 +122,7 @@ def test_blocks_reach_over_the_parts_of_a_map(options, mode):
     with jax.set_mesh(devices):
         placed = jax.device_put(x, NamedSharding(devices, spec))
 
-        @quick_jit
+        @jax.jit
         def passes(key, x):
             y, pullback = jax.vjp(lambda x: jdropout.drop_block(key, x, RATE, **options), x)
             return y, *pullback(x)
@@ -149,7 +138,7 @@ def test_traced_strengths_and_flags_work_with_explicit_shardings(name):
     row, shape, devices = ROWS[name], (24, 16), mesh(AxisType.Explicit)
     x = row.inputs(shape)
 
-    @quick_jit
+    @jax.jit
     def passes(key, x, strength, flag):
         y, pullback = jax.vjp(lambda x: row.call(key, x, strength, deterministic=flag), x)
         return y, *pullback(x)
