@@ -77,7 +77,7 @@ def test_train_mlp_does_the_same_with_linen(linen_run):
 
 @pytest.mark.examples
 def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(linen_run, tmp_path):
-    text = run_example("rate_schedules.py", *MLP, "--cutoff-step=10", "--output", tmp_path)
+    text = run_here("rate_schedules.py", *MLP, "--cutoff-step=10", "--output", tmp_path)
     assert "cutoff at 10" in text
     assert_is_picture(tmp_path / "rate_schedules.png")
 
@@ -93,7 +93,7 @@ def test_rate_schedules_compares_them_with_the_pair_of_train_mlp(linen_run, tmp_
 
 @pytest.mark.examples
 def test_train_cnn_compares_each_regulariser(tmp_path):
-    text = run_example("train_cnn.py", *CNN, "--output", tmp_path)
+    text = run_here("train_cnn.py", *CNN, "--output", tmp_path)
     accuracies = re.findall(r"│ (\w[\w ]*\w) +│ \d.*% +│ \d.*% ", text)
     assert accuracies == ["none", "drop_block", "spatial_dropout", "drop_path", "all three"]
     differences = re.findall(r"│ (\w[\w ]*\w) +│ [+-].* points +│ [+-]", text)
@@ -115,7 +115,7 @@ def test_the_convolution_of_train_cnn_is_one(key):
 @pytest.mark.examples
 def test_sparse_digits_prunes_and_compares_in_pairs():
     settings = ["--steps=5", "--width=4", "--seeds=2", "--train-size=40", "--batch-size=8"]
-    text = run_example("sparse_digits.py", *settings, "--validate")
+    text = run_here("sparse_digits.py", *settings, "--validate")
     assert re.search(r"variational +│ .*% +│ .*% +│ \d+ \(\d+, \d+, \d+\)", text), text
     assert re.search(r"validation accuracy pruned minus without noise, .* [+-].* ± .* points", text)
     assert re.search(r"weights pruned: \d+\.\d%", text)
@@ -123,7 +123,7 @@ def test_sparse_digits_prunes_and_compares_in_pairs():
 
 @pytest.mark.examples
 def test_gallery_has_a_panel_for_every_function(tmp_path):
-    assert "24 panels" in run_example("gallery.py", "--output", tmp_path)
+    assert "24 panels" in run_here("gallery.py", "--output", tmp_path)
     assert_is_picture(tmp_path / "gallery.png")
 
 

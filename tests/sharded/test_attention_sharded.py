@@ -117,27 +117,28 @@ def conditional_collectives(jaxpr, conditional=False):
     return found
 
 
+# Axes of the mask by the axes of the mesh, and the specs of query, key and value, and output.
+BATCH_AND_HEADS = P("a", None, "b")
 SPLITS = {
-    "batch": (0, P("d"), P("d"), P("d")),
-    "heads": (1, P(None, None, "d"), P(None, None, "d"), P(None, None, "d")),
-    "queries": (2, P(None, "d"), P(), P(None, "d")),
-    "keys": (3, P(), P(None, "d"), P()),
+    "batch and heads": ({0: "a", 1: "b"}, BATCH_AND_HEADS, BATCH_AND_HEADS, BATCH_AND_HEADS),
+    "queries": ({2: "b"}, P(None, "b"), P(), P(None, "b")),
+    "keys": ({3: "b"}, P(), P(None, "b"), P()),
 }
 
 
 def merged(output, residual):
     """The attention to all keys, from that of every device to its own."""
-    weights = jnp.exp(residual - lax.pmax(lax.stop_gradient(residual), "d"))
-    return lax.psum(output * weights[..., None], "d") / lax.psum(weights, "d")[..., None]
+    weights = jnp.exp(residual - lax.pmax(lax.stop_gradient(residual), "b"))
+    return lax.psum(output * weights[..., None], "b") / lax.psum(weights, "b")[..., None]
 
 
 @pytest.mark.parametrize(
     ("split", "check_vma"),
-    [("batch", True), ("heads", True), ("queries", True), ("queries", False), ("keys", True)],
+    [("batch and heads", True), ("queries", False), ("keys", True)],
     ids=str,
 )
 def test_shard_map_with_positions_equals_the_whole(split, check_vma, key):
-    axis, query_spec, key_spec, output_spec = SPLITS[split]
+    split_axes, query_spec, key_spec, output_spec = SPLITS[split]
     sizes = dict(b=8, t=16, s=16, n=8, k=8, h=4, v=4)
     shape = shape_of("bnts", **sizes)
     arrays, (output_bar, _) = operands(**sizes)
@@ -147,13 +148,14 @@ def test_shard_map_with_positions_equals_the_whole(split, check_vma, key):
 
     def local(query, key, value, scale):
         start = [0, 0, 0, 0]
-        start[axis] = lax.axis_index("d") * (shape[axis] // 8)
+        for axis, name in split_axes.items():
+            start[axis] = lax.axis_index(name) * (shape[axis] // DEVICES[name])
         output, residual = ours(query, key, value, scale=scale, start=start)
         return merged(output, residual) if split == "keys" else output
 
     sharded = jax.shard_map(
         local,
-        mesh=jax.make_mesh((8,), ("d",), axis_types=(AUTO,)),
+        mesh=jax.make_mesh(tuple(DEVICES.values()), tuple(DEVICES), axis_types=(AUTO,) * 2),
         in_specs=(query_spec, key_spec, key_spec, P()),
         out_specs=output_spec,
         check_vma=check_vma,

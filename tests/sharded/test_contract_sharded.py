@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
+from audit_cases import in_turn
 from contract import RATE, ROWS, Draw
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -61,11 +62,13 @@ SPECS = {
     "drop_block": ({0: "a", 3: "b"}, {3: BOTH}),
     "drop_block, realised": ({0: "a", 3: "b"}, {0: BOTH}),
 }
+BOTH_MODES = [
+    (name, mode) for name in ("dropout", "drop_block", "alpha_dropout") for mode in AXIS_TYPES
+]
 MEETING = ("drop_block, realised", "targeted_dropout")  # sums and ranks over the whole array
 
 
-@pytest.mark.parametrize("mode", AXIS_TYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(CASES, list(AXIS_TYPES), also=IN_BOTH_MODES))
 def test_sharding_changes_no_value_and_needs_no_collective(name, mode):
     row = CASES[name]
     shape = SHAPES.get(name, tuple(-(-size // 8) * 8 for size in row.shape))

@@ -16,7 +16,6 @@ from jdropout import mc_predict
     ("options", "kind"),
     [
         ({}, AxisType.Auto),
-        ({}, AxisType.Explicit),
         ({"batch_size": 1}, AxisType.Explicit),
         ({"consistent": True}, AxisType.Auto),
     ],
