@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import contract
 import jax
@@ -62,9 +63,7 @@ SPECS = {
     "drop_block": ({0: "a", 3: "b"}, {3: BOTH}),
     "drop_block, realised": ({0: "a", 3: "b"}, {0: BOTH}),
 }
-BOTH_MODES = [
-    (name, mode) for name in ("dropout", "drop_block", "alpha_dropout") for mode in AXIS_TYPES
-]
+IN_BOTH_MODES = itertools.product(("dropout", "drop_block", "alpha_dropout"), AXIS_TYPES)
 MEETING = ("drop_block, realised", "targeted_dropout")  # sums and ranks over the whole array
 
 
