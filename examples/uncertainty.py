@@ -292,15 +292,20 @@ def sample_numbers(
     entropy = uncertainty.entropy(jnp.log(moments.mean["probabilities"]))
     slope = error_slope(moments.mean["probabilities"], moments.variance["probabilities"])
     alone = jax.tree.map(lambda leaf: leaf[None], model)
-    (logits,) = sample_logits(alone, at_site(key, "few"), images[None], many // 2)
-    errors = {}
-    for count in SAMPLE_NUMBERS:
-        groups = logits[: len(logits) // count * count].reshape(-1, count, *logits.shape[1:])
+    (logits,) = np.asarray(sample_logits(alone, at_site(key, "few"), images[None], many // 2))
+
+    @jax.jit
+    def compare(groups: jax.Array) -> tuple[jax.Array, ...]:
+        count = groups.shape[1]
         error = uncertainty.predictive_entropy(groups, sample_axis=1) - entropy
         p = jax.nn.softmax(groups)
         left = error + error_slope(p.mean(axis=1), p.var(axis=1, ddof=1)) / count
-        numbers = error.mean(), -slope.mean() / count, left.mean(), error.std(axis=0).mean()
-        errors[count] = [float(number) for number in numbers]
+        return error.mean(), -slope.mean() / count, left.mean(), error.std(axis=0).mean()
+
+    errors = {}
+    for count in SAMPLE_NUMBERS:
+        groups = logits[: len(logits) // count * count].reshape(-1, count, *logits.shape[1:])
+        errors[count] = [float(number) for number in compare(groups)]
     exact = {
         "predictive entropy": float(entropy.mean()),
         "mutual information": float((entropy - moments.mean["entropy"]).mean()),

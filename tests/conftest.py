@@ -33,7 +33,14 @@ def key() -> jax.Array:
 
 
 # What takes longest goes first, so that no worker is left alone with it at the end.
-LONGEST = ("test_sharded", "test_resume", "test_law", "test_audit_flax", "test_statistics")
+LONGEST = (
+    "test_sharded",
+    "test_examples",
+    "test_law",
+    "test_resume",
+    "test_audit_flax",
+    "test_statistics",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -130,14 +130,6 @@ def copy(output, to):
     return pathlib.Path(shutil.copytree(output, to))
 
 
-@pytest.mark.examples
-def test_a_training_killed_once_ends_in_the_same_bits(uninterrupted, killed_once, tmp_path):
-    output = copy(killed_once, tmp_path / "copy")
-    result = resume(output)
-    assert f"resuming after step {newest_step(killed_once)}\n" in result.stderr
-    assert result.stdout == uninterrupted
-
-
 def resume(output, *options, **settings):
     result = run(EXAMPLES / "train_resume.py", *SETTINGS, *options, "--output", output, **settings)
     assert result.returncode == 0, result.stderr

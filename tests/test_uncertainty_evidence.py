@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from example_runs import assert_is_picture, error_of, load, run_twice
+from example_runs import assert_is_picture, error_of, load, run_here
 
 SETTINGS = ["--steps=5", "--width=8", "--samples=3"]
 
@@ -23,9 +23,9 @@ def active_learning():
 
 
 @pytest.mark.examples
-def test_uncertainty_regression_compares_all_ways_and_repeats_itself(tmp_path):
+def test_uncertainty_regression_compares_all_ways(tmp_path):
     options = [*SETTINGS, "--splits=2", "--tables=linnerud", "--output", tmp_path]
-    text = run_twice("uncertainty_regression.py", *options)
+    text = run_here("uncertainty_regression.py", *options)
     assert "3 features, 18 examples for training, 2 for the test" in text
     scores = r"^ (\w[\w ]*\w) +-?\d+\.\d+ ± \d+\.\d+ "
     ways = ["plain", "masks off", "MC dropout", "MC moments", "ensemble", "deep ensemble"]
@@ -37,9 +37,9 @@ def test_uncertainty_regression_compares_all_ways_and_repeats_itself(tmp_path):
 
 
 @pytest.mark.examples
-def test_active_learning_compares_acquisitions_and_repeats_itself(tmp_path):
+def test_active_learning_compares_acquisitions(tmp_path):
     options = [*SETTINGS, "--seeds=2", "--train-size=40", "--output", tmp_path]
-    text = run_twice("active_learning.py", *options)
+    text = run_here("active_learning.py", *options)
     rows = re.findall(r"^ (\w+) +\d+ ± \d+ (.*)", text, re.MULTILINE)
     assert [name for name, _ in rows] == ["random", "entropy", "BALD"]
     assert [len(re.findall(r"[+-]\d", rest)) for _, rest in rows] == [0, 3, 3]
