@@ -5,6 +5,7 @@ import functools
 import example_runs
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from audit_cases import DROPOUTS, GUISES, OURS, RATE, assert_found, gradient, in_turn
 from jax import lax
@@ -29,7 +30,7 @@ def drop(request):
 
 @pytest.fixture
 def x():
-    return jnp.ones((8, 16))
+    return np.ones((8, 16), np.float32)
 
 
 @pytest.mark.parametrize("name", ["ours", "by hand", "custom_vjp"])

@@ -36,7 +36,7 @@ CASES = [
 @pytest.mark.parametrize(("call", "spec", "broadcast_dims", "way"), CASES)
 def test_explicitly_sharded_input_keeps_sharding_and_bits(call, spec, broadcast_dims, way):
     key = jax.random.key(3)
-    x = normal(8, 12, 16)
+    x = np.asarray(normal(8, 12, 16))
     expected = jdropout.dropout(key, x, 0.5, broadcast_dims=broadcast_dims)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
@@ -55,7 +55,7 @@ def test_explicitly_sharded_input_keeps_sharding_and_bits(call, spec, broadcast_
 
 def test_explicitly_sharded_input_under_nnx_jit_takes_the_key_of_the_stream():
     layer = jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
-    x = normal(8, 16)
+    x = np.asarray(normal(8, 16))
     expected = [
         jdropout.dropout(jax.random.fold_in(layer.rngs.key[...], i), x, 0.5) for i in (0, 1)
     ]
@@ -72,7 +72,7 @@ def test_explicitly_sharded_input_under_nnx_jit_takes_the_key_of_the_stream():
 
 def test_attention_layers_keep_the_sharding_and_the_mask():
     """Batch over the devices: every device drops its own part of the whole mask."""
-    inputs = [normal(8, 4, 2, 4, seed=seed) for seed in range(3)]
+    inputs = [np.asarray(normal(8, 4, 2, 4, seed=seed)) for seed in range(3)]
     options = dict(dropout_rng=jax.random.key(5), dropout_rate=0.5, broadcast_dropout=False)
 
     @jax.jit
