@@ -470,7 +470,7 @@ def test_the_code_of_the_page_runs_and_does_what_it_says(tmp_path):
     assert (outputs[0] != outputs[1]).any()
     assert {"kernel", "bias"} == {path[-1] for path, _ in nnx.to_flat_state(page["saved"])}
     batches = images.reshape(4, 10, 64), labels.reshape(4, 10)
-    total = page["accumulated_gradient"](params, batches, 7)
+    total = jax.jit(page["accumulated_gradient"])(params, batches, 7)
     gradient = jax.jit(jax.grad(page["loss"]))
     terms = [gradient(params, images[:10], labels[:10], 7, microbatch) for microbatch in range(4)]
     assert len({np.asarray(term["hidden"]).tobytes() for term in terms}) == 4

@@ -1,7 +1,6 @@
 """Every assertion accepts what has its property, and rejects controls that lack it."""
 
 import math
-import os
 import pathlib
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
+from example_runs import environment
 from jax import lax
 from scipy import stats
 
@@ -479,10 +479,9 @@ def test_what_shows_nothing_about_a_training_is_an_error(value, runs, error, tex
 
 
 def run_tests(path):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", path],
-        env=environment | {"JAX_PLATFORMS": "cpu"},
+        env=environment(),
         cwd=path.parent,
         encoding="utf-8",
         capture_output=True,
