@@ -49,7 +49,6 @@ def collectives(compiled):
 @pytest.mark.parametrize(
     ("place", "axis_type"),
     [
-        ("batch and heads", AUTO),
         ("batch and heads", EXPLICIT),
         ("batch and queries", AUTO),
         ("batch and queries", EXPLICIT),

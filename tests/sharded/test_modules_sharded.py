@@ -24,9 +24,7 @@ def call_linen(x, key, **options):
 
 CASES = [
     (call_nnx, ("data",), (1,), "jit"),
-    (call_nnx, (None, "model"), (0, 2), "eager"),
-    (call_nnx, ("data", None, "model"), (), "eager"),
-    (call_nnx, ("data", None, "model"), (0, 2), "jit"),
+    (call_nnx, ("data", None, "model"), (0, 2), "eager"),
     (call_linen, ("data",), (0,), "eager"),
     (call_linen, ("data", None, "model"), (1,), "jit"),
 ]

@@ -19,13 +19,10 @@ RAGGED = [(24, 16), (16, 24, 8)]  # 3 rows a device, where the rows are on both 
 # Shapes, and which of their shardings are tested: all, every second one, and so on.
 SHAPES = {
     (40, 8): 2,  # 5 rows a device
-    (96, 64): 3,
     (200, 1000): 3,
-    (256, 512): 4,
     (24, 1024): 2,
     (8, 96, 64): 3,
     (4, 8, 64, 16): 4,
-    (8, 8, 24, 8): 5,
     (64,): 1,
 }
 MODES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit, "manual": AxisType.Auto}
@@ -104,10 +101,7 @@ def test_both_passes_are_the_same_in_every_mode_and_sharding(shape, mode, key):
         y, pullback = jax.vjp(functools.partial(function, key), x)
         return y, *pullback(y_bar)
 
-    # All shardings of two axes; of three axes each in one mode.
-    tested = list(specs(shape))
-    if len(shape) == 3:
-        tested = tested[list(MODES).index(mode) :: len(MODES)]
+    tested = list(specs(shape))[list(MODES).index(mode) :: len(MODES)]  # each in one mode
     for result in in_shardings(passes, (x, y_bar), devices, tested):
         for ours, array in zip(result, (x, y_bar), strict=True):
             np.testing.assert_array_equal(ours, drop(key, array))

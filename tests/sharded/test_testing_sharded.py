@@ -47,7 +47,7 @@ def in_pieces(key, x, positions):
     return jax.jit(jax.shard_map(local, in_specs=(P(), P("a")), out_specs=P("a")))(key, x)
 
 
-@pytest.mark.parametrize("key", [KEY, jax.random.key(0, impl="rbg"), jnp.array(WORDS, jnp.uint32)])
+@pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), np.array(WORDS, np.uint32)])
 def test_dropout_does_not_depend_on_the_sharding(key):
     fn = jax.jit(lambda key, x: jdropout.dropout(key, x, 0.5))
     assert_sharding_invariant(fn, key, X, devices=jax.devices()[:2])

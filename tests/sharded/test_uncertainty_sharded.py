@@ -14,7 +14,6 @@ from jdropout import mc_predict
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
-        ({}, AxisType.Auto),
         ({"batch_size": 1}, AxisType.Explicit),
         ({"consistent": True}, AxisType.Auto),
     ],
