@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import cheap
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from jdropout.keys import at_site
 FALSE_ALARM = 1e-8
 """Probability that a perfect generator fails any one of the statistical tests."""
 
-W = jax.random.normal(jax.random.key(3), (12, 5))
+W = cheap.normal(12, 5, seed=3)
 RATE = 0.25
 
 
@@ -32,7 +33,7 @@ halve = functools.partial(jdropout.dropout, rate=0.5)
 
 @pytest.fixture
 def x():
-    return jax.random.normal(jax.random.key(1), (6, 12))
+    return cheap.normal(6, 12)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_linear_model_has_its_exact_mean_and_variance(consistent, x, key):
     )
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 7, 50])
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_the_moments_are_those_of_the_documented_samples(batch_size, x, key):
     prediction = mc_predict(linear, key, W, x, num_samples=7, batch_size=batch_size)
     samples = samples_of(linear, key, W, x, count=7).astype(np.float64)
@@ -88,17 +89,12 @@ def test_the_moments_are_those_of_the_documented_samples(batch_size, x, key):
     assert prediction.samples is None
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_samples_are_returned_in_the_order_of_their_keys(batch_size, x, key):
-    prediction = mc_predict(
-        halve, key, x, num_samples=7, batch_size=batch_size, return_samples=True
-    )
-    np.testing.assert_array_equal(prediction.samples, samples_of(halve, key, x, count=7))
-    if batch_size != 3:
-        return
-    moments = mc_predict(halve, key, x, num_samples=7, batch_size=batch_size)
-    np.testing.assert_allclose(prediction.mean, moments.mean, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(prediction.variance, moments.variance, rtol=1e-5, atol=1e-6)
+def test_samples_are_returned_in_the_order_of_their_keys(x, key):
+    prediction = mc_predict(halve, key, x, num_samples=7, batch_size=3, return_samples=True)
+    samples = samples_of(halve, key, x, count=7)
+    np.testing.assert_array_equal(prediction.samples, samples)
+    np.testing.assert_allclose(prediction.mean, samples.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(prediction.variance, samples.var(0, ddof=1), rtol=1e-5, atol=1e-6)
 
 
 def test_a_small_variance_survives_a_large_mean_over_many_samples(key):
@@ -116,14 +112,15 @@ def test_a_small_variance_survives_a_large_mean_over_many_samples(key):
     assert abs(naive - 1) > 0.01
 
 
-@pytest.mark.parametrize("large", [-1e30, np.finfo(np.float32).min])
 @pytest.mark.parametrize("return_samples", [False, True])
-def test_large_constants_such_as_masked_logits_have_no_variance(large, return_samples, x, key):
+def test_large_constants_such_as_masked_logits_have_no_variance(return_samples, x, key):
+    large = np.float32([0, 0, *[-1e30] * 5, *[np.finfo(np.float32).min] * 5])
+
     def fn(key, x):
-        return jnp.where(jnp.arange(12) < 2, jdropout.dropout(key, x[0], 0.5), np.float32(large))
+        return jnp.where(np.arange(12) < 2, jdropout.dropout(key, x[0], 0.5), large)
 
     prediction = mc_predict(fn, key, x, num_samples=20, return_samples=return_samples)
-    np.testing.assert_array_equal(prediction.mean[2:], np.float32(large))
+    np.testing.assert_array_equal(prediction.mean[2:], large[2:])
     np.testing.assert_array_equal(prediction.variance[2:], 0)
     assert (prediction.variance[:2] > 0).all()
 
@@ -134,38 +131,37 @@ def test_a_tree_of_outputs_has_a_tree_of_moments(x, key):
         return {"y": y, "more": (y.sum(), None)}
 
     prediction = mc_predict(fn, key, x, num_samples=9)
-    expected = jax.vmap(lambda i: fn(at_site(key, i), x))(jnp.arange(9))
-    mean = jax.tree.map(lambda y: y.mean(0), expected)
+    expected = jax.jit(jax.vmap(lambda i: fn(at_site(key, i), x)))(np.arange(9))
+    mean = jax.tree.map(lambda y: np.mean(y, 0), expected)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), prediction.mean, mean
     )
     assert jax.tree.structure(prediction.variance) == jax.tree.structure(mean)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn])
-def test_moments_of_narrow_dtypes_are_float32(dtype, x, key):
-    narrow = x.astype(dtype)
-    prediction = mc_predict(halve, key, narrow, num_samples=40, return_samples=True)
-    assert prediction.samples.dtype == dtype
-    assert prediction.mean.dtype == prediction.variance.dtype == jnp.float32
-    wide = np.asarray(prediction.samples.astype(jnp.float32))
-    np.testing.assert_allclose(prediction.mean, wide.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(prediction.variance, wide.var(0, ddof=1), rtol=1e-5, atol=1e-6)
+def test_moments_of_narrow_dtypes_are_wide_and_the_variance_of_complex_numbers_is_real(x, key):
+    x = np.asarray(x)
+    xs = [x.astype(dtype) for dtype in (jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn)]
+    xs.append(x + 1j * x[::-1])
+
+    def fn(key, xs):
+        return [halve(key, x) for x in xs]
+
+    prediction = mc_predict(fn, key, xs, num_samples=40, return_samples=True)
+    moments = zip(xs, prediction.samples, prediction.mean, prediction.variance, strict=True)
+    for x, samples, mean, variance in moments:
+        assert samples.dtype == x.dtype
+        wide = np.complex64 if x.dtype == np.complex64 else np.float32
+        assert (mean.dtype, variance.dtype) == (wide, np.float32)
+        samples = np.asarray(samples).astype(wide)
+        np.testing.assert_allclose(mean, samples.mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(variance, samples.var(0, ddof=1), rtol=1e-5, atol=1e-6)
 
 
 def test_double_precision_stays_double(x, key):
     with jax.enable_x64(True):
         prediction = mc_predict(linear, key, *map(np.float64, (W, x)), num_samples=5)
         assert prediction.mean.dtype == prediction.variance.dtype == jnp.float64
-
-
-def test_the_variance_of_a_complex_function_is_real(x, key):
-    z = jax.lax.complex(x, x[::-1])
-    prediction = mc_predict(halve, key, z, num_samples=30)
-    samples = samples_of(halve, key, z, count=30)
-    np.testing.assert_allclose(prediction.mean, samples.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(prediction.variance, samples.var(0, ddof=1), rtol=1e-5, atol=1e-6)
-    assert prediction.variance.dtype == jnp.float32
 
 
 def test_what_has_no_dropout_has_no_variance(x, key):
@@ -179,17 +175,20 @@ def test_what_has_no_dropout_has_no_variance(x, key):
 
 def test_consistent_samples_are_functions(x, key):
     """Of a linear model with one mask: superposition holds, sample by sample."""
-    examples = jnp.stack([x[0], x[1], x[0] + x[1]])
+    examples = np.array(x)
+    examples[2] = examples[0] + examples[1]
     consistent, independent = (
-        mc_predict(
-            linear, key, W, examples, num_samples=20, consistent=consistent, return_samples=True
-        ).samples
+        np.asarray(
+            mc_predict(
+                linear, key, W, examples, num_samples=20, consistent=consistent, return_samples=True
+            ).samples
+        )
         for consistent in (True, False)
     )
-    a, b, both = jnp.moveaxis(consistent, 1, 0)
+    a, b, both = np.moveaxis(consistent, 1, 0)[:3]
     np.testing.assert_allclose(a + b, both, rtol=1e-4, atol=1e-4)
-    a, b, both = jnp.moveaxis(independent, 1, 0)
-    assert jnp.abs(a + b - both).mean() > 0.1
+    a, b, both = np.moveaxis(independent, 1, 0)[:3]
+    assert np.abs(a + b - both).mean() > 0.1
 
 
 def test_consistent_samples_do_not_depend_on_how_the_data_set_is_cut(x, key):
@@ -197,7 +196,7 @@ def test_consistent_samples_do_not_depend_on_how_the_data_set_is_cut(x, key):
         mc_predict, linear, key, W, num_samples=5, consistent=True, return_samples=True
     )
     whole = predict(x).samples
-    parts = [predict(part).samples for part in (x[:2], x[2:5], x[5:])]
+    parts = [predict(part).samples for part in np.split(np.asarray(x), 2)]
     np.testing.assert_allclose(whole, np.concatenate(parts, axis=1), rtol=1e-5, atol=1e-6)
 
 
@@ -212,7 +211,7 @@ def test_the_last_argument_may_be_a_tree_of_inputs(x, key):
     def fn(key, w, inputs):
         return linear(key, w, inputs["x"]) + inputs["offset"]
 
-    offset = jnp.arange(6.0)[:, None]
+    offset = np.arange(6, dtype=np.float32)[:, None]
     prediction = mc_predict(fn, key, W, {"x": x, "offset": offset}, num_samples=4, consistent=True)
     plain = mc_predict(linear, key, W, x, num_samples=4, consistent=True)
     np.testing.assert_allclose(prediction.mean, plain.mean + offset, rtol=1e-5, atol=1e-5)
@@ -285,21 +284,24 @@ def test_memory_is_that_of_a_batch(x, key):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     sample = 1000 * (12 + 5) * 4
-    assert temporaries(2, 10_000) == temporaries(2, 100)
-    assert temporaries(2, 10_000) < 8 * sample
+    small = temporaries(2, 10_000)
+    assert small == temporaries(2, 100)
+    assert small < 8 * sample
     assert temporaries(100, 10_000) > 50 * sample
 
 
 def test_a_batch_of_one_skips_what_a_condition_skips(x, key):
     def fn(key, x):
-        return jdropout.layer_drop(key, lambda x: jnp.tanh(x @ jnp.ones((12, 12))), x, 0.5)
+        return jdropout.layer_drop(
+            key, lambda x: jnp.tanh(x @ np.ones((12, 12), np.float32)), x, 0.5
+        )
 
     def program(batch_size):
         predict = functools.partial(mc_predict, fn, num_samples=10, batch_size=batch_size)
-        return jax.jit(predict).lower(key, x).compile().as_text()
+        return jax.jit(predict).lower(key, x).as_text()
 
-    assert " conditional(" in program(1)
-    assert " conditional(" not in program(4)
+    assert "stablehlo.case" in program(1)
+    assert "stablehlo.case" not in program(4)
 
 
 # --- transformations ----------------------------------------------------------------------
@@ -321,14 +323,15 @@ def test_the_number_of_samples_may_be_traced(traces, x, key):
 
 def test_a_prediction_passes_through_transformations(x, key):
     @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
     def predict(key, x):
         return mc_predict(linear, key, W, x, num_samples=5)
 
     keys = jax.random.split(key, 3)
-    batched = jax.vmap(predict, in_axes=(0, None))(keys, x)
+    batched = predict(keys, x)
     assert isinstance(batched, MCPrediction)
     for i in range(3):
-        one = predict(keys[i], x)
+        one = mc_predict(linear, keys[i], W, x, num_samples=5)
         np.testing.assert_allclose(batched.mean[i], one.mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(batched.standard_error[i], one.standard_error, rtol=1e-4)
 
@@ -337,19 +340,19 @@ def test_the_mean_can_be_differentiated(x, key):
     def loss(w, **options):
         return mc_predict(linear, key, w, x, num_samples=5, **options).mean.sum()
 
-    def definition(w):
-        return sum(linear(at_site(key, i), w, x) for i in range(5)).sum() / 5
-
-    expected = jax.grad(definition)(W)
-    np.testing.assert_allclose(jax.jacfwd(loss)(W), expected, rtol=1e-4, atol=1e-5)
-    backward = jax.grad(functools.partial(loss, return_samples=True))(W)
+    # The sum of the inputs that each sample keeps, for every output.
+    kept = samples_of(jdropout.dropout, key, x, RATE, count=5).sum((0, 1)) / 5
+    expected = np.repeat(kept[:, None], 5, 1)
+    direction = cheap.normal(12, 5)
+    _, forward = jax.jit(lambda w, w_dot: jax.jvp(loss, (w,), (w_dot,)))(W, direction)
+    np.testing.assert_allclose(forward, np.vdot(expected, direction), rtol=1e-4)
+    backward = jax.jit(jax.grad(functools.partial(loss, return_samples=True)))(W)
     np.testing.assert_allclose(backward, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
-def test_raw_and_typed_keys_give_the_same_samples(make, x, key):
-    a = mc_predict(linear, make(5), W, x, num_samples=4)
-    b = mc_predict(linear, jax.random.key(5), W, x, num_samples=4)
+def test_raw_and_typed_keys_give_the_same_samples(x, key):
+    a = mc_predict(linear, np.asarray(jax.random.key_data(key)), W, x, num_samples=4)
+    b = mc_predict(linear, key, W, x, num_samples=4)
     np.testing.assert_array_equal(a.mean, b.mean)
 
 
@@ -360,11 +363,11 @@ def test_progress_is_told_after_each_batch_and_changes_nothing(traces, x, key):
     fn, shapes = traces
     told = []
     prediction = mc_predict(
-        fn, key, W, x, num_samples=10, batch_size=4, progress=lambda *done: told.append(done)
+        fn, key, W, x, num_samples=10, batch_size=3, progress=lambda *done: told.append(done)
     )
-    assert told == [(4, 10), (8, 10), (10, 10)]
+    assert told == [(3, 10), (6, 10), (9, 10), (10, 10)]
     assert len(shapes) == 2  # the first batch, and all others
-    expected = mc_predict(linear, key, W, x, num_samples=10, batch_size=4)
+    expected = mc_predict(linear, key, W, x, num_samples=10, batch_size=3)
     np.testing.assert_allclose(prediction.mean, expected.mean, rtol=1e-6)
     np.testing.assert_allclose(prediction.variance, expected.variance, rtol=1e-5)
 
