@@ -105,9 +105,8 @@ def test_they_are_the_definitions(shape):
         assert_close_to_definition(results, logits, rtol=RTOL, atol=1e-12)
 
 
-@pytest.mark.parametrize(("axis", "sample_axis"), [(0, 1), (1, -1)])
-def test_any_axes_may_be_those_of_classes_and_samples(axis, sample_axis):
-    logits = normal((4, 5, 6))
+def test_any_axes_may_be_those_of_classes_and_samples():
+    logits, axis, sample_axis = normal((4, 5, 6)), 1, -1
     results = measured_at_once(logits, axis=axis, sample_axis=sample_axis)
     kept_axis = axis % 3 - (sample_axis % 3 < axis % 3)
     log_p = results["log_mean_probabilities"]
@@ -120,20 +119,14 @@ def test_any_axes_may_be_those_of_classes_and_samples(axis, sample_axis):
 def test_transformations_change_nothing_but_rounding():
     logits = normal((7, 6, 5))
     moved = jax.jit(jax.vmap(functools.partial(measured, axis=0, sample_axis=1)))
-    for results in (
-        measured(logits),
-        measured_at_once(logits),
-        jax.jit(jax.vmap(measured, in_axes=1))(logits),
-        moved(logits.transpose(1, 2, 0)),
-    ):
+    for results in (measured(logits), moved(logits.transpose(1, 2, 0))):
         assert all(isinstance(result, jax.Array) for result in results.values())
         assert_close_to_definition(results, logits, rtol=RTOL)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_logits_are_widened_first(dtype):
-    logits = jnp.asarray(normal((7, 6, 5), 2)).astype(dtype)
-    results, wide = measured_at_once(logits), measured_at_once(logits.astype(jnp.float32))
+def test_narrow_logits_are_widened_first():
+    logits = normal((7, 6, 5), 2).astype(jnp.bfloat16)
+    results, wide = measured_at_once(logits), measured_at_once(logits.astype(np.float32))
     for name, result in results.items():
         assert result.dtype == jnp.float32
         np.testing.assert_array_equal(result, wide[name], name)
@@ -143,11 +136,10 @@ def test_narrow_logits_are_widened_first(dtype):
 def test_64_bit_logits_have_64_bit_results():
     logits = np.random.default_rng(0).normal(size=(7, 6, 5))
     with jax.enable_x64(True):
-        results, narrow = measured_at_once(logits), measured_at_once(np.float32(logits))
+        results, narrow = measured_at_once(logits), jax.eval_shape(measured, np.float32(logits))
         assert {result.dtype for result in results.values()} == {jnp.dtype(jnp.float64)}
         assert {result.dtype for result in narrow.values()} == {jnp.dtype(jnp.float32)}
     assert_close_to_definition(results, logits, rtol=1e-13)
-    assert_close_to_definition(narrow, np.float32(logits), rtol=RTOL)
 
 
 def test_gradients_are_right():
@@ -160,11 +152,10 @@ def test_gradients_are_right():
         y = measure(x).reshape(2, -1)
         return (y / scales**2).sum()
 
-    together = jax.jit(lambda x: [scaled(measure, x) for measure in SMOOTH])
-    first_derivative = jax.jit(jax.grad(functools.partial(scaled, uncertainty.mutual_information)))
+    first_derivative = jax.grad(functools.partial(scaled, uncertainty.mutual_information))
+    together = jax.jit(lambda x: ([scaled(measure, x) for measure in SMOOTH], first_derivative(x)))
     with jax.enable_x64(True):
         check_grads(together, (logits,), 1, modes=["rev"], rtol=1e-3)
-        check_grads(first_derivative, (logits,), 1, modes=["rev"], rtol=1e-3)
 
 
 EXTREMES = np.float32(
@@ -184,31 +175,35 @@ EXTREMES = np.float32(
 def test_extreme_logits_give_neither_nan_nor_negative_measures():
     def finite_sum(x, measure):
         y = measure(x)
-        return jnp.where(jnp.isneginf(y), 0, y).sum()
+        return jnp.where(jnp.isneginf(y), 0, y).sum(), y
 
     @jax.jit
     @jax.vmap
-    def derivatives(x):
-        return {
-            name: [derive(finite_sum)(x, measure) for derive in (jax.grad, jax.hessian)]
-            for name, (measure, _) in MEASURES.items()
-        }
+    def with_derivatives(x):
+        """The value, the gradient, and the second derivatives in a direction."""
+        results = {}
+        for name, (measure, _) in MEASURES.items():
+            f = jax.value_and_grad(functools.partial(finite_sum, measure=measure), has_aux=True)
+            ((_, value), gradient), (_, second) = jax.jvp(f, (x,), (direction,))
+            results[name] = value, (gradient, second)
+        return results
 
-    results = jax.jit(jax.vmap(measured))(EXTREMES)
-    log_p = results.pop("log_mean_probabilities")
-    assert (log_p <= 0).all()
-    np.testing.assert_allclose(special.logsumexp(np.float64(log_p), -1), 0, atol=1e-6)
-    for name, result in results.items():
-        assert ((result >= 0) & (result <= math.log(3) + 1e-6)).all(), name
-    for name, both in derivatives(EXTREMES).items():
-        assert all(jnp.isfinite(derivative).all() for derivative in both), name
+    direction = normal(EXTREMES.shape[1:])
+    for name, (value, derivatives) in with_derivatives(EXTREMES).items():
+        result = np.asarray(value)
+        if name == "log_mean_probabilities":
+            assert (result <= 0).all()
+            np.testing.assert_allclose(special.logsumexp(np.float64(result), -1), 0, atol=1e-6)
+        else:
+            assert ((result >= 0) & (result <= math.log(3) + 1e-6)).all(), name
+        assert all(np.isfinite(derivative).all() for derivative in derivatives), name
 
 
 def test_impossible_classes_change_nothing():
     logits = normal((7, 6, 5))
     impossible = np.concatenate([logits[..., :2], np.full((7, 6, 1), -INF), logits[..., 2:]], -1)
     results = measured_at_once(np.float32(impossible))
-    log_p = results["log_mean_probabilities"]
+    log_p = np.asarray(results["log_mean_probabilities"])
     assert (log_p[..., 2] == -INF).all()
     results["log_mean_probabilities"] = np.delete(log_p, 2, -1)
     assert_close_to_definition(results, logits, rtol=RTOL)
@@ -222,7 +217,7 @@ def samples_of_logits():
         return numbers.map(lambda values: np.float32(values).reshape(shape))
 
     # Few shapes, since every new one compiles.
-    return st.sampled_from([(1, 3), (2, 2), (5, 4)]).flatmap(samples)
+    return st.sampled_from([(1, 3), (5, 4)]).flatmap(samples)
 
 
 @jax.jit
@@ -256,14 +251,12 @@ def test_uncertainty_is_the_sum_of_its_two_parts(logits, seed):
 
 
 def test_entropy_has_its_closed_forms():
-    for classes in (1, 2, 10, 1000):
-        np.testing.assert_allclose(
-            uncertainty.entropy(jnp.zeros(classes)), math.log(classes), rtol=1e-6
-        )
-    certain = uncertainty.entropy(jnp.array([[0, -INF, -INF], [1e4, 0, 0]]))
+    for classes in (1, 1000):
+        uniform = np.zeros(classes, np.float32)
+        np.testing.assert_allclose(uncertainty.entropy(uniform), math.log(classes), rtol=1e-6)
+    certain = uncertainty.entropy(np.float32([[0, -INF, -INF], [1e4, 0, 0]]))
     assert [str(h) for h in certain] == ["0.0", "0.0"]  # and no -0.0
     logits = normal((4, 5, 3))
-    np.testing.assert_allclose(uncertainty.entropy(logits), reference_entropy(logits), rtol=RTOL)
     np.testing.assert_allclose(
         uncertainty.entropy(logits, axis=0),
         reference_entropy(np.moveaxis(logits, 0, -1)),
@@ -276,25 +269,25 @@ def test_a_nearly_certain_distribution_keeps_its_digits(gap):
     """At a gap of 20 a softmax in float32 is 1: its logarithm is 0, and 5 % of the entropy gone."""
     rest = np.exp([-gap, 0.5 - gap])  # of a sum whose first term is 1
     expected = np.log1p(rest.sum()) + (rest * [gap, gap - 0.5]).sum() / (1 + rest.sum())
-    logits = jnp.array([0.0, gap, 0.5])
+    logits = np.float32([0.0, gap, 0.5])
     np.testing.assert_allclose(uncertainty.entropy(logits), expected, rtol=RTOL)
-    log_p = uncertainty.log_mean_probabilities(jnp.stack([logits, logits]))
+    log_p = uncertainty.log_mean_probabilities(np.stack([logits, logits]))
     np.testing.assert_allclose(log_p[1], -np.log1p(rest.sum()), rtol=RTOL)
     if gap == 20:
-        log_p = jax.nn.log_softmax(logits)
-        assert abs(float(-(jnp.exp(log_p) * log_p).sum() / expected) - 1) > 0.03
+        p = np.exp(logits - gap) / np.exp(logits - gap).sum()
+        assert p.dtype == np.float32
+        assert abs(-(p * np.log(p)).sum() / expected - 1) > 0.03
 
 
 def test_running_means_serve_in_place_of_samples():
     logits = normal((7, 6, 5), 2)
-    mean = jax.nn.softmax(logits, -1).mean(0)
-    mean_entropy = uncertainty.entropy(logits).mean(0)
-    predictive = uncertainty.entropy(jnp.log(mean))
-    np.testing.assert_allclose(predictive, uncertainty.predictive_entropy(logits), rtol=RTOL)
-    np.testing.assert_allclose(
-        predictive - mean_entropy, uncertainty.mutual_information(logits), atol=1e-6
-    )
-    assert uncertainty.entropy(jnp.log(jnp.array([1.0, 0.0]))) == 0
+    results = measured_at_once(logits)
+    mean = special.softmax(logits, -1).mean(0)
+    mean_entropy = np.asarray(uncertainty.entropy(logits)).mean(0)
+    predictive = uncertainty.entropy(np.log(mean))
+    np.testing.assert_allclose(predictive, results["predictive_entropy"], rtol=RTOL)
+    np.testing.assert_allclose(predictive - mean_entropy, results["mutual_information"], atol=1e-6)
+    assert uncertainty.entropy(np.float32([0.0, -INF])) == 0
 
 
 # --- mutual information -------------------------------------------------------------------
@@ -303,18 +296,22 @@ def test_running_means_serve_in_place_of_samples():
 def test_equal_samples_have_no_mutual_information_at_all():
     extreme = np.float32([[1e4, 0, -1e4], [0, -INF, 1], [0, 0, 0]])
     logits = np.repeat(np.concatenate([normal((17, 3), 3), extreme])[None], 7, 0)
-    np.testing.assert_array_equal(uncertainty.mutual_information(logits), 0)
-    gradient = jax.jit(jax.grad(lambda x: uncertainty.mutual_information(x).sum()))(logits)
-    np.testing.assert_array_equal(gradient, 0)
-    np.testing.assert_array_equal(uncertainty.mutual_information(logits[:1]), 0)
+
+    @jax.jit
+    def with_gradient(x):
+        y, pullback = jax.vjp(uncertainty.mutual_information, x)
+        return y, pullback(jnp.ones_like(y))
+
+    for result in with_gradient(logits):
+        np.testing.assert_array_equal(result, 0)
 
 
 def test_contradicting_samples_have_the_entropy_of_the_choice():
     logits = 200 * np.eye(10, 12, dtype=np.float32)
-    information = uncertainty.mutual_information(logits)
+    predictive, expected, information = parts(logits)
     np.testing.assert_allclose(information, math.log(10), rtol=1e-6)
-    np.testing.assert_allclose(uncertainty.predictive_entropy(logits), information, rtol=1e-6)
-    assert uncertainty.expected_entropy(logits) < 1e-30
+    np.testing.assert_allclose(predictive, information, rtol=1e-6)
+    assert expected < 1e-30
 
 
 @pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3, 1e-4])
@@ -323,10 +320,10 @@ def test_samples_that_nearly_agree_keep_the_digits_that_a_difference_loses(diffe
     common = generator.normal(size=(1, 200, 10)) * 3
     logits = np.float32(common + generator.normal(size=(20, 200, 10)) * difference)
     expected = reference_information(logits)
-    information = uncertainty.mutual_information(logits)
+    predictive, mean_entropy, information = map(np.asarray, parts(logits))
     np.testing.assert_allclose(information, expected, rtol=2e-5)
 
-    naive = uncertainty.predictive_entropy(logits) - uncertainty.expected_entropy(logits)
+    naive = predictive - mean_entropy
     error = np.abs(naive / expected - 1).max()
     if difference == 1e-2:
         assert error > 0.01
@@ -334,18 +331,17 @@ def test_samples_that_nearly_agree_keep_the_digits_that_a_difference_loses(diffe
         assert error > 10
         assert (naive < 0).any()
     shifted = logits + np.float32(generator.integers(-4, 4, (20, 1, 1)) / 4)
-    np.testing.assert_allclose(
-        uncertainty.mutual_information(shifted), reference_information(shifted), rtol=1e-3
-    )
+    np.testing.assert_allclose(parts(shifted)[2], reference_information(shifted), rtol=1e-3)
 
 
 @pytest.mark.parametrize("shift", [1000.0, 2.0**20])
 def test_what_a_sample_adds_to_all_its_logits_is_nothing(shift):
     logits = np.float32(np.random.default_rng(0).integers(-4, 4, (7, 6, 5)))
     shifted = logits + np.float32([0, shift, -shift, 1, shift, 2, 0])[:, None, None]
-    for measure in SMOOTH:
+    before, after = measured_at_once(logits), measured_at_once(shifted)
+    for name in MEASURES:
         np.testing.assert_allclose(
-            measure(shifted), measure(logits), rtol=1e-3, atol=1e-3 * shift / 2**20
+            after[name], before[name], rtol=1e-3, atol=1e-3 * shift / 2**20, err_msg=name
         )
 
 
@@ -353,7 +349,7 @@ def test_what_a_sample_adds_to_all_its_logits_is_nothing(shift):
 
 
 def test_variation_ratio_counts_the_votes():
-    one_hot = jnp.eye(4)
+    one_hot = np.eye(4, dtype=np.float32)
     for votes, expected in {
         (0, 0, 0, 0): 0,
         (3, 3, 3, 1): 0.25,
@@ -361,12 +357,16 @@ def test_variation_ratio_counts_the_votes():
         (0, 1, 2, 3): 0.75,
         (2,): 0,
     }.items():
-        assert uncertainty.variation_ratio(one_hot[jnp.array(votes)]) == expected
+        assert uncertainty.variation_ratio(one_hot[list(votes)]) == expected
     # Of equal logits the first is predicted.
-    assert uncertainty.variation_ratio(jnp.array([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])) == 0
-    assert uncertainty.variation_ratio(jnp.array([[1.0, 1.0], [0.0, 1.0]])) == 0.5
-    gradient = jax.grad(uncertainty.variation_ratio)(jnp.array([[1.0, 0.0], [0.0, 1.0]]))
-    np.testing.assert_array_equal(gradient, 0)
+    ratio = jax.jit(jax.value_and_grad(uncertainty.variation_ratio))
+    for logits, expected in {
+        ((1, 1), (1, 0)): 0,
+        ((1, 1), (0, 1)): 0.5,
+    }.items():
+        value, gradient = ratio(np.float32(logits))
+        assert value == expected
+        np.testing.assert_array_equal(gradient, 0)
 
 
 # --- predictive log-likelihood ------------------------------------------------------------
@@ -382,11 +382,9 @@ def test_the_likelihood_is_that_of_the_mean_distribution(label_type):
     np.testing.assert_allclose(result, expected, rtol=RTOL)
     if label_type is not np.int64:
         return  # The rest is no matter of the type.
-    jitted = jax.jit(uncertainty.predictive_log_likelihood)(logits, labels)
-    np.testing.assert_allclose(jitted, expected, rtol=RTOL)
-    moved = uncertainty.predictive_log_likelihood(
-        np.moveaxis(logits, (0, -1), (1, 0)), labels, axis=0, sample_axis=1
-    )
+    moved = jax.jit(
+        functools.partial(uncertainty.predictive_log_likelihood, axis=0, sample_axis=1)
+    )(np.moveaxis(logits, (0, -1), (1, 0)), labels)
     np.testing.assert_allclose(moved, expected, rtol=RTOL)
     p = probabilities(logits)
     own = np.take_along_axis(np.log(p), np.int64(labels)[None, ..., None], -1)[..., 0]
@@ -394,33 +392,37 @@ def test_the_likelihood_is_that_of_the_mean_distribution(label_type):
 
 
 def test_likelihoods_beyond_float32_are_right_on_both_sides():
-    logits = jnp.array([[[0.0, -300.0]], [[0.0, -310.0]]])
-    least = uncertainty.predictive_log_likelihood(logits, jnp.array([1]))
+    @jax.jit
+    def likelihood(logits, label):
+        def of_logits(logits):
+            return uncertainty.predictive_log_likelihood(logits, label[None])[0]
+
+        return jax.value_and_grad(of_logits)(logits)
+
+    logits = np.float32([[[0.0, -300.0]], [[0.0, -310.0]]])
+    least, gradient = likelihood(logits, 1)
     np.testing.assert_allclose(least, np.logaddexp(-300, -310) - math.log(2), rtol=1e-6)
-    near_one = jnp.array([[[18.0, 0.0]], [[19.0, 0.0]]])
-    result = uncertainty.predictive_log_likelihood(near_one, jnp.array([0]))
-    missing = special.expit(np.array([-18.0, -19.0])).mean()
-    np.testing.assert_allclose(result, np.log1p(-missing), rtol=1e-5)
-
-    def likelihood(x):
-        return uncertainty.predictive_log_likelihood(x, jnp.array([1]))[0]
-
-    gradient = jax.grad(likelihood)(logits)
     share = special.expit(10)  # the likelier sample's part of the mean
     expected = np.array([[[-share, share]], [[share - 1, 1 - share]]])
     np.testing.assert_allclose(gradient, expected, rtol=1e-4)
-    impossible = jnp.array([[[0.0, -INF]], [[0.0, -INF]]])
-    assert likelihood(impossible) == -INF
-    assert not jnp.isnan(jax.grad(likelihood)(impossible)).any()
+    near_one, _ = likelihood(np.float32([[[18.0, 0.0]], [[19.0, 0.0]]]), 0)
+    missing = special.expit(np.array([-18.0, -19.0])).mean()
+    np.testing.assert_allclose(near_one, np.log1p(-missing), rtol=1e-5)
+    impossible, gradient = likelihood(np.float32([[[0.0, -INF]], [[0.0, -INF]]]), 1)
+    assert impossible == -INF
+    assert not np.isnan(gradient).any()
 
 
 def test_a_traced_label_that_is_no_class_gives_nan():
-    logits = jnp.zeros((3, 4, 5))
-    labels = jnp.array([0, -1, 5, 4])
-    for convert in (jnp.int8, jnp.int32):
-        result = jax.jit(uncertainty.predictive_log_likelihood)(logits, convert(labels))
-        np.testing.assert_array_equal(jnp.isnan(result), [False, True, True, False])
-    assert jnp.isnan(jax.jit(uncertainty.expected_calibration_error)(logits[0], labels))
+    logits, labels = np.zeros((3, 4, 5), np.float32), np.int8([0, -1, 5, 4])
+    likelihoods, error = jax.jit(
+        lambda logits, labels: (
+            uncertainty.predictive_log_likelihood(logits, labels),
+            uncertainty.expected_calibration_error(logits[0], labels),
+        )
+    )(logits, labels)
+    np.testing.assert_array_equal(np.isnan(likelihoods), [False, True, True, False])
+    assert np.isnan(error)
 
 
 # --- calibration --------------------------------------------------------------------------
@@ -459,20 +461,21 @@ def test_the_calibration_error_is_the_definition_bin_by_bin(num_bins, scale):
 def test_bins_are_closed_on_the_right():
     """A confidence of exactly 1/2 falls in the lower of two bins, and just above in the upper."""
     half, above = [0.0, 0.0], [1e-6, 0.0]
-    labels = jnp.array([0, 1])  # one right, one wrong: they cancel in one bin only
+    labels = np.array([0, 1])  # one right, one wrong: they cancel in one bin only
     error = functools.partial(uncertainty.expected_calibration_error, num_bins=2)
-    together, apart = jnp.array([half, half]), jnp.array([half, above])
+    together, apart = np.float32([half, half]), np.float32([half, above])
     np.testing.assert_allclose(error(together, labels), 0, atol=1e-7)
     np.testing.assert_allclose(error(apart, labels), 0.5, rtol=1e-5)
-    both_above = jnp.array([above, [0.5, 0.0]])
+    both_above = np.float32([above, [0.5, 0.0]])
     assert error(both_above, labels) < 0.13
     # Confidences of exactly 1 / classes and of 1.
     for classes in (3, 10):
-        logits = jnp.stack([jnp.zeros(classes), jnp.zeros(classes).at[0].set(1e-4)])
+        logits = np.zeros((2, classes), np.float32)
+        logits[1, 0] = 1e-4
         compute = functools.partial(uncertainty.expected_calibration_error, num_bins=classes)
         share = (1 / classes + (1 - 1 / classes)) / 2
-        np.testing.assert_allclose(compute(logits, jnp.array([1, 0])), share, rtol=1e-4)
-    assert error(jnp.array([[200.0, 0.0]] * 3), jnp.zeros(3, jnp.int32)) == 0
+        np.testing.assert_allclose(compute(logits, np.array([1, 0])), share, rtol=1e-4)
+    assert error(np.float32([[200.0, 0.0]] * 2), np.array([0, 0])) == 0
 
 
 def test_a_large_set_loses_no_digits():
@@ -487,10 +490,10 @@ def test_a_large_set_loses_no_digits():
 
 
 def test_the_gradient_of_the_calibration_error_is_finite():
-    logits = jnp.array([[0.0, 0.0], [100.0, 0.0], [1.0, -INF], [1e4, -1e4]])
-    labels = jnp.array([0, 1, 0, 1])
-    gradient = jax.grad(uncertainty.expected_calibration_error)(logits, labels)
-    assert jnp.isfinite(gradient).all()
+    logits = np.float32([[0.0, 0.0], [100.0, 0.0], [1.0, -INF], [1e4, -1e4]])
+    labels = np.array([0, 1, 0, 1])
+    gradient = jax.jit(jax.grad(uncertainty.expected_calibration_error))(logits, labels)
+    assert np.isfinite(gradient).all()
 
 
 def test_it_serves_what_samples_predict():
@@ -502,7 +505,7 @@ def test_it_serves_what_samples_predict():
     )
     np.testing.assert_allclose(result, expected, rtol=1e-5)
     of_means = uncertainty.expected_calibration_error(
-        jnp.log(jax.nn.softmax(logits, -1).mean(0)), labels
+        np.log(special.softmax(logits, -1).mean(0)), labels
     )
     np.testing.assert_allclose(of_means, expected, rtol=1e-5)
 
@@ -538,15 +541,15 @@ def test_the_gaussian_likelihood_is_that_of_the_mixture(precision, axes, count):
 def test_equal_samples_are_one_gaussian():
     f, y = normal((6,)), normal((6,), seed=1)
     expected = stats.norm.logpdf(np.float64(y), np.float64(f), 0.5)
-    for count in (1, 2, 1000):
+    for count in (1, 1000):
         result = uncertainty.gaussian_log_likelihood(np.repeat(f[None], count, 0), y, 4.0)
         np.testing.assert_allclose(result, expected, rtol=RTOL)
     np.testing.assert_allclose(uncertainty.gaussian_nll(f, 0.25, y), -expected, rtol=RTOL)
 
 
 def test_outputs_that_are_predicted_together_are_not_a_sum():
-    samples = jnp.array([[5.0, 5.0], [-5.0, -5.0]])
-    mixed = jnp.array([5.0, -5.0])  # each output likely, but never both at once
+    samples = np.float32([[5.0, 5.0], [-5.0, -5.0]])
+    mixed = np.float32([5.0, -5.0])  # each output likely, but never both at once
     alone = uncertainty.gaussian_log_likelihood(samples, mixed, 1.0)
     together = uncertainty.gaussian_log_likelihood(samples, mixed, 1.0, output_axes=(0,))
     np.testing.assert_allclose(alone, -0.5 * math.log(2 * math.pi) - math.log(2), rtol=1e-6)
@@ -554,16 +557,14 @@ def test_outputs_that_are_predicted_together_are_not_a_sum():
 
 
 def test_a_target_far_from_all_samples_has_a_likelihood_and_a_gradient():
-    samples, y = jnp.array([0.0, 1.0]), jnp.array(1001.0)
-    value, gradient = jax.value_and_grad(uncertainty.gaussian_log_likelihood)(samples, y, 10.0)
-    np.testing.assert_allclose(
-        value, reference_mixture(np.asarray(samples), np.asarray(y), 10.0), rtol=1e-6
-    )
+    samples, y = np.float32([0.0, 1.0]), np.float32(1001.0)
+    compute = jax.jit(jax.value_and_grad(uncertainty.gaussian_log_likelihood))
+    value, gradient = compute(samples, y, 10.0)
+    np.testing.assert_allclose(value, reference_mixture(samples, y, 10.0), rtol=1e-6)
     np.testing.assert_allclose(gradient, [0, 10_000], rtol=1e-6)
-    beyond = jnp.array(1e30)
-    assert uncertainty.gaussian_log_likelihood(samples, beyond, 10.0) == -INF
-    gradient = jax.grad(uncertainty.gaussian_log_likelihood)(samples, beyond, 10.0)
-    assert jnp.isfinite(gradient).all()
+    value, gradient = compute(samples, np.float32(1e30), 10.0)
+    assert value == -INF
+    assert np.isfinite(gradient).all()
 
 
 def test_a_gaussian_of_the_predictive_moments():
@@ -572,24 +573,25 @@ def test_a_gaussian_of_the_predictive_moments():
     expected = -stats.norm.logpdf(np.float64(y), np.float64(mean), np.float64(variance) ** 0.5)
     result = uncertainty.gaussian_nll(mean, variance, y)
     np.testing.assert_allclose(result, expected, rtol=1e-5)
-    one_for_all = uncertainty.gaussian_nll(mean, jnp.full((1, 3), 0.5), y)
+    one_for_all = uncertainty.gaussian_nll(mean, np.full((1, 3), 0.5, np.float32), y)
     expected = -stats.norm.logpdf(np.float64(y), np.float64(mean), 0.5**0.5)
     np.testing.assert_allclose(one_for_all, expected, rtol=1e-5)
 
 
 def test_the_dtypes_of_a_regression():
-    samples, y = jnp.asarray(normal((4, 5))), jnp.asarray(normal((5,), seed=1))
-    narrow = uncertainty.gaussian_log_likelihood(samples.astype(jnp.bfloat16), y, jnp.bfloat16(2.0))
-    assert narrow.dtype == jnp.float32
-    assert uncertainty.gaussian_nll(y.astype(jnp.bfloat16), 1.0, y).dtype == jnp.float32
+    samples, y, narrow = normal((4, 5)), normal((5,), seed=1), np.ones(5, jnp.bfloat16)
+    likelihood, nll = uncertainty.gaussian_log_likelihood, uncertainty.gaussian_nll
+
+    assert likelihood(samples.astype(jnp.bfloat16), y, jnp.bfloat16(2.0)).dtype == jnp.float32
+    assert nll(narrow, 1.0, y).dtype == jnp.float32
     with jax.enable_x64(True):
         wide = np.float64(samples)
         for precision in (2.0, np.float32(2), np.float64(2), jnp.float32(2)):
-            result = uncertainty.gaussian_log_likelihood(wide, y, precision)
+            result = likelihood(wide, y, precision)
             assert result.dtype == jnp.float64
             np.testing.assert_allclose(result, reference_mixture(wide, y, 2.0), rtol=1e-12)
-            assert uncertainty.gaussian_log_likelihood(samples, y, precision).dtype == jnp.float32
-            assert uncertainty.gaussian_nll(samples[0], precision, y).dtype == jnp.float32
+            assert likelihood(samples, y, precision).dtype == jnp.float32
+            assert nll(samples[0], precision, y).dtype == jnp.float32
 
 
 def test_gradients_of_the_regression_measures_are_right():
@@ -638,12 +640,13 @@ def test_the_precision_of_a_linear_model_is_that_of_its_posterior():
         losses = {
             "the documented": lambda w: squared_error(w) / 2 + weight_decay * jnp.sum(w**2),
             "without the half": lambda w: squared_error(w) + 2 * weight_decay * jnp.sum(w**2),
+            "decay alone": lambda w: squared_error(w) / 2,
         }
-        for name, loss in losses.items():
-            gradient = jax.grad(loss)(jnp.asarray(posterior_mean))
-            np.testing.assert_allclose(gradient, 0, atol=1e-12, err_msg=name)
-        decayed = jax.grad(lambda w: squared_error(w) / 2)(jnp.asarray(posterior_mean))
-        np.testing.assert_allclose(decayed + 2 * weight_decay * posterior_mean, 0, atol=1e-12)
+        gradients = jax.jit(lambda w: {name: jax.grad(f)(w) for name, f in losses.items()})
+        found = {name: np.asarray(g) for name, g in gradients(posterior_mean).items()}
+    found["decay alone"] = found["decay alone"] + 2 * weight_decay * posterior_mean
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, 0, atol=1e-12, err_msg=name)
 
 
 def test_the_precision_is_the_published_formula():
@@ -660,16 +663,21 @@ def test_the_precision_is_the_published_formula():
 
 def test_the_precision_of_the_noise_is_the_likeliest():
     """500 samples of real dropout; 200 targets of another mask each, with noise of precision 4."""
-    root, x = jax.random.key(0), jnp.asarray(normal((200, 40)))
-    w = jnp.asarray(normal((40,), 40**-0.5, seed=1))
+    root, x, w = jax.random.key(0), normal((200, 40)), normal((40,), 40**-0.5, seed=1)
     noise = 0.5 * normal((200,), seed=2)
-    keys = jax.vmap(lambda i: jdropout.keys.at_site(root, i))(jnp.arange(500))
-    samples = jax.vmap(lambda key: jdropout.dropout(key, x, 0.2) @ w)(keys)
-    y = jdropout.dropout(jdropout.keys.at_site(root, 999), x, 0.2) @ w + noise
-    means = [
-        float(uncertainty.gaussian_log_likelihood(samples, y, precision).mean())
-        for precision in (0.5, 4.0, 32.0)
-    ]
+
+    @jax.jit
+    def mean_likelihoods():
+        def network(i):
+            return jdropout.dropout(jdropout.keys.at_site(root, i), x, 0.2) @ w
+
+        samples, y = jax.vmap(network)(np.arange(500)), network(999) + noise
+        return [
+            uncertainty.gaussian_log_likelihood(samples, y, precision).mean()
+            for precision in (0.5, 4.0, 32.0)
+        ]
+
+    means = mean_likelihoods()
     assert means[1] > max(means[0], means[2])
 
 
