@@ -1,9 +1,9 @@
 """What every function of the family promises, row by row of the table in contract.py.
 
-A row's programs are compiled once and serve all its promises: one for traced strengths and flags
-with their gradients, one for both passes at a static strength, one each for blocks, batches, errors
-under checkify and dtypes. Pytest runs the tests of a row together and frees its programs after
-them. Where a row does not have a capability, its test shows that instead.
+A row's programs are compiled once and serve all its promises: one for both passes at a static
+strength, one for a batch of traced strengths and flags, with their gradients and with checkify's
+errors, and one each for blocks and dtypes. Pytest runs the tests of a row together. Where a row
+does not have a capability, its test shows that instead.
 """
 
 import functools
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import quick_jit
 from contract import PROTECTED, RATE, ROWS, UNKNOWN, Draw
 from jax.experimental import checkify
 
@@ -56,26 +55,48 @@ class Case:
         else:
             np.testing.assert_allclose(y, expected, rtol=self.row.rtol, atol=self.row.atol)
 
+    @property
+    def strengths(self):
+        if not self.row.is_rate:
+            return self.row.strengths
+        ends = (0.0,) if self.row.function is jdropout.gaussian_dropout else (0.0, 1.0)
+        return (*ends, 0.25, RATE, 0.5)
+
+    def batch(self, strengths):
+        """Arguments of `traced`: the strengths in training, and then in evaluation."""
+        count, row = len(strengths), self.row
+        xs = np.stack([row.inputs(seed=seed) for seed in range(2 * count)])
+        y_bars = None
+        if row.differentiable:
+            y_bars = row.inputs((2 * count, *self.y_bar.shape), seed=7)
+        strengths = np.stack([np.float32(strength) for strength in (*strengths, *strengths)])
+        return (
+            jax.random.split(KEY, 2 * count),
+            xs,
+            strengths,
+            np.arange(2 * count) >= count,
+            y_bars,
+        )
+
     @functools.cached_property
     def traced(self):
-        """Of (key, x, strength, flag, y_bar): the result, and the gradients of x and strength."""
+        """Of a batch of (key, x, strength, flag, y_bar): results, gradients of x and strength."""
         call = self.row.call
 
-        @quick_jit
         def passes(key, x, strength, flag, y_bar):
             if y_bar is None:
                 return call(key, x, strength, deterministic=flag), None, None
             y, pullback = jax.vjp(lambda x, s: call(key, x, s, deterministic=flag), x, strength)
             return y, *pullback(y_bar)
 
-        return passes
+        return jax.jit(checkify.checkify(jax.vmap(passes), errors=checkify.user_checks))
 
     @functools.cached_property
     def static(self):
         """Of (key, x, y_bar): both passes, also of remat, a tangent, and what is stored."""
         row = self.row
 
-        @quick_jit
+        @jax.jit
         def passes(key, x, y_bar):
             def f(x):
                 return row.call(key, x, row.strength)
@@ -104,14 +125,16 @@ def test_the_result_is_the_formula_with_the_twins_numbers(case):
 
 def test_an_eager_call_is_one_compiled_program(case, caplog):
     row = case.row
+    if not row.programs:
+        return
     x, strength = jnp.asarray(row.inputs(row.other)), row.strength_for(row.other)
     if isinstance(strength, np.ndarray):
         strength = jnp.asarray(strength)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         y = row.call(KEY, x, strength)
     compiled = [r.getMessage() for r in caplog.records if "XLA compilation of" in r.getMessage()]
-    if row.programs:  # none at all, if another function has compiled the same before
-        assert len(compiled) <= row.programs, compiled
+    # none at all, if another function has compiled the same before
+    assert len(compiled) <= row.programs, compiled
     case.assert_equal(y, case.expected(np.asarray(x), np.asarray(strength)[()]))
 
 
@@ -156,34 +179,41 @@ def test_rate_one_is_the_limit_of_the_formula_without_a_key(case):
 # --- traced strengths and flags -----------------------------------------------------------
 
 
-def test_one_program_serves_all_traced_rates_and_flags(case):
+def test_one_program_serves_a_batch_of_traced_rates_and_flags(case):
     row = case.row
     if not row.traceable:
         with pytest.raises(TypeError, match=r"rate must be a number here.*static"):
             jax.jit(lambda r: row.call(KEY, case.x, r))(0.5)
         with pytest.raises(TypeError, match=r"deterministic must be True or False here.*static"):
             jax.jit(lambda d: row.call(KEY, case.x, 0.5, deterministic=d))(False)
+        keys, xs = jax.random.split(KEY, 3), np.stack([row.inputs(seed=seed) for seed in (1, 2, 3)])
+        y = jax.jit(jax.vmap(lambda key, x: row.call(key, x, row.strength)))(keys, xs)
+        for i in range(3):
+            case.assert_equal(y[i], case.expected(xs[i], key=keys[i]))
         return
-    strengths = row.strengths
-    if row.is_rate:
-        ends = (0.0,) if row.function is jdropout.gaussian_dropout else (0.0, 1.0)
-        strengths = (*ends, 0.25, RATE, 0.5)
-    for strength in strengths:
-        y, x_bar, strength_bar = case.traced(KEY, case.x, strength, False, case.y_bar)
-        single = np.float32(strength)  # a traced rate is read as float32
-        case.assert_equal(y, case.expected(case.x, single, **case.traced_bits))
-        y, evaluated_bar, _ = case.traced(KEY, case.x, strength, True, case.y_bar)
-        evaluated = row.in_evaluation(case.x, strength)
-        np.testing.assert_allclose(y, evaluated, rtol=1e-5, atol=1e-5 * (row.evaluated is not None))
-        if x_bar is None:
+    batch = case.batch(case.strengths)
+    error, results = case.traced(*batch)
+    error.throw()
+    for key, x, strength, flag, y_bar, y, x_bar, strength_bar in examples(*batch, *results):
+        if flag:
+            evaluated, atol = row.in_evaluation(x, strength), 1e-5 * (row.evaluated is not None)
+            np.testing.assert_allclose(y, evaluated, rtol=1e-5, atol=atol)
+            if row.evaluated is None:
+                np.testing.assert_array_equal(x_bar, y_bar)
             continue
-        expected = case.gradient(case.x, case.y_bar, single, **case.traced_bits)
-        np.testing.assert_allclose(x_bar, expected, rtol=max(row.rtol, 1e-6), atol=row.atol)
-        if row.evaluated is None:
-            np.testing.assert_array_equal(evaluated_bar, case.y_bar)
+        # A traced rate is read as float32.
+        case.assert_equal(y, case.expected(x, strength, key, **case.traced_bits))
+        if row.differentiable:
+            expected = case.gradient(x, y_bar, strength, key, **case.traced_bits)
+            np.testing.assert_allclose(x_bar, expected, rtol=max(row.rtol, 1e-6), atol=row.atol)
         if row.is_rate:
-            assert strength_bar == 0
-    assert case.traced._cache_size() == 1
+            assert not strength_bar
+
+
+def examples(*arrays):
+    """The members of a batch, in which any of the arrays may be None."""
+    count = len(arrays[0])
+    return zip(*([None] * count if array is None else array for array in arrays), strict=True)
 
 
 def test_a_traced_rate_outside_its_range_gives_nan_and_an_error_under_checkify(case):
@@ -191,19 +221,22 @@ def test_a_traced_rate_outside_its_range_gives_nan_and_an_error_under_checkify(c
     if not (row.is_rate and row.traceable):
         return
     for bad in BAD_RATES + (1.0,) * (row.function is jdropout.gaussian_dropout):
-        y, _, rate_bar = case.traced(KEY, case.x, bad, False, case.y_bar)
+        strengths = (bad, *case.strengths[1:])
+        batch = case.batch(strengths)
+        error, (y, _, rate_bar) = case.traced(*batch)
         if row.differentiable:
-            assert np.isnan(y).all()
-            assert not rate_bar
+            assert np.isnan(y[0]).all()
+            assert not np.isnan(y[1]).any()
+            assert not rate_bar[0]
         else:  # integers have no NaN
-            np.testing.assert_array_equal(y, np.where(np.isin(case.x, PROTECTED), case.x, UNKNOWN))
-            y, _, _ = case.traced(KEY, case.x, bad, True, None)
-            np.testing.assert_array_equal(y, case.x)
-    checked = quick_jit(checkify.checkify(row.call, errors=checkify.user_checks))
-    for bad in BAD_RATES:
-        with pytest.raises(checkify.JaxRuntimeError, match=r"rate must be in \[0, 1\]"):
-            checked(KEY, case.x, bad)[0].throw()
-    checked(KEY, case.x, RATE)[0].throw()
+            x, i = batch[1], len(strengths)
+            replaced = np.where(np.isin(x[0], PROTECTED), x[0], UNKNOWN)
+            np.testing.assert_array_equal(y[0], replaced)
+            np.testing.assert_array_equal(y[i], x[i])
+        if bad in BAD_RATES:
+            with pytest.raises(checkify.JaxRuntimeError, match=r"rate must be in \[0, 1\]"):
+                error.throw()
+    assert case.traced._cache_size() == 1
 
 
 # --- dropped elements, gradients and what is stored ---------------------------------------
@@ -269,25 +302,7 @@ def test_a_stored_mask_would_be_seen():
     assert max(leaf.size for leaf in jax.eval_shape(elsewhere, KEY, x)) == x.size
 
 
-# --- batches, blocks, dtypes --------------------------------------------------------------
-
-
-def test_vmap_over_keys_inputs_strengths_and_flags_equals_the_loop(case):
-    row = case.row
-    keys, xs = jax.random.split(KEY, 3), np.stack([row.inputs(seed=seed) for seed in (1, 2, 3)])
-    if not row.traceable:
-        y = quick_jit(jax.vmap(lambda key, x: row.call(key, x, row.strength)))(keys, xs)
-        for i in range(3):
-            case.assert_equal(y[i], case.expected(xs[i], key=keys[i]))
-        return
-    strengths = np.stack([np.float32(strength) for strength in row.strengths])
-    flags = np.array([False, True, False])
-    f = jax.vmap(lambda key, x, s, flag: row.call(key, x, s, deterministic=flag))
-    y = quick_jit(f)(keys, xs, strengths, flags)
-    for i in (0, 2):
-        case.assert_equal(y[i], case.expected(xs[i], strengths[i], keys[i], **case.traced_bits))
-    evaluated = row.in_evaluation(xs[1], strengths[1])
-    np.testing.assert_allclose(y[1], evaluated, rtol=1e-5, atol=1e-5)
+# --- blocks, dtypes --------------------------------------------------------------------
 
 
 def test_a_block_at_a_static_or_traced_start_equals_the_block_of_the_whole(case):
@@ -309,13 +324,17 @@ def test_a_block_at_a_static_or_traced_start_equals_the_block_of_the_whole(case)
             )
         ]
 
-    @quick_jit
-    def blocks(key, x, traced_start):
-        f = functools.partial(row.call, key, x, strength, global_shape=whole.shape)
-        return f(start=start), f(start=traced_start)
+    @jax.jit
+    def blocks(key, x, traced_strength, traced_start, flag):
+        f = functools.partial(row.call, key, x, global_shape=whole.shape)
+        static = f(strength, start=start)
+        return static, f(traced_strength, start=traced_start, deterministic=flag)
 
-    for y in blocks(KEY, x, start):
-        case.assert_equal(y, whole[tuple(slice(first, None) for first in start)])
+    traced_whole = case.expected(case.x, np.float32(row.strength), **case.traced_bits)
+    for y, expected in zip(
+        blocks(KEY, x, strength, start, False), (whole, traced_whole), strict=True
+    ):
+        case.assert_equal(y, expected[tuple(slice(first, None) for first in start)])
 
 
 def wide(dtype):
@@ -327,14 +346,12 @@ def wide(dtype):
 def test_every_dtype_is_kept_and_computed_in_a_wide_one_and_rounded_once(case):
     row = case.row
     with jax.enable_x64(True):
-        xs = [jnp.asarray(case.x).astype(dtype) for dtype in row.dtypes]
-        f = quick_jit(lambda key, xs: [row.call(key, x, row.strength) for x in xs])
+        xs = [case.x.astype(dtype) for dtype in row.dtypes]
+        f = jax.jit(lambda key, xs: [row.call(key, x, row.strength) for x in xs])
         results = zip(xs, f(KEY, xs), strict=True)
         for x, y in results:
             assert y.dtype == x.dtype
-            assert_rounded_once(
-                row, np.asarray(y), case.expected(np.asarray(x).astype(wide(x.dtype)))
-            )
+            assert_rounded_once(row, np.asarray(y), case.expected(x.astype(wide(x.dtype))))
 
 
 def assert_rounded_once(row, y, expected):
