@@ -150,15 +150,12 @@ def test_values_gradients_and_mask_are_those_of_dense_attention(case, key):
         assert_reveals(y, gradients["value"], (multiplied > 0) & allowed)
 
 
-@pytest.mark.parametrize("block_sizes", [(4, 3), (3, 5)], ids=str)
-def test_the_start_of_a_part_may_be_traced(block_sizes, key):
+def test_the_start_of_a_part_may_be_traced(key):
     """Causality, window and lengths refer to positions in the whole; so do skipped blocks."""
     shape = shape_of("bnts")
     arrays, cotangents = operands()
     options = dict(is_causal=True, local_window_size=(7, 3), query_seq_lengths=np.int32([20, 14]))
-    part = attention(
-        key, global_shape=WHOLE, block_sizes=block_sizes, return_residual=True, **options
-    )
+    part = attention(key, global_shape=WHOLE, block_sizes=(3, 5), return_residual=True, **options)
     passes = both_passes(lambda start, **x: part(**x, start=start))
     for start in [(0, 0, 0, 0), (1, 2, 3, 5), (0, 1, 11, 9), (1, 0, 4, 4), (1, 2, 11, 0)]:
         allowed = positions_allowed(shape, start=start, **options)
@@ -579,8 +576,7 @@ def test_temporaries_of_the_gradient_are_linear_in_the_length(key):
     short, long = (temporaries(ours, length) for length in (2048, 4096))
     assert long <= 2.2 * short
     assert long <= 4096**2 / 2  # half a byte for each probability
-    short, long = (temporaries(jax.nn.dot_product_attention, length) for length in (2048, 4096))
-    assert long >= 3.5 * short  # the control
+    assert temporaries(jax.nn.dot_product_attention, 4096) > 4 * 4096**2  # the control
 
 
 def test_other_keys_scales_and_lengths_trace_nothing_again():
