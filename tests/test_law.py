@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
+from cheap import normal
 from jax import export
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -21,13 +22,9 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_masks.json
 
 EVALUATIONS = {"elementwise": _law._elementwise, "packed": _law._packed}
 
-SHAPES = [(), (5,), (197,), (33, 5), (3, 1, 33), (2, 2, 33, 3)]
+SHAPES = [(), (197,), (33, 5), (3, 1, 33), (2, 2, 33, 3)]
 # One digit and two digits; 0.9 is another constant in the program of 0.1.
-RATES_AND_SHAPES = [
-    *itertools.product([0.1], SHAPES),
-    *itertools.product([1e-4, 0.9], [(5,), (33, 5)]),
-    *itertools.product([1e-4], [(2, 2, 33, 3)]),
-]
+RATES_AND_SHAPES = [*itertools.product([0.1], SHAPES), (1e-4, (33, 5)), (0.9, (33, 5))]
 
 
 def key_words(key):
@@ -107,11 +104,9 @@ def test_an_empty_block_of_an_axis_of_one_is_empty(block, whole, key):
     assert jdropout.keep_mask(key, 0.3, block, start=start, global_shape=whole).shape == block
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (3, 8, 5), (2, 3, 33, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 33, 4)], ids=str)
 def test_broadcast_axes_share_the_twins_mask(shape, key):
-    axes = range(len(shape))
-    choices = [dims for count in axes for dims in itertools.combinations(axes, count)]
-    choices = [*choices, tuple(axes), (-1,)] if len(shape) < 4 else [(0,), (1, 2), (0, -1)]
+    choices = [(0,), (1,), (0, 1), (-1,)] if len(shape) == 2 else [(0,), (1, 2), (0, -1)]
 
     @jax.jit
     def masks(key):
@@ -126,12 +121,10 @@ def test_broadcast_axes_share_the_twins_mask(shape, key):
 BLOCKS = [
     # global shape, start, block shape
     ((33, 31), (4, 3), (8, 5)),
-    ((33, 31), (1, 30), (32, 1)),
     ((33, 31), (30, 0), (3, 31)),
     ((197,), (3,), (101,)),
-    ((3, 33, 5), (1, 5, 1), (2, 17, 3)),
     ((1, 33, 1, 5), (0, 6, 0, 1), (1, 27, 1, 4)),
-    ((2, 3, 70, 5), (1, 1, 2, 0), (1, 2, 68, 5)),
+    ((2, 3, 33, 5), (1, 1, 5, 1), (1, 2, 17, 3)),
     ((5, 6, 7), (2, 3, 4), (0, 2, 3)),
 ]
 
@@ -163,9 +156,8 @@ def test_a_block_equals_the_slice_of_the_whole_mask(whole, start, block, precisi
         np.testing.assert_array_equal(mask, expected, name)
 
 
-@pytest.mark.parametrize("tile", [(8, 16), (5, 7)], ids=str)
-def test_a_mask_does_not_depend_on_its_tiling(tile, key):
-    whole = (37, 41)
+def test_a_mask_does_not_depend_on_its_tiling(key):
+    whole, tile = (37, 41), (5, 7)
     expected = jdropout.keep_mask(key, 0.3, whole)
     tiled = np.zeros(whole, bool)
     for row in range(0, whole[0], tile[0]):
@@ -180,10 +172,8 @@ def test_a_mask_does_not_depend_on_its_tiling(tile, key):
 FAR = [
     # global shape, start, block shape: positions beyond 2^32, 2^34, 2^40 and 2^60 elements
     ((2**18, 2**17), (2**17 + 1, 2**16 + 3), (9, 5)),
-    ((2**20, 2**20), (2**20 - 7, 2**20 - 9), (7, 9)),
     ((2**35,), (2**34 + 5,), (70,)),
     ((2**33 + 3,), (2**32 + 2,), (70,)),
-    ((1024, 8192, 16384), (1023, 8150, 16380), (1, 42, 4)),
     ((512, 64, 8192, 8192), (511, 63, 8100, 8190), (1, 1, 92, 2)),
     ((2**30, 2**30), (2**30 - 40, 2**30 - 3), (40, 3)),
     # the carry from the low to the high word falls inside the block
@@ -199,7 +189,6 @@ FAR = [
         ((1, 3, 12, 4), (0, 0, 3, 2)),
         ((1, 3, 12, 4), (0, 1, 8, 0)),
         ((2, 3, 6, 9), (0, 0, 3, 2)),
-        ((2, 3, 6, 9), None),
         ((1, 1, 3, 1), (0, 1, 8, 0)),
     ],
     ids=str,
@@ -296,7 +285,7 @@ def test_typed_and_raw_keys_of_every_implementation_equal_the_twin(impl):
     np.testing.assert_array_equal(jdropout.keep_mask(np.asarray(data), 0.3, (13, 9)), twin)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (5,), (2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 2)], ids=str)
 def test_keys_of_a_users_own_implementation_equal_the_twin(shape):
     implementation = jax.extend.random.define_prng_impl(
         key_shape=shape,
@@ -316,7 +305,7 @@ def test_keys_of_a_users_own_implementation_equal_the_twin(shape):
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_vmap_over_keys_equals_the_loop(impl):
     keys = jax.random.split(jax.random.key(5, impl=impl), 6)
-    x = jax.random.normal(jax.random.key(1), (6, 37, 10))
+    x = normal(6, 37, 10)
     one = jax.jit(lambda k, x: jdropout.dropout(k, x, 0.3))
     looped = jnp.stack([one(k, x) for k, x in zip(keys, x, strict=True)])
     batched = jax.jit(lambda *keys: [jax.vmap(one)(k, x) for k in keys])
@@ -335,7 +324,7 @@ def test_vmap_over_starts_equals_the_loop(key):
 
 
 def test_masks_of_one_key_are_nested_in_the_rate(key):
-    rates = [0.0001, 0.01, 0.1, 0.35, 0.5, 0.9, 0.999]
+    rates = [0.0001, 0.1, 0.5, 0.9, 0.999]
     together = jax.jit(lambda key: [jdropout.keep_mask(key, rate, (500, 400)) for rate in rates])
     masks = [np.asarray(mask) for mask in together(key)]
     for low, high in itertools.pairwise(masks):
@@ -353,9 +342,9 @@ def test_more_precision_never_reshuffles_a_mask(key):
 def test_mask_keys_are_no_child_keys():
     key = jax.random.key(7)
     mask_keys = {tuple(map(int, words)) for words in _law.mask_keys(_law.key_words(key), 2)}
-    children = [jax.random.fold_in(key, i) for i in range(512)]
-    children += list(jax.random.split(key, 512))
-    child_words = {tuple(key_words(child).tolist()) for child in children}
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    children = [fold_in(key, np.arange(512)), jax.random.split(key, 512)]
+    child_words = {tuple(words) for some in children for words in key_words(some).tolist()}
     assert len(mask_keys) == 2
     assert not mask_keys & child_words
 

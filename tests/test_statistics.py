@@ -42,6 +42,14 @@ def keep_probability(rate, **options):
     return 1 - jdropout.effective_rate(rate, **options)
 
 
+@pytest.fixture
+def optimized():
+    """For tests whose programs run longer than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def flaw(seed=0):
     """Randomness for the controls, from another generator."""
     return np.random.default_rng(seed)
@@ -267,6 +275,7 @@ def test_output_has_the_mean_of_the_input(rate):
         assert rejected(p_value(x * eight_bits / 0.9))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_every_element_has_the_mean_of_the_input_over_keys(rate):
     """n = 2^24 or 2^27 elements, all of them, each of 1071, and each call; false alarm 1e-8."""
@@ -536,6 +545,7 @@ def test_leading_bits_of_neighbours_are_independent():
         assert rejected(p_values(linked))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("precision", "step"), [(16, 2**-16), (32, 2**-18)])
 def test_bits_where_the_first_digit_ends_and_the_second_begins_are_uniform(precision, step):
     """n = 2^24 numbers, 16 cells of 2^-16 or of 2^-18 and the rest; false alarm 1e-8."""

@@ -87,8 +87,8 @@ def mask(key, x, rate=0.1):
     return jdropout.keep_mask(key, rate, x.shape)
 
 
-def gaussian(key, x):
-    return x * (1 + jax.random.normal(key, x.shape) / 3)
+def noisy(key, x):
+    return x * (1 + jax.random.uniform(key, x.shape, minval=-0.5, maxval=0.5))
 
 
 def flax_style(key, x):
@@ -116,7 +116,7 @@ UNBIASED = {
         MIXED,
         dict(rate=0.1, broadcast_dims=(0,), tolerance=0.01),
     ),
-    "Gaussian": (gaussian, MIXED, dict(rate=0.1)),
+    "noise": (noisy, MIXED, dict(rate=0.1)),
     "bfloat16": (ours(0.1), MIXED.astype(jnp.bfloat16), dict(rate=0.1)),
     "one element": (ours(0.5), jnp.float32(-3), dict(rate=0.5, tolerance=0.01)),
     "identity": (lambda key, x: x, MIXED, dict(rate=0)),
@@ -148,12 +148,7 @@ BIASED = {
         lambda k, x: jnp.where(jax.random.bits(k, x.shape, jnp.uint8) < 230, x / 0.9, 0),
         (ALL,),
     ),
-    "the tolerance": (lambda k, x: jdropout.dropout(k, x, 0.1) * 1.001, (ALL,)),
     "one mask for all keys": (lambda k, x: jdropout.dropout(KEY, x, 0.1), (ALL, ELEMENT)),
-    "one element never dropped": (
-        lambda k, x: jnp.where(mask(k, x).at[3, 4].set(True), x / 0.9, 0),
-        (ELEMENT,),
-    ),
     "one element's own scale": (lambda k, x: ours(0.1)(k, x).at[3, 4].multiply(0.95), (ELEMENT,)),
     "one mask for all rows": (ours(0.1, broadcast_dims=(0,)), (CALL,)),
     "a higher rate": (ours(0.5), (CALL,)),
@@ -172,12 +167,15 @@ def test_biased_functions_are_rejected_for_what_they_lack(name):
 
 
 def test_a_biased_element_is_named():
+    def never_dropped(key, x):
+        return jnp.where(mask(key, x).at[3, 4].set(True), x / 0.9, 0)
+
     with fails(r"1 of 1024 elements .* 1\.11\d* at \(3, 4\)"):
-        assert_unbiased(BIASED["one element never dropped"][0], MIXED, key=KEY, rate=0.1)
+        assert_unbiased(never_dropped, MIXED, key=KEY, rate=0.1)
 
 
-@pytest.mark.parametrize(("rate", "bias"), [(0.1, -0.003), (0.9, 0.03)])
-def test_a_bias_of_the_tolerance_is_found_and_a_tenth_of_it_is_not(rate, bias):
+def test_a_bias_of_the_tolerance_is_found_and_a_tenth_of_it_is_not():
+    rate, bias = 0.9, -0.03
     options = dict(key=KEY, rate=rate, tolerance=abs(bias))
     with fails(ALL):
         assert_unbiased(lambda k, x: jdropout.dropout(k, x, rate) * (1 + bias), ONES, **options)
@@ -257,7 +255,6 @@ def drop(x):
 
 FAITHFUL = {
     "scan": lambda x: lax.scan(lambda c, _: (drop(c), None), x, length=1)[0],
-    "shared fates": lambda x: jdropout.dropout(KEY, x, 0.3, broadcast_dims=(0,)),
     "another library": lambda x: flax_style(KEY, x),
 }
 
