@@ -25,7 +25,8 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_keys.json"
 
 ROOT = jax.random.key(20140614)
 
-every_implementation = pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+# Keys of two words and of four; the kind of key does not matter otherwise.
+every_width = pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 
 POINTS = [
     # step, microbatch, site
@@ -70,7 +71,7 @@ def test_golden_keys_are_reproduced(root):
         assert [f"{word:08x}" for word in words_of(key)] == vector["key_words"]
 
 
-@every_implementation
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 @pytest.mark.parametrize(("step", "microbatch", "site"), POINTS, ids=str)
 def test_keys_equal_the_twin_and_are_of_the_roots_kind(impl, step, microbatch, site):
     root = jax.random.key(11, impl=impl)
@@ -112,7 +113,8 @@ def test_keys_of_a_users_own_implementation_equal_the_twin(shape):
             for bits in (8, 16, 32, 64)
             for kind in ("int", "uint")
         ),
-        *itertools.product(["rbg", "unsafe_rbg"], ["int32", "uint64"]),
+        ("rbg", "int32"),
+        ("rbg", "uint64"),
     ],
 )
 def test_traced_numbers_of_every_dtype_give_the_keys_of_static_ones(impl, dtype):
@@ -133,7 +135,7 @@ def test_traced_numbers_of_every_dtype_give_the_keys_of_static_ones(impl, dtype)
             assert_same_keys(make(*map(jnp.asarray, arguments)), expected)
 
 
-@every_implementation
+@every_width
 def test_vmap_scan_and_loops_over_numbers_equal_the_loop_in_python(impl):
     root = jax.random.key(3, impl=impl)
 
@@ -152,7 +154,7 @@ def test_vmap_scan_and_loops_over_numbers_equal_the_loop_in_python(impl):
         assert_same_keys(looped, expected)
 
 
-@every_implementation
+@every_width
 def test_vmap_over_roots_equals_the_loop(impl):
     roots = jax.random.split(jax.random.key(3, impl=impl), 4)
     batched = jax.vmap(lambda root: site_key(root, step=2, site="a"))(roots)
@@ -160,7 +162,7 @@ def test_vmap_over_roots_equals_the_loop(impl):
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["typed", "raw"])
-@every_implementation
+@every_width
 def test_a_path_is_walked_part_by_part(impl, raw):
     root = jax.random.key(3, impl=impl)
     root = jax.random.key_data(root) if raw else root
@@ -315,7 +317,7 @@ def test_a_name_whose_hash_begins_with_a_reserved_word_takes_the_next(skipped, m
     assert sorted(RESERVED) == sorted(keys._RESERVED)
 
 
-@every_implementation
+@every_width
 def test_masks_are_drawn_from_no_key_of_a_site(impl):
     key = step_key(jax.random.key(3, impl=impl), step=0)
     drawn = {tuple(map(int, pair)) for pair in _law.mask_keys(_law.key_words(key), 2)}
@@ -335,7 +337,7 @@ NEIGHBOURS = [
 ]
 
 
-@every_implementation
+@every_width
 def test_masks_of_neighbouring_keys_are_independent(impl):
     """n = 2^18 fair coins, 171 pairs of 19 masks; false alarm 1e-8, by Bonferroni."""
     n, root = 1 << 18, jax.random.key(1, impl=impl)

@@ -202,6 +202,7 @@ def test_evaluation_prunes_beyond_the_threshold():
     assert evaluate(threshold=None) is WEIGHT
 
 
+@pytest.mark.examples
 def test_most_weights_of_a_network_on_digits_are_pruned_at_little_loss():
     """The short form of examples/sparse_digits.py."""
     digits = load_digits()
