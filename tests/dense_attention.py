@@ -5,7 +5,6 @@ import functools
 import jax
 import law_twin
 import numpy as np
-from cheap import quick_jit
 
 import jdropout
 
@@ -130,7 +129,7 @@ def both_passes(function):
         results, pullback = jax.vjp(lambda x: function(**x, **constants), arguments)
         return results, *pullback(cotangents)
 
-    return quick_jit(passes)
+    return jax.jit(passes)
 
 
 def named(query, key, value, **others):

@@ -54,7 +54,8 @@ def _attempt(script, count, devices, folder):
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # LLVM's: half of the time of a compilation
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{inherited.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={devices}",
     }
     paths = [folder / f"log{number}.txt" for number in range(count)]
     processes = []

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import quick_jit
 from dense_attention import (
     ONE_BLOCK,
     RATE,
@@ -169,7 +168,7 @@ def test_vmap_over_keys_gives_each_its_mask():
     arrays, output_bar = equal_probabilities(operands()[0])
     keys = jax.random.split(jax.random.key(5), 3)
     passes = both_passes(attention(None, block_sizes=ONE_BLOCK))
-    each = quick_jit(
+    each = jax.jit(
         jax.vmap(lambda key: passes.__wrapped__(named(*arrays), output_bar, dropout_key=key))
     )
     y, gradients = each(keys)
@@ -188,7 +187,7 @@ def test_the_mean_over_keys_is_the_attention_without_dropout(key):
     sizes = dict(b=1, t=5, s=7, n=2, k=2)
     arrays, (output_bar, _) = operands(**sizes)
     count = 2000
-    draw = quick_jit(jax.vmap(lambda key: attention(key, block_sizes=ONE_BLOCK)(*arrays)))
+    draw = jax.jit(jax.vmap(lambda key: attention(key, block_sizes=ONE_BLOCK)(*arrays)))
     y = draw(jax.random.split(key, count))
     (mean, _), _ = dense_results(arrays, (output_bar, None), multiplied=1)
     error = np.std(y, axis=0) / math.sqrt(count)
@@ -446,7 +445,7 @@ def test_derivatives_of_every_mode_and_order_are_those_of_dense_attention(key):
             pairs = zip(cotangents, function(**arguments), strict=True)
             return sum((bar * jnp.sin(x)).sum() for bar, x in pairs)
 
-        @quick_jit
+        @jax.jit
         def all_of_them(arguments, tangents):
             forward = jax.jvp(lambda x: function(**x), (arguments,), (tangents,))
             forward_over_reverse = jax.jvp(jax.grad(loss), (arguments,), (tangents,))
@@ -507,7 +506,7 @@ def test_vmap_over_everything_equals_the_loop():
     )
     ours = attention(None, is_causal=True, global_shape=whole)
     passes = both_passes(lambda start, **x: ours(**x, start=tuple(start))).__wrapped__
-    batched = quick_jit(jax.vmap(lambda x, c: passes(x, output_bar, **c)))(arguments, constants)
+    batched = jax.jit(jax.vmap(lambda x, c: passes(x, output_bar, **c)))(arguments, constants)
     for i in range(count):
         one = jax.tree.map(lambda x, i=i: x[i], arguments)
         start = tuple(int(index) for index in constants["start"][i])
@@ -527,7 +526,7 @@ def test_vmap_over_the_bias_alone_equals_the_loop(key):
     arrays, (output_bar, _) = operands()
     (biases,) = normal(6, (3, *shape))
     passes = both_passes(functools.partial(attention(key, block_sizes=ONE_BLOCK), *arrays))
-    batched = quick_jit(jax.vmap(lambda bias: passes.__wrapped__(dict(bias=bias), output_bar)))(
+    batched = jax.jit(jax.vmap(lambda bias: passes.__wrapped__(dict(bias=bias), output_bar)))(
         biases
     )
     multiplied = multiplier(key, shape)
@@ -569,7 +568,7 @@ def test_temporaries_of_the_gradient_are_linear_in_the_length(key):
             return jnp.sin(function(query, keys, value)).sum()
 
         x = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
-        compiled = quick_jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     ours = attention(key, block_sizes=None)

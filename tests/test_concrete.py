@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cheap import quick_jit
 from contract import Draw, differences
 from scipy import integrate, special
 
@@ -63,7 +62,7 @@ def test_concrete_dropout_and_its_gradients_are_exact_in_float64():
             y = jdropout.concrete_dropout(KEY, x, logit, temperature=temperature)
             return (jnp.sin(y) * factor).sum()
 
-        @quick_jit
+        @jax.jit
         def passes(*arguments):
             value, ours = jax.value_and_grad(loss, argnums=(0, 1, 2))(*arguments)
             return value, ours, jax.jvp(loss, arguments, arguments)[1]
@@ -188,7 +187,7 @@ def learned_rate(num_samples):
         updates, optimizer_state = optimizer.update(gradient, optimizer_state)
         return optax.apply_updates(params, updates), optimizer_state
 
-    train = quick_jit(lambda state: jax.lax.fori_loop(0, 1000, step, state))
+    train = jax.jit(lambda state: jax.lax.fori_loop(0, 1000, step, state))
     with jax.numpy_dtype_promotion("standard"):  # which Optax needs
         return float(jax.nn.sigmoid(train((params, optimizer.init(params)))[0]["logit"]))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import quick_jit
+from cheap import users_jit
 
 import jdropout
 import jdropout.keys
@@ -76,7 +76,7 @@ def test_flax_style_dropout_stores_its_mask():
 
 def gradient_temporaries(dropout, x, key):
     gradient = jax.grad(lambda x, key: jnp.sin(dropout(key, jnp.cos(x))).sum())
-    compiled = quick_jit(gradient).lower(x, key).compile()
+    compiled = users_jit(gradient).lower(x, key).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -108,7 +108,7 @@ def network_temporaries(function):
 
     x, w = jax.ShapeDtypeStruct(NETWORK, jnp.float32), jnp.ones((NETWORK[-1],) * 2)
     key = jax.random.key(0)
-    compiled = quick_jit(jax.grad(loss, argnums=(0, 1))).lower(x, w, key).compile()
+    compiled = users_jit(jax.grad(loss, argnums=(0, 1))).lower(x, w, key).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import quick_jit
 from contract import Draw, masked
 
 import jdropout
@@ -170,7 +169,7 @@ def test_options_and_their_blocks_equal_the_definition(key):
     options = ({"broadcast_dims": (0,)}, {"precision": 32}, {"broadcast_dims": (-1,)})
     place = {"start": (5, 3), "global_shape": x.shape}  # on broadcast axes it does not count
 
-    @quick_jit
+    @jax.jit
     def results(key, x):
         f = functools.partial(jdropout.dropout, key, rate=0.3)
         return [(f(x, **own), f(x[5:20, 3:9], **own, **place)) for own in options]

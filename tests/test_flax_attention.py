@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import UNIFORM, normal, quick_jit
+from cheap import UNIFORM, normal
 from flax import linen, nnx
 
 import jdropout
@@ -37,7 +37,7 @@ def test_without_dropout_it_is_flax_attention(api, batch):
     mask = normal(*(1,) * len(batch), 1, QUERIES, KEYS, seed=4) < 0.5
     mask = mask.at[..., 0].set(True)
 
-    @quick_jit
+    @jax.jit
     def both_attentions(*arguments, bias, mask):
         # A rate keeps Flax from handing over to jax.nn, which takes fewer shapes.
         options = {"bias": bias, "dropout_rate": 0.1, "deterministic": True}
@@ -54,7 +54,7 @@ def test_the_mask_is_shared_over_batch_and_heads_if_broadcast(api, batch, broadc
     query, keys, _ = inputs(batch)
     value = jnp.broadcast_to(jnp.eye(KEYS)[:, None], (*batch, KEYS, HEADS, KEYS))
     options = {"dropout_rng": key, "dropout_rate": 0.5, "broadcast_dropout": broadcast}
-    y = quick_jit(functools.partial(OURS[api], **options))(jnp.zeros_like(query), keys, value)
+    y = jax.jit(functools.partial(OURS[api], **options))(jnp.zeros_like(query), keys, value)
     kept = jnp.moveaxis(y, -2, -3) > 0
     shape = (*batch, HEADS, QUERIES, KEYS)
     shared = range(len(shape) - 2) if broadcast else ()
@@ -82,8 +82,8 @@ def test_dtype_is_that_of_the_computation(api):
 def test_causal_in_nnx():
     arguments = inputs(queries=KEYS)
     mask = nnx.make_causal_mask(jnp.ones((2, KEYS)))
-    causal = quick_jit(functools.partial(OURS["nnx"], is_causal=True))(*arguments)
-    masked = quick_jit(OURS["nnx"])(*arguments, mask=mask)
+    causal = jax.jit(functools.partial(OURS["nnx"], is_causal=True))(*arguments)
+    masked = jax.jit(OURS["nnx"])(*arguments, mask=mask)
     np.testing.assert_allclose(causal, masked, atol=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_nnx_layer_is_flax_layer_in_evaluation():
     )
     graph, state = nnx.split(layers)
 
-    @quick_jit
+    @jax.jit
     def outputs(state, x):
         return [layer(x, deterministic=True) for layer in nnx.merge(graph, state)]
 
@@ -155,7 +155,7 @@ def test_nnx_layer_takes_its_key_from_its_stream_and_has_a_mask_for_each_head():
 def test_nnx_layer_trains_under_jit():
     graph, state = nnx.split(nnx_layer(jdropout.nnx.MultiHeadAttention, 0.3))
 
-    @quick_jit
+    @jax.jit
     def gradient(state, x):
         layer = nnx.merge(graph, state)
         return nnx.grad(lambda layer: (layer(x, deterministic=False) ** 2).sum())(layer)
@@ -173,7 +173,7 @@ def test_nnx_layer_decodes_like_flax():
         layers[-1].init_cache((2, 5, FEATURES))
     graph, state = nnx.split(nnx.List(layers))
 
-    @quick_jit
+    @jax.jit
     def step(state, x):
         layers = nnx.merge(graph, state)
         return [layer(x) for layer in layers], nnx.state(layers)
@@ -196,14 +196,14 @@ def linen_layer(cls, **options):
 
 
 def apply(layer, variables, *args, **options):
-    return quick_jit(functools.partial(layer.apply, **options))(variables, *args)
+    return jax.jit(functools.partial(layer.apply, **options))(variables, *args)
 
 
 def test_linen_layer_is_flax_layer_in_evaluation(key):
     x = normal(2, QUERIES, FEATURES)
     mask = linen.make_causal_mask(jnp.ones((2, QUERIES)))
     theirs = linen_layer(linen.MultiHeadDotProductAttention)
-    variables = quick_jit(functools.partial(theirs.init, deterministic=True))(key, x)
+    variables = jax.jit(functools.partial(theirs.init, deterministic=True))(key, x)
     expected = apply(theirs, variables, x, mask=mask, deterministic=True)
     for layer in (
         linen_layer(jdropout.linen.MultiHeadDotProductAttention),
@@ -220,7 +220,7 @@ def test_linen_layer_is_flax_layer_in_evaluation(key):
 def test_linen_layer_has_a_mask_for_each_head_unless_told(key):
     x = normal(2, QUERIES, FEATURES)
     layer = linen_layer(jdropout.linen.MultiHeadDotProductAttention)
-    variables = quick_jit(functools.partial(layer.init, deterministic=True))(key, x)
+    variables = jax.jit(functools.partial(layer.init, deterministic=True))(key, x)
 
     def train(layer):
         return apply(layer, variables, x, deterministic=False, rngs={"dropout": key})

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import law_twin
 import numpy as np
 import pytest
-from cheap import normal
+from cheap import normal, users_jit
 from jax import export
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -46,7 +46,7 @@ def evaluations(key, rate, shape, block=None, start=None, precision=None):
 def test_every_evaluation_equals_the_twin(shape, key):
     cases = [(0.1, None), (0.37, 32)]
 
-    @jax.jit  # of all masks together, to compile once
+    @users_jit  # of all masks together, to compile once
     def masks(key):
         return [evaluations(key, rate, shape, precision=precision) for rate, precision in cases]
 
@@ -108,7 +108,7 @@ def test_an_empty_block_of_an_axis_of_one_is_empty(block, whole, key):
 def test_broadcast_axes_share_the_twins_mask(shape, key):
     choices = [(0,), (1,), (0, 1), (-1,)] if len(shape) == 2 else [(0,), (1, 2), (0, -1)]
 
-    @jax.jit
+    @users_jit
     def masks(key):
         return [jdropout.keep_mask(key, 0.4, shape, broadcast_dims=dims) for dims in choices]
 
@@ -144,7 +144,7 @@ def test_a_block_equals_the_slice_of_the_whole_mask(whole, start, block, precisi
             key, 0.3, block, start=start, global_shape=whole, precision=precision
         )
 
-    @jax.jit
+    @users_jit
     def masks(start_traced):
         masks = {"static start": ours(start), "traced start": ours(start_traced)}
         if expected.size:
@@ -218,7 +218,7 @@ def test_positions_beyond_32_bits_equal_the_twin(whole, start, block, precision,
         key_words(key), 0.5, block, start=start, whole=whole, precision=precision
     )
 
-    @jax.jit
+    @users_jit
     def masks(*start_traced):
         masks = evaluations(key, 0.5, whole, block, start, precision)
         if start_traced:

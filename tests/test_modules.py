@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import quick_jit
 from flax import errors, linen, nnx
 from flax_layers import (
     DROPPING,
@@ -387,7 +386,7 @@ def test_compiled_differentiated_and_batched_layers_agree(name):
 
     module, _ = linen_layer(name, deterministic=False)
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def in_linen(key):
         def total(params, args):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import quick_jit
 from flax import nnx
 
 import jdropout
@@ -28,14 +27,14 @@ def test_bias_dropout_add_is_the_sum_of_its_parts(key):
         for x, r, bias in [arrays(dtype)]
     ]
 
-    @quick_jit
+    @jax.jit
     def sums(key, cases):
         add = functools.partial(jdropout.bias_dropout_add, key, rate=0.3)
         return [
             (add(x, bias=bias, residual=r), add(x, bias=None, residual=r)) for x, bias, r in cases
         ]
 
-    @quick_jit
+    @jax.jit
     def parts(key, cases):
         drop = functools.partial(jdropout.dropout, key, rate=0.3)
         return [
@@ -57,7 +56,7 @@ def test_the_gradients_of_bias_dropout_add(key):
     x, residual, bias = arrays()
     g = np.cos(x)
 
-    @quick_jit
+    @jax.jit
     def passes(key, x, bias, residual):
         f = functools.partial(jdropout.bias_dropout_add, key, rate=0.3)
         _, pullback = jax.vjp(lambda x, b, r: f(x, bias=b, residual=r), x, bias, residual)
@@ -89,7 +88,7 @@ def test_dropout_add_norm_is_flax_norm_of_the_sum_and_stores_the_sum_alone(norm,
         total = residual + jdropout.dropout(key, x, 0.3)
         return flax_norm(norm, scale, bias, total), total
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def passes(f, key, *arguments):
         outputs, pullback = jax.vjp(functools.partial(f, key), *arguments)
         stored = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size > SHAPE[-1]]
@@ -132,7 +131,7 @@ def test_options_of_dropout_are_passed_on(key):
         "global_shape": (9, 10, 80),
     }
 
-    @quick_jit
+    @jax.jit
     def sums(key, x, residual):
         dropped = jdropout.dropout(key, x, 0.3, **options)
         y = jdropout.bias_dropout_add(key, x, None, residual, 0.3, **options)
@@ -151,7 +150,7 @@ def test_options_of_dropout_are_passed_on(key):
 def test_a_larger_epsilon_shrinks_the_result(key):
     x, residual, _ = arrays()
 
-    @quick_jit
+    @jax.jit
     def normalised(key, x, residual, epsilon):
         return jdropout.dropout_add_norm(key, x, residual, 0.3, epsilon=epsilon)[0]
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import quick_jit
 from contract import Draw
 from jax import export, lax
 
@@ -88,7 +87,7 @@ def test_forward_and_backward_masks_agree(name, key, mask):
 
 
 def test_forward_and_backward_masks_agree_under_every_checkpoint_policy(key, mask):
-    @quick_jit
+    @jax.jit
     def results(key):
         def function(x):
             return f(key, x)
@@ -160,9 +159,7 @@ def test_higher_orders_and_mixed_modes(key):
         of_the_sum(along_ones(first)),
         of_the_sum(of_the_sum(first)),
     ]
-    results = quick_jit(
-        lambda x: [*(h(x) for h in derivatives), along_ones(g)(x), jax.hessian(g)(x)]
-    )
+    results = jax.jit(lambda x: [*(h(x) for h in derivatives), along_ones(g)(x), jax.hessian(g)(x)])
     *ours, tangent, hessian = results(x)
     c = np.where(Draw(key).keep(RATE, x.shape), scale(), 0).astype(np.float64)
     sin, cos = np.sin(c * x**2), np.cos(c * x**2)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cheap import quick_jit
 from contract import Draw, differences
 from scipy import integrate, special
 from sklearn.datasets import load_digits
@@ -253,7 +252,7 @@ def test_most_weights_of_a_network_on_digits_are_pruned_at_little_loss():
             return optax.apply_updates(params, updates), optimizer_state
 
         params = weights, biases, [np.full(shape, -8.0, np.float32) for shape in shapes]
-        loop = quick_jit(lambda state: jax.lax.fori_loop(0, 1000, step, state))
+        loop = jax.jit(lambda state: jax.lax.fori_loop(0, 1000, step, state))
         with jax.numpy_dtype_promotion("standard"):  # which Optax needs
             params, _ = loop((params, jax.jit(optimizer.init)(params)))
         answers = jax.jit(logits, static_argnums=3)(params, images[test], None, sparse).argmax(-1)
