@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from attention import attention, attention_blocks, attention_length, attention_memory
 from common import (
     DTYPES,
@@ -33,6 +34,8 @@ from sharded import sharded
 from transformer import fused, transformer
 from uncertainty import uncertainty
 
+from jdropout import dropout as dropout_function
+from jdropout import schedules
 from jdropout.keys import site_key
 
 SHAPES = ((32, 128), (256, 512), (1024, 784), (4096, 4096), (16384, 128), (256, 10), (65536,))
@@ -154,6 +157,25 @@ def eager(plan: Plan) -> Iterator[Row]:
         yield timed_row(labels(x), calls, OVER_COPY, plan)
 
 
+def dispatch(plan: Plan) -> Iterator[Row]:
+    """A call of a compiled function of 200 small parameters: a scheduled rate over a fixed one."""
+    params = {f"w{i}": jnp.ones(4) for i in range(200)}
+    x, schedule = normal((4, 4)), schedules.early(0.1, cutoff_step=1000)
+
+    def step(rate: Function) -> Function:
+        def update(params: Any, x: jax.Array, count: Any) -> Any:
+            y = dropout_function(site_key(KEY, step=count, site="x"), x, rate(count))
+            return jax.tree.map(lambda w: w + y[0], params)
+
+        return jax.jit(update)
+
+    calls = {
+        name: functools.partial(step(rate), params, x, np.int32(3))
+        for name, rate in {"scheduled": schedule, "fixed": lambda count: 0.1}.items()
+    }
+    yield timed_row({"function": "200 parameters"}, calls, ("scheduled / fixed",), plan)
+
+
 def importing(plan: Plan) -> Iterator[Row]:
     """Time of `import jax`, then of `import jdropout`; minimum over several processes."""
     code = "import jax, jdropout, sys; print(*sys.modules)"
@@ -182,6 +204,7 @@ SECTIONS = {
     "compile": compilation,
     "keys": keys,
     "eager": eager,
+    "dispatch": dispatch,
     "import": importing,
     "attention": attention,
     "attention_memory": attention_memory,

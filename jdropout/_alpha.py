@@ -71,7 +71,8 @@ def alpha_dropout(
       Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
       2017), section 3, "New dropout technique".
     """
-    _checks.check_real("x", x)
+    x = _checks.check_real("x", x)
+    _checks.check_order(x, rate)
     draw = new_draw(
         "alpha_dropout",
         key,
@@ -151,7 +152,7 @@ def feature_alpha_dropout(
       Klambauer, Unterthiner, Mayr and Hochreiter, "Self-normalizing neural networks" (NeurIPS
       2017), section 3, "New dropout technique".
     """
-    _checks.check_real("x", x)
+    x = _checks.check_real("x", x)
     return alpha_dropout(
         key,
         x,

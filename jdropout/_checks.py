@@ -1,8 +1,12 @@
 """Checks of what most functions of the family take: rates, flags, inputs, keys, blocks of masks."""
 
+import functools
+import inspect
 import math
 import operator
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, cast
 
 import jax
@@ -27,10 +31,7 @@ def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
     if isinstance(rate, np.ndarray) and rate.ndim == 0:
         return check_rate(rate[()], name)
     if getattr(rate, "shape", ()) != ():
-        raise ValueError(
-            f"{name} must be a scalar, got an array of shape {rate.shape}. "
-            "For one rate per example use jax.vmap over keys, inputs and rates."
-        )
+        raise ValueError(_rate_shape(rate, name))
     number = isinstance(rate, float | int) or (
         isinstance(rate, np.generic)  # unlike np.issubdtype, jnp's knows bfloat16
         and (jnp.issubdtype(rate.dtype, np.floating) or jnp.issubdtype(rate.dtype, np.integer))
@@ -52,19 +53,38 @@ def _check_rate_array(rate: jax.Array, name: str) -> jax.Array:
             "Convert it with rate.astype(jnp.float32)."
         )
     if rate.shape != ():
-        raise ValueError(
-            f"{name} must be a scalar, got an array of shape {rate.shape}. "
-            "For one rate per example use jax.vmap over keys, inputs and rates."
-        )
+        raise ValueError(_rate_shape(rate, name))
     if not isinstance(rate, jax.core.Tracer):
         if not 0 <= float(rate) <= 1:
             raise ValueError(_rate_range(float(rate), name))
-    elif not jax.typeof(rate).sharding.mesh.explicit_axes:
+    elif _under_checkify() and not jax.typeof(rate).sharding.mesh.explicit_axes:
         # Under vmap checkify sorts the batch, which fails if the batch is explicitly sharded.
         checkify.debug_check(
             (rate >= 0) & (rate <= 1), name + " must be in [0, 1], got {rate}.", rate=rate
         )
     return rate
+
+
+def _rate_shape(rate: Any, name: str) -> str:
+    return (
+        f"{name} must be a scalar, got an array of shape {rate.shape}. The order is key, input, "
+        "rate. For one rate per example use jax.vmap over keys, inputs and rates."
+    )
+
+
+def _under_checkify() -> bool:
+    """Whether checkify is tracing, according to the stack.
+
+    A check outside of checkify leaves an effect in the program, which then takes several times
+    longer to dispatch and cannot be serialised.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != _CHECKIFY:
+        frame = frame.f_back
+    return frame is not None
+
+
+_CHECKIFY = inspect.unwrap(checkify.checkify).__code__.co_filename
 
 
 def _rate_range(rate: object, name: str) -> str:
@@ -75,8 +95,11 @@ def _rate_range(rate: object, name: str) -> str:
 
 
 def check_precision(precision: Any) -> int | None:
-    if precision is None or (isinstance(precision, int) and precision in (16, 32)):
-        return precision
+    if precision is None:
+        return None
+    bits = _values.as_integer(precision)
+    if bits in (16, 32):
+        return bits
     raise ValueError(
         f"precision must be None, 16 or 32 (bits of the uniform number), got {precision!r}. "
         "None uses 16 bits, or 32 for a static rate that 16 bits would miss by over 0.1 %."
@@ -101,26 +124,44 @@ def check_deterministic(deterministic: Any) -> bool | jax.Array:
     return deterministic
 
 
-def check_input(x: Any, name: str = "x") -> None:
-    if isinstance(x, bool | int | float | complex):
-        dtype = np.result_type(x)
-    elif isinstance(x, jax.Array | np.ndarray | np.generic):
-        dtype = x.dtype
-    else:
+def check_order(x: Any, rate: Any) -> None:
+    """Checks that a scalar input is not the rate, which would have no effect but a wrong number."""
+    if isinstance(x, int | float) and isinstance(rate, jax.Array | np.ndarray):
         raise TypeError(
-            f"{name} must be an array, got {type_name(x)}. Convert it with jnp.asarray({name}), "
-            "or use jax.tree.map with one key per leaf."
+            f"x is the number {x!r}, and rate an array: the order is key, input, rate. If it is "
+            "meant, pass jnp.asarray(x)."
         )
+
+
+def check_input(x: Any, name: str = "x") -> Any:
+    """Returns x itself, or an array that JAX can read."""
+    x = _values.readable(name, x)
+    reason = _why_not(_values.dtype_of(x))
+    if reason:
+        raise TypeError(reason.format(name=name))
+    return x
+
+
+@functools.lru_cache  # for eager calls
+def _why_not(dtype: np.dtype) -> str:
+    """Why dropout cannot take a dtype, for an error that names the argument; empty if it can."""
     if dtype == jnp.float8_e8m0fnu:
-        raise TypeError(
-            f"{name} must have a dtype with a zero, got float8_e8m0fnu, which has none to drop to: "
-            f"convert with {name}.astype(jnp.bfloat16)."
+        return (
+            "{name} must have a dtype with a zero, got float8_e8m0fnu, which has none to drop to: "
+            "convert with {name}.astype(jnp.bfloat16)."
+        )
+    if dtype.name.startswith("float6_"):
+        return (
+            f"{{name}} must have a dtype that XLA can compile, got {dtype}: convert with "
+            "{name}.astype(jnp.float8_e4m3fn)."
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"{name} must be a floating-point or complex array, got dtype {dtype}. Dropout scales "
-            f"what it keeps, which an integer cannot hold: convert with {name}.astype(jnp.float32)."
+        return (
+            f"{{name}} must be a floating-point or complex array, got dtype {dtype}. Dropout "
+            "scales what it keeps, which an integer cannot hold: convert with "
+            "{name}.astype(jnp.float32)."
         )
+    return ""
 
 
 def check_key(key: Any, name: str = "key") -> Key:
@@ -133,6 +174,7 @@ def check_key(key: Any, name: str = "key") -> Key:
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(
             f"{name} must be a JAX PRNG key, got {key!r} of type {type_name(key)}. "
+            f"{'The order is key, input, rate. ' if isinstance(key, float) else ''}"
             "Make one with jax.random.key(seed)."
         )
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -255,13 +297,14 @@ def check_static_flag(deterministic: Any) -> bool:
     return bool(flag)
 
 
-def check_real(name: str, x: Any) -> None:
-    check_input(x)
+def check_real(name: str, x: Any) -> Any:
+    x = check_input(x, name)
     if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
         raise TypeError(
             f"{name} must be a real floating-point array, got dtype {jnp.result_type(x)}. Apply it "
             "to the real and imaginary parts, each with its own key."
         )
+    return x
 
 
 def check_rate_below_one(rate: float | jax.Array) -> float | jax.Array:

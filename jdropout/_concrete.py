@@ -70,7 +70,7 @@ def concrete_dropout(
       Gal, Hron and Kendall, "Concrete dropout" (NeurIPS 2017), section 3 and equation 5;
       Maddison, Mnih and Teh, "The concrete distribution" (ICLR 2017), for the relaxation.
     """
-    _checks.check_real("x", x)
+    x = _checks.check_real("x", x)
     return _noise.apply_noise(
         "concrete_dropout",
         _logistic,

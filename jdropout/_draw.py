@@ -46,7 +46,7 @@ class Description(NamedTuple):
     layout: _law.Layout | None = None
     """None if nothing is drawn."""
     threshold: _threshold.Threshold | None = None
-    """None for a traced rate, and for uniforms, which have no rate."""
+    """None for a traced rate, `Draw.numbers`, and uniforms, which have no rate."""
     precision: int | None = None
 
 
@@ -57,7 +57,7 @@ Formula = Callable[..., Any]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["key", "rate", "deterministic", "origin"],
+    data_fields=["key", "rate", "deterministic", "origin", "numbers"],
     meta_fields=["description"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Draw:
     """A traced flag."""
     origin: _law.Origin | None
     description: Description
+    numbers: jax.Array | None = None
+    """A static rate as an operand (see `_threshold.static_numbers`), set by `eager`."""
     # Set by new_draw. Without init JAX ignores it; drop_fields would do but is broken in JAX 0.8.1.
     call: int | None = dataclasses.field(default=None, init=False)
     """Number of the call in an audit. Not part of the pytree: another number does not recompile."""
@@ -115,7 +117,7 @@ class Draw:
         """
         options = tuple(static.items())
         if self.outcome is Outcome.DRAWN:
-            y = _applied(self.marked(), operands, formula, kept, remake, options)
+            y = _applied(self.marked().eager(operands), operands, formula, kept, remake, options)
         elif self.outcome is Outcome.KEPT:
             y = _applied(self, operands, kept, None, remake, options) if kept else operands[0]
         elif dropped:
@@ -134,6 +136,20 @@ class Draw:
         # The words depend on the starts, or a transformation could drop the starts' unused marks.
         words, *_ = lax.optimization_barrier((words, *starts))
         return dataclasses.replace(self, key=words)
+
+    def eager(self, operands: Any) -> "Draw":
+        """In an eager call, the draw with its static rate as an operand.
+
+        Else every new rate would compile a program, and JAX would keep it.
+        """
+        threshold = self.description.threshold
+        leaves = jax.tree.leaves((self, operands))
+        if threshold is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self
+        precision = 16 * threshold.digits
+        description = self.description._replace(threshold=None, precision=precision)
+        numbers = _threshold.static_numbers(threshold)
+        return dataclasses.replace(self, description=description, numbers=numbers)
 
     def result(self, y: Any, *, masked: bool = True) -> Any:
         """Marks the result for an audit, on its first array: one mark per call is enough."""
@@ -203,9 +219,11 @@ class Draw:
     def scale(self, dtype: np.dtype) -> jax.Array:
         """1 / keep, rounded once to float32 or float64; 1 if nothing is kept."""
         threshold = self.threshold()
-        if self.rate is None:
+        if self.description.threshold:
             kept = _threshold.keep_probability(threshold)
             factor = jnp.asarray(float(1 / kept) if kept else 1.0, dtype)
+        elif self.numbers is not None and dtype == jnp.float32:
+            factor = lax.bitcast_convert_type(self.numbers[2], dtype)
         else:
             traced_kept = _threshold.traced_keep_probability(threshold, dtype)
             factor = 1 / jnp.where(traced_kept > 0, traced_kept, 1)
@@ -215,8 +233,12 @@ class Draw:
 
     def drop_probability(self, dtype: np.dtype) -> jax.Array:
         """The effective rate."""
-        if self.rate is None:
+        if self.description.threshold:
             return jnp.asarray(self.static_rate, dtype)
+        if self.numbers is not None:
+            if dtype == jnp.float32:
+                return lax.bitcast_convert_type(self.numbers[3], dtype)
+            return 1 - _threshold.traced_keep_probability(self.threshold(), dtype)
         return _threshold.traced_drop_probability(self.threshold()).astype(dtype)
 
     def valid(self) -> jax.Array | None:
@@ -251,6 +273,9 @@ class Draw:
 
     def threshold(self) -> _threshold.Threshold:
         """The threshold of the rate, static or traced."""
+        if self.numbers is not None:
+            low = self.numbers[1] if self.description.precision == 32 else None
+            return _threshold.Threshold(self.numbers[0], low)
         if self.rate is not None:
             return _threshold.traced_threshold(self.rate, self.description.precision)
         assert self.description.threshold is not None  # uniforms have none

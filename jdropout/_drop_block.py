@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jdropout import _checks, _threshold, _values
-from jdropout._draw import Draw
+from jdropout._draw import Draw, Outcome
 from jdropout._dropout import select_scaled
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import new_draw
@@ -92,8 +92,9 @@ def drop_block(
       Ghiasi, Lin and Le, "DropBlock: a regularization method for convolutional networks"
       (NeurIPS 2018), section 3 and equation 1.
     """
-    _checks.check_input(x)
+    x = _checks.check_input(x)
     _values.check_option("scale", scale, ("expected", "realised"))
+    shared = _values.check_flag("shared_channels", shared_channels)
     checked = _checks.check_rate(rate)
     flag = _checks.check_deterministic(deterministic)
     shape = jnp.shape(x)
@@ -114,7 +115,7 @@ def drop_block(
         gamma,
         flag,
         corners,
-        broadcast_dims=[channel] if shared_channels else [],
+        broadcast_dims=[channel] if shared else [],
         precision=precision,
         batch_axis=examples[0] if examples else None,
         reported_rate=checked,
@@ -123,7 +124,12 @@ def drop_block(
     return cast(
         "jax.Array",
         draw.apply(
-            _without_blocks, x, size=tuple(block), channel=channel, realised=scale == "realised"
+            _without_blocks,
+            x,
+            _static_scale(draw, shape, tuple(block)),
+            size=tuple(block),
+            channel=channel,
+            realised=scale == "realised",
         ),
     )
 
@@ -160,6 +166,8 @@ def drop_block_gamma(
       (NeurIPS 2018), section 3; its equation 1 is the first order of this gamma.
     """
     sizes = _values.check_shape("map_shape", map_shape)
+    for size in sizes:
+        _values.check_positive("map_shape", size)
     block = _check_sizes("block_size", block_size, len(sizes))
     fitting = tuple(min(a, b) for a, b in zip(block, sizes, strict=True))
     return _gamma(_checks.check_rate(rate), sizes, fitting)
@@ -207,23 +215,29 @@ def _traced_gamma(rate: jax.Array, sizes: tuple[int, ...], block: tuple[int, ...
 
 def _coverage(sizes: tuple[int, ...], block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of blocks that can cover an element, and the fraction of elements with each."""
-    along = [
-        Counter(min(i, n - 1 - i, size - 1, n - size) + 1 for i in range(n))
-        for n, size in zip(sizes, block, strict=True)
-    ]
     together = Counter({1: 1})
-    for axis in along:
+    for n, size in zip(sizes, block, strict=True):
+        most = min(size, n - size + 1)  # blocks that can cover an element in the middle
+        axis = Counter(dict.fromkeys(range(1, most), 2))
+        axis[most] += n - 2 * (most - 1)
         product: Counter[int] = Counter()
         for a, m in together.items():
             for b, n in axis.items():
                 product[a * b] += m * n
         together = product
+    elements = max(1, math.prod(sizes))
     counts = np.array(list(together), np.float64)
-    return counts, np.array(list(together.values()), np.float64) / max(1, math.prod(sizes))
+    return counts, np.array([number / elements for number in together.values()], np.float64)
 
 
 def _without_blocks(
-    draw: Draw, x: jax.Array, *, size: tuple[int, ...], channel: int, realised: bool
+    draw: Draw,
+    x: jax.Array,
+    static_scale: Any,
+    *,
+    size: tuple[int, ...],
+    channel: int,
+    realised: bool,
 ) -> jax.Array:
     """Zeroes blocks of x. The draw's mask holds their corners: True where no block starts.
 
@@ -239,22 +253,34 @@ def _without_blocks(
         kept_fraction = draw.placed_like(x, fraction, PartitionSpec())
         factor = 1 / jnp.where(kept_fraction > 0, kept_fraction, 1)
     else:
-        factor = _expected_scale(draw, x.shape, size, wide)
+        factor = _expected_scale(draw, x.shape, size, wide, static_scale)
     return select_scaled(draw.placed_like(x, outside), x, factor)
 
 
-def _expected_scale(
-    draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], dtype: np.dtype
-) -> jax.Array:
+def _static_scale(draw: Draw, shape: tuple[int, ...], size: tuple[int, ...]) -> float | None:
     """1 / (expected kept fraction), computed from the rounded gamma that the law uses."""
+    if draw.outcome is not Outcome.DRAWN or draw.rate is not None:
+        return None
+    counts, weights = _covered(shape, size)
+    free = float(_threshold.keep_probability(draw.threshold()))
+    kept = float(weights @ free**counts)
+    return 1 / kept if kept else 1.0
+
+
+def _covered(shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`_coverage` along the axes of all of x that blocks extend along."""
     windowed = [axis for axis, length in enumerate(size) if length > 1]
-    counts, weights = _coverage(
+    return _coverage(
         tuple(shape[axis] for axis in windowed), tuple(size[axis] for axis in windowed)
     )
+
+
+def _expected_scale(
+    draw: Draw, shape: tuple[int, ...], size: tuple[int, ...], dtype: np.dtype, static_scale: Any
+) -> jax.Array:
     if draw.rate is None:
-        free = float(_threshold.keep_probability(draw.threshold()))
-        kept = float(weights @ free**counts)
-        return jnp.asarray(1 / kept if kept else 1.0, dtype)
+        return jnp.asarray(static_scale).astype(dtype)
+    counts, weights = _covered(shape, size)
     gamma = draw.drop_probability(dtype)
     powers = jnp.exp(counts.astype(dtype) * jnp.log1p(-gamma))
     traced_kept = (weights.astype(dtype) * powers).sum()

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-from jdropout import _checks, _trees
+from jdropout import _checks, _trees, _values
 from jdropout._dropout import masked
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
@@ -73,7 +73,7 @@ def drop_connect(
       Wan, Zeiler, Zhang, LeCun and Fergus, "Regularization of neural networks using
       DropConnect" (ICML 2013), section 3.
     """
-    _checks.check_input(w, "w")
+    w = _checks.check_input(w, "w")
     return masked(
         "drop_connect",
         key,
@@ -84,7 +84,7 @@ def drop_connect(
         start=start,
         global_shape=global_shape,
         precision=precision,
-        scaled=scaled,
+        scaled=_values.check_flag("scaled", scaled),
         batch_axis=None,
     )
 
@@ -144,6 +144,7 @@ def drop_connect_tree(
       section 2, "Weight-dropped LSTM".
     """
     wanted = check_select(select)
+    scaled = _values.check_flag("scaled", scaled)
     flag = _checks.check_deterministic(deterministic)
     leaves = _trees.leaves_with_sites(params)
     paths = ["/".join(map(str, site)) for site, _ in leaves]
@@ -155,7 +156,7 @@ def drop_connect_tree(
         if not names:
             dropped.append(leaf)
             continue
-        _checks.check_input(leaf, f"params {path!r}")
+        leaf = _checks.check_input(leaf, f"params {path!r}")
         dropped.append(
             masked(
                 "drop_connect",

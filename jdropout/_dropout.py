@@ -104,7 +104,8 @@ def masked(
     batch_axis: int | None = 0,
 ) -> jax.Array:
     """`dropout` with the options of its relatives; ``kind`` is their name in an audit."""
-    _checks.check_input(x)
+    x = _checks.check_input(x)
+    _checks.check_order(x, rate)
     draw = new_draw(
         kind,
         key,

@@ -90,24 +90,71 @@ def layer_drop(
       (ICLR 2020), section 3.
     """
     _values.check_function("layer", layer)
+    result = skip(
+        key,
+        layer,
+        (),
+        x,
+        rate,
+        deterministic=deterministic,
+        unbiased=unbiased,
+        precision=precision,
+        cond=lax.cond,
+    )
+    return cast("_Tree", result)
+
+
+def skip(
+    key: Key | None,
+    layer: Callable[..., Any],
+    context: tuple[Any, ...],
+    x: Any,
+    rate: Rate,
+    *,
+    deterministic: Flag,
+    unbiased: bool,
+    precision: int | None = None,
+    cond: Callable[..., Any],
+) -> Any:
+    """`layer_drop` of ``layer(*context, x)``, for layers that have a state.
+
+    Args:
+      key: PRNG key.
+      layer: function of the context and x.
+      context: what the layer needs besides x, such as a module.
+      x: input of the layer.
+      rate: probability of skipping the layer.
+      deterministic: if True, always run the layer.
+      unbiased: if True, scale the update of a kept layer.
+      precision: bits of the rate.
+      cond: function such as `jax.lax.cond`, whose operands are the context and x.
+    """
+    unbiased = _values.check_flag("unbiased", unbiased)
+    x = jax.tree.map(functools.partial(_values.readable, "x"), x)
     draw = new_draw("layer_drop", key, rate, deterministic, (), precision=precision)
     if draw.outcome is Outcome.KEPT:
-        y = layer(x)
+        y = layer(*context, x)
         _check_layer_result(x, y)
-        return cast("_Tree", draw.result(y))
+        return draw.result(y)
     if draw.outcome is Outcome.DROPPED:
-        return cast("_Tree", draw.result(x))
+        return draw.result(x)
     kept, factor = draw.apply(_decision, kept=_certain)
 
-    def run(x: _Tree) -> _Tree:
-        y = layer(x)
-        _check_layer_result(x, y)
+    def run(*operands: Any) -> Any:
+        y = layer(*operands)
+        _check_layer_result(operands[-1], y)
         certain = draw.rate is None and not unbiased
         scale = functools.partial(_scaled_update, factor=factor, unbiased=unbiased)
-        return y if certain else cast("_Tree", jax.tree.map(scale, x, y))
+        return y if certain else jax.tree.map(scale, operands[-1], y)
 
+    if not isinstance(kept, jax.core.Tracer):  # an eager call, which would compile both branches
+        if kept:
+            return run(*context, x)
+        if not context:  # without a state, which a trace could change
+            _check_layer_result(x, jax.eval_shape(layer, x))
+        return x
     arrays = jax.tree.map(functools.partial(_values.as_array, "x"), x)
-    return cast("_Tree", lax.cond(kept, run, lambda x: x, arrays))
+    return cond(kept, run, lambda *operands: operands[-1], *context, arrays)
 
 
 def _decision(draw: Draw) -> tuple[jax.Array, jax.Array]:

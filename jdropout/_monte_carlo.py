@@ -149,24 +149,24 @@ def mc_predict(
     """
     _values.check_function("fn", fn)
     key = _checks.check_parent_key(key, "key")
-    count = _check_num_samples(num_samples, static=return_samples)
+    count = _check_num_samples(num_samples, _values.check_flag("return_samples", return_samples))
     size = BATCH_SIZE if batch_size is None else _values.check_positive("batch_size", batch_size)
-    if consistent:
+    if _values.check_flag("consistent", consistent):
         _check_examples(args)
     if progress is not None:
         _values.check_function("progress", progress)
-    sampler = _Sampler.of(fn, consistent)
+    sampler = _Sampler.of(fn, args, consistent)
     if return_samples:
         _check_no_progress(progress)
-        return _stack(sampler, key, args, count=count, size=size)
+        return _stack(sampler, key, count=count, size=size)
     if progress is None:
-        moments = _add(sampler, key, args, None, 0, count, size=size)
+        moments = _add(sampler, key, None, 0, count, size=size)
     else:
         _check_concrete_for_progress((key, args, count))
         moments = None
         for first in range(0, count, size):
             last = min(first + size, count)
-            moments = _add(sampler, key, args, moments, first, last, size=size)
+            moments = _add(sampler, key, moments, first, last, size=size)
             jax.block_until_ready(moments)
             progress(last, count)
     return _prediction(moments, count)
@@ -179,7 +179,7 @@ def mc_predict(
 )
 @dataclasses.dataclass(frozen=True)
 class _Sampler:
-    """A function as a pytree: its arrays are traced, everything else in it is static."""
+    """A function and its arguments as a pytree: arrays are traced, everything else is static."""
 
     arrays: tuple[Any, ...]
     others: tuple[Any, ...]
@@ -187,20 +187,26 @@ class _Sampler:
     consistent: bool
 
     @classmethod
-    def of(cls, fn: Callable[..., Any], consistent: bool) -> "_Sampler":
+    def of(cls, fn: Callable[..., Any], args: tuple[Any, ...], consistent: bool) -> "_Sampler":
         if inspect.ismethod(fn):
             fn = Partial(fn.__func__, fn.__self__)
-        leaves, structure = jax.tree.flatten(fn)
-        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        numbers = bool, int, float, complex, np.generic
+        number_of_fn = len(jax.tree.leaves(fn))
+        leaves, structure = jax.tree.flatten((fn, args))
+        is_array = [
+            isinstance(leaf, jax.Array | np.ndarray)
+            or (i >= number_of_fn and isinstance(leaf, numbers))  # those of fn may be its options
+            for i, leaf in enumerate(leaves)
+        ]
         arrays = (leaf if array else None for leaf, array in zip(leaves, is_array, strict=True))
         others = (None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
         return cls(tuple(arrays), tuple(others), structure, consistent)
 
-    def __call__(self, key: jax.Array, args: tuple[Any, ...]) -> Any:
+    def __call__(self, key: jax.Array) -> Any:
         """Computes one sample."""
         pairs = zip(self.arrays, self.others, strict=True)
         leaves = [other if array is None else array for array, other in pairs]
-        fn = jax.tree.unflatten(self.structure, leaves)
+        fn, args = jax.tree.unflatten(self.structure, leaves)
         if not self.consistent:
             return fn(key, *args)
         *shared, examples = args
@@ -217,7 +223,6 @@ class _Sampler:
 def _add(
     sampler: _Sampler,
     key: Key,
-    args: tuple[Any, ...],
     moments: Moments | None,
     first: Any,
     end: Any,
@@ -226,7 +231,7 @@ def _add(
 ) -> Moments:
     """Adds the samples ``first, ..., end - 1`` to the moments."""
     # jit makes the call for the result's type and the loop share one trace.
-    sample = jax.jit(lambda index: sampler(at_site(key, index), args))
+    sample = jax.jit(lambda index: sampler(at_site(key, index)))
     if moments is None:
         # Only shape, dtype and sharding of this sample are used; XLA removes the call.
         moments = no_moments(sample(jnp.asarray(first, jnp.int32)))
@@ -247,12 +252,10 @@ def _add(
 
 
 @functools.partial(jax.jit, static_argnames=("count", "size"))
-def _stack(
-    sampler: _Sampler, key: Key, args: tuple[Any, ...], *, count: int, size: int
-) -> MCPrediction:
+def _stack(sampler: _Sampler, key: Key, *, count: int, size: int) -> MCPrediction:
     """Computes all samples and their moments."""
     samples = lax.map(
-        lambda index: sampler(at_site(key, index), args),
+        lambda index: sampler(at_site(key, index)),
         np.arange(count, dtype=np.int32),
         batch_size=None if size == 1 else min(size, count),
     )

@@ -99,7 +99,7 @@ def multi_sample(
         return jax.tree.map(add_counted, sums, samples), None
 
     _values.check_averaged(shapes)
-    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, sum_dtype(y)), shapes)
+    zeros = jax.tree.map(lambda y: jnp.zeros_like(y, dtype=sum_dtype(y)), shapes)
     firsts = np.arange(num_batches, dtype=np.int32) * np.int32(size)
     sums, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, firsts)
     return cast("_Result", jax.tree.map(lambda s, y: _mean(s, count, y), sums, shapes))

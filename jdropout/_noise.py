@@ -251,7 +251,7 @@ def apply_noise(
       remake: if True, the backward pass always recomputes the noise. If False, XLA may keep the
         result of comparing it instead, which is small if it is a mask.
     """
-    _checks.check_real("x", x)
+    x = _checks.check_real("x", x)
     draw = new_draw(
         kind,
         key,

@@ -152,6 +152,7 @@ def dropout_add_norm(
     """
     x, residual = _check_same_shape(x, residual)
     _values.check_option("norm", norm, ("layer", "rms"))
+    checked_epsilon = _values.check_amount("epsilon", epsilon)
     scale = _check_features("scale", scale, x)
     bias = _check_features("bias", bias, x)
     total = bias_dropout_add(
@@ -167,11 +168,11 @@ def dropout_add_norm(
         precision=precision,
     )
     normalise = jax.checkpoint(_normalise, prevent_cse=False, static_argnums=(3, 4))
-    return normalise(total, scale, bias, norm, epsilon).astype(x.dtype), total
+    return normalise(total, scale, bias, norm, checked_epsilon).astype(x.dtype), total
 
 
 def _normalise(
-    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, norm: str, epsilon: float
+    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, norm: str, epsilon: Any
 ) -> jax.Array:
     x = x.astype(wide_dtype(x))
     if norm == "layer":

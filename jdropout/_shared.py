@@ -68,7 +68,7 @@ def spatial_dropout(
       Tompson, Goroshin, Jain, LeCun and Bregler, "Efficient object localization using
       convolutional networks" (CVPR 2015), section 3.2.
     """
-    _checks.check_input(x)
+    x = _checks.check_input(x)
     ndim = jnp.ndim(x)
     shared = _checks.check_channels(channel_axis, batch_axes, ndim)
     return masked(
@@ -138,7 +138,7 @@ def locked_dropout(
       networks" (NeurIPS 2016), section 4; Merity, Keskar and Socher, "Regularizing and
       optimizing LSTM language models" (ICLR 2018), section 4.2.
     """
-    _checks.check_input(x)
+    x = _checks.check_input(x)
     time = _values.check_axis("time_axis", time_axis, jnp.ndim(x))
     return masked(
         "locked_dropout",
@@ -213,7 +213,7 @@ def drop_path(
       Huang, Sun, Liu, Sedra and Weinberger, "Deep networks with stochastic depth" (ECCV 2016),
       section 3.
     """
-    _checks.check_input(x)
+    x = _checks.check_input(x)
     _values.check_option("mode", mode, ("row", "batch"))
     ndim = jnp.ndim(x)
     batch = _values.check_axis("batch_axis", batch_axis, ndim)
@@ -227,7 +227,7 @@ def drop_path(
         start=start,
         global_shape=global_shape,
         precision=precision,
-        scaled=scale_by_keep,
+        scaled=_values.check_flag("scale_by_keep", scale_by_keep),
         batch_axis=batch,
     )
 
@@ -315,7 +315,7 @@ def embedding_dropout(
       Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
       networks" (NeurIPS 2016), section 4.2; Merity et al. (ICLR 2018), section 4.3.
     """
-    _checks.check_input(table, "table")
+    table = _checks.check_input(table, "table")
     _check_ndim("table", table, 2, "(vocabulary, features)")
     return masked(
         "embedding_dropout",

@@ -69,7 +69,7 @@ def standout(
       Ba and Frey, "Adaptive dropout for training deep neural networks" (NeurIPS 2013), sections
       3 and 4.
     """
-    _checks.check_real("x", x)
+    x = _checks.check_real("x", x)
     return _noise.apply_noise(
         "standout",
         _as_bits,

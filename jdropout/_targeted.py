@@ -80,7 +80,7 @@ def targeted_dropout(
       Gomez, Zhang, Kamalakara, Madaan, Swersky, Gal and Hinton, "Learning sparse networks using
       targeted dropout" (2019), sections 3 and 4.
     """
-    _checks.check_input(w, "w")
+    w = _checks.check_input(w, "w")
     fraction = _check_target_fraction(target_fraction)
     shape = jnp.shape(w)
     if unit_axis is None:

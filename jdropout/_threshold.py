@@ -58,6 +58,19 @@ def traced_threshold(rate: jax.Array, precision: int | None) -> Threshold:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def static_numbers(threshold: Threshold) -> jax.Array:
+    """A static threshold as an operand: its digits, then 1 / keep and 1 - keep as float32 bits.
+
+    It is kept on the device: to move it there would take a fifth of an eager call.
+    """
+    kept = keep_probability(threshold)
+    factors = np.array([1 / kept if kept else 1, 1 - kept], np.float32)
+    digits = np.array([threshold.high, threshold.low or 0], np.uint32)
+    with jax.ensure_compile_time_eval():
+        return jax.device_put(np.concatenate([digits, factors.view(np.uint32)]))
+
+
 def keep_all_if(flag: jax.Array, threshold: Threshold) -> Threshold:
     """A threshold that keeps everything if a traced flag is True."""
     low = threshold.low

@@ -156,6 +156,7 @@ def patch_dropout(
     array = _values.as_array("x", x)
     rate = _check_fixed_rate(rate)
     flag = _checks.check_static_flag(deterministic)
+    ordered = _values.check_flag("ordered", ordered)
     token_axis = _values.check_axis("axis", axis, array.ndim)
     length = array.shape[token_axis]
     prefix = _check_prefix(num_prefix_tokens, length)
@@ -175,7 +176,7 @@ def patch_dropout(
         everything = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (*lead, length))
         return cast("jax.Array", draw.result(x)), everything
     chosen = draw.apply(
-        _gathered, array, axis=token_axis, prefix=prefix, count=count, ordered=bool(ordered)
+        _gathered, array, axis=token_axis, prefix=prefix, count=count, ordered=ordered
     )
     return cast("tuple[jax.Array, jax.Array]", chosen)
 

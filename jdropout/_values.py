@@ -1,9 +1,10 @@
 """Checks of values of any kind: numbers, axes, options, arrays, functions."""
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,18 @@ def check_apart(name: str, axis: int, others_name: str, others: tuple[int, ...])
         )
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Returns a static option that is on or off."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(
+        f"{name} must be True or False, got {value!r} of type {type_name(value)}. It is a static "
+        "option: pass a Python bool."
+    )
+
+
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(
             f"{name} must be {' or '.join(map(repr, options))}, got {value!r}."
             " Pass one of them as a string."
@@ -108,7 +119,17 @@ def check_scalar(name: str, number: Any) -> float | jax.Array:
             f"{name} must be a number, got {number!r} of type {type_name(number)}."
             " Pass a Python float or a floating-point scalar array."
         )
-    return float(number)
+    return as_float(name, number)
+
+
+def as_float(name: str, number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer beyond the largest float
+        raise ValueError(
+            f"{name} must be a number that a float can hold, got one of {number.bit_length()} bits."
+            " Pass a smaller one."
+        ) from None
 
 
 def check_parameter(name: str, parameter: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -143,6 +164,16 @@ def check_function(name: str, fn: Any) -> None:
         )
 
 
+def check_nonempty(name: str, values: Any, of: str) -> None:
+    """Checks a sequence with at least one element."""
+    if not isinstance(values, Sequence | np.ndarray | jax.Array) or isinstance(values, str):
+        raise TypeError(
+            f"{name} must be a sequence of {of}, got {type_name(values)}. Write [a, b] for two."
+        )
+    if not len(values):
+        raise ValueError(f"{name} must not be empty. Pass at least one of the {of}.")
+
+
 def check_fraction(name: str, value: Any) -> None:
     if not is_real(value):
         raise TypeError(
@@ -166,9 +197,58 @@ def is_real(value: Any) -> bool:
 
 
 def as_array(name: str, x: Any) -> jax.Array:
-    if isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float):
-        return jnp.asarray(x)
-    raise TypeError(f"{name} must be an array, got {type_name(x)}. Convert it with jnp.asarray.")
+    """Returns a JAX array, without losing the digits of an integer."""
+    x = readable(name, x)
+    dtype = dtype_of(x)
+    narrow = jax.dtypes.canonicalize_dtype(dtype)
+    if narrow != dtype and jnp.issubdtype(dtype, np.integer) and np.size(x):
+        limits = jnp.iinfo(narrow)
+        for number in (np.min(x), np.max(x)):
+            if not limits.min <= number <= limits.max:
+                raise ValueError(
+                    f"{name} must fit {narrow}, JAX's integers without jax_enable_x64, got "
+                    f"{number}. Switch x64 on, or use smaller numbers."
+                )
+    return jnp.asarray(x)
+
+
+def readable(name: str, x: Any) -> jax.Array | np.ndarray | np.generic | complex:
+    """Returns x itself if JAX reads it right, else an array that JAX does.
+
+    JAX reads the bytes of a foreign byte order and of masked elements as they are.
+    """
+    if isinstance(x, jax.Array | bool | int | float | complex):
+        return x
+    if hasattr(type(x), "__jax_array__"):  # such as a Flax variable
+        return cast("jax.Array", x.__jax_array__())
+    if not isinstance(x, np.ndarray | np.generic):
+        raise TypeError(
+            f"{name} must be an array, got {type_name(x)}. Convert it with jnp.asarray({name}), or "
+            "use jax.tree.map for a tree of arrays."
+        )
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be a plain array, got a masked one. Fill it with {name}.filled(0)."
+        )
+    if not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
+    if not _known_to_jax(x.dtype):
+        raise TypeError(
+            f"{name} must have a dtype that JAX has, got {x.dtype}. Convert it with "
+            f"{name}.astype(np.float32)."
+        )
+    return x
+
+
+@functools.lru_cache
+def _known_to_jax(dtype: np.dtype) -> bool:
+    if dtype in (np.longdouble, np.clongdouble):  # which is float64 on some machines
+        return dtype in (np.float64, np.complex128)
+    return dtype.kind in "biufc" or bool(jnp.issubdtype(dtype, np.number))
+
+
+def dtype_of(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else np.result_type(x)
 
 
 def type_name(value: object) -> str:

@@ -78,7 +78,7 @@ def variational_dropout(
       (NeurIPS 2015), section 3; Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies
       deep neural networks" (ICML 2017), section 4.
     """
-    _checks.check_real("x", x)
+    x = _checks.check_real("x", x)
     limit = _check_threshold(threshold)
     return _noise.apply_noise(
         "variational_dropout",
@@ -292,7 +292,7 @@ def _check_threshold(threshold: Any) -> float | None:
 
 def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Checks a dense layer's arrays; returns them, the bias with as many axes as the output."""
-    _checks.check_real("x", x)
+    x = _checks.check_real("x", x)
     x, weight = jnp.asarray(x), _values.check_floating_array("weight", weight)
     if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(

@@ -74,7 +74,7 @@ def zoneout(
       (ICLR 2017), section 3.2 and equations 5 to 7.
     """
     flag = _checks.check_deterministic(deterministic)
-    _check_states(old, new)
+    old, new = _check_states(old, new)
     structure = jax.tree.structure(new)
     rates = _check_rate_for_each(rate, structure)
     states = [
@@ -117,28 +117,29 @@ def _expectation(draw: Draw, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(dropped == 1, old.astype(wide), y).astype(new.dtype)
 
 
-def _check_states(old: Any, new: Any) -> None:
-    """Checks that two states have the same structure, shapes and dtypes."""
+def _check_states(old: Any, new: Any) -> tuple[Any, Any]:
+    """Checks that two states have the same structure, shapes and dtypes; returns them."""
     structures: list[Any] = [jax.tree.structure(state) for state in (old, new)]
     if structures[0] != structures[1]:
         raise ValueError(
             f"old and new must have the same structure, got {structures[0]} and {structures[1]}."
             " Pass the carry before and after one step of the cell."
         )
+    old = jax.tree.map(lambda leaf: _checks.check_input(leaf, "old"), old)
+    new = jax.tree.map(lambda leaf: _checks.check_input(leaf, "new"), new)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        _checks.check_input(a, "old")
-        _checks.check_input(b, "new")
         kinds = describe_array(a), describe_array(b)
         if kinds[0] != kinds[1]:
             raise ValueError(
                 f"old and new must have the same shape and dtype, got {kinds[0]} and {kinds[1]}. "
                 "Convert one with .astype, or broadcast it."
             )
+    return old, new
 
 
 def _check_rate_for_each(rate: Any, structure: Any) -> list[Any]:
     """Returns one rate per leaf, given a single rate or a tree of them."""
-    leaves, given = jax.tree.flatten(rate)
+    leaves, given = jax.tree.flatten(rate, is_leaf=lambda leaf: leaf is None)
     if given == structure:
         return leaves
     if not jax.tree_util.treedef_is_leaf(given):

@@ -363,7 +363,8 @@ def test_an_audit_sees_layers_and_the_dropout_inside_of_them(key):
     ]
     assert report.sites[0].shape == ()
     assert report.sites[1].loops == ("scan of 3",)
-    assert not report.findings
+    (finding,) = report.findings
+    assert (finding.code, finding.sites) == ("off-while-others-are-on", (2,))
 
 
 def test_one_key_in_two_layers_is_reported_by_jax():

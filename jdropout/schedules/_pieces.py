@@ -39,6 +39,7 @@ def piecewise(rates: Sequence[Rate], boundaries: Sequence[int]) -> Schedule:
     References:
       `join` of `constant`.
     """
+    _values.check_nonempty("rates", rates, "rates")
     values = [as_float32(f"rates[{i}]", rate) for i, rate in enumerate(rates)]
     boundaries = check_boundaries(boundaries, "rates", len(values))
     return join([constant(value) for value in values], boundaries)
@@ -147,17 +148,20 @@ def join(schedules: Sequence[Callable[..., ArrayLike]], boundaries: Sequence[int
     boundaries = check_boundaries(boundaries, "schedules", len(schedules))
 
     def schedule(step: ArrayLike) -> jax.Array:
-        joined = None
+        joined: Any = None
         for begin, part in zip((0, *boundaries), schedules, strict=True):
             steps = since(step, begin)
             rate = jnp.asarray(part(jnp.maximum(steps, 0)), jnp.float32)
             joined = rate if joined is None else jnp.where(steps >= 0, rate, joined)
+        if jnp.issubdtype(steps.dtype, jnp.floating):  # no piece is that of a step of NaN
+            joined = jnp.where(jnp.isnan(steps), jnp.nan, joined)
         return jnp.asarray(_checks.check_rate(joined, "the rate of a joined schedule"))
 
     return schedule
 
 
 def _check_schedules(schedules: Any) -> None:
+    _values.check_nonempty("schedules", schedules, "schedules")
     for index, schedule in enumerate(schedules):
         if not callable(schedule):
             raise TypeError(

@@ -59,7 +59,7 @@ def check_step(step: Any) -> jax.Array | np.ndarray:
             f"step must be a scalar, got an array of shape {array.shape}. For the rates of many "
             "steps use jax.vmap(schedule)(steps)."
         )
-    if isinstance(array, np.ndarray) and array != array:
+    if not isinstance(array, jax.core.Tracer) and array != array:
         raise ValueError(f"step must be a number, got {step}. Count the steps from 0.")
     return array
 

@@ -188,7 +188,8 @@ def _variation_ratio(logits: jax.Array, axis: int, sample_axis: int) -> jax.Arra
     x = samples_first(logits, axis, sample_axis)
     predicted = jax.nn.one_hot(x.argmax(-1), x.shape[-1], dtype=jnp.int32)
     others = x.shape[0] - predicted.sum(0).max(-1)
-    return others.astype(x.dtype) / x.shape[0]
+    ratio = others.astype(x.dtype) / x.shape[0]
+    return jnp.where(jnp.isnan(x).any((0, -1)), jnp.nan, ratio)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -241,7 +242,8 @@ def _check_labels(labels: Any, shape: tuple[int, ...], num_classes: int) -> jax.
     if array.dtype.itemsize < 4:  # too narrow for the number of classes
         array = array.astype(jnp.int32)
     if not isinstance(array, jax.core.Tracer) and array.size:
-        lowest, highest = int(array.min()), int(array.max())
+        known = np.asarray(array)  # under jit, methods of a JAX array would be traced
+        lowest, highest = int(known.min()), int(known.max())
         if lowest < 0 or highest >= num_classes:
             raise ValueError(
                 f"labels must be from 0 to {num_classes - 1}, the classes of the logits, got "

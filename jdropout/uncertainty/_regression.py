@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdropout import _checks, _values
 from jdropout._dtypes import wide_dtype
@@ -163,7 +164,15 @@ def model_precision(
     checked = _check_rate_that_keeps(_checks.check_rate(rate))
     scale = _check_positive_number("length_scale", length_scale)
     decay = _check_positive_number("weight_decay", weight_decay)
-    factor = scale**2 / (2 * _values.check_positive("num_examples", num_examples) * decay)
+    examples = _values.as_float(
+        "num_examples", _values.check_positive("num_examples", num_examples)
+    )
+    factor = scale * scale / (2 * examples * decay)
+    if not 0 < factor < math.inf:
+        raise ValueError(
+            f"length_scale {length_scale}, weight_decay {weight_decay} and num_examples "
+            f"{num_examples} give a precision of {factor}. Use numbers nearer to 1."
+        )
     if isinstance(checked, jax.Array):
         return (1 - checked.astype(jnp.float32)) * factor
     return (1 - checked) * factor
@@ -208,7 +217,7 @@ def _check_above_zero(name: str, value: Any, shape: tuple[int, ...]) -> jax.Arra
     """Returns a scalar or an array that broadcasts to a shape; concrete ones must be above 0."""
     array = _values.check_parameter(name, float(value) if is_real(value) else value, shape)
     if not isinstance(array, jax.core.Tracer) and array.size:
-        lowest = float(array.min())
+        lowest = float(np.asarray(array).min())  # under jit, array.min() would be traced
         if not lowest > 0:  # also catches NaN
             raise ValueError(
                 f"{name} must be above 0, got {lowest}. The variance of a prediction is that of "
@@ -227,7 +236,7 @@ def _check_positive_number(name: str, value: Any) -> float:
         raise ValueError(
             f"{name} must be a finite number above 0, got {value}. Pass a Python float such as 1.0."
         )
-    return float(value)
+    return _values.as_float(name, value)
 
 
 def _check_rate_that_keeps(rate: float | jax.Array) -> float | jax.Array:
