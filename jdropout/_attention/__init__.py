@@ -8,12 +8,13 @@ from typing import Literal, cast, overload
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks
+from jdropout import _checks, _values
 from jdropout._attention._arguments import (
     check_attention_inputs,
     check_block_sizes,
     check_lengths,
     check_logits_operand,
+    check_positions,
     check_scale,
     check_window,
 )
@@ -180,6 +181,8 @@ def dot_product_attention(
     query_seq_lengths = check_lengths("query_seq_lengths", query_seq_lengths, batch)
     key_value_seq_lengths = check_lengths("key_value_seq_lengths", key_value_seq_lengths, batch)
     window = check_window(local_window_size)
+    causal = _values.check_flag("is_causal", is_causal)
+    with_residual = _values.check_flag("return_residual", return_residual)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
     rows, columns = check_block_sizes(block_sizes) or default_block_sizes(query)
     draw = new_draw(
@@ -194,14 +197,15 @@ def dot_product_attention(
         precision=dropout_precision,
         prefix="dropout_",
     )
-    first, _ = _checks.check_block(start, global_shape, shape)
+    first, whole = _checks.check_block(start, global_shape, shape)
+    check_positions(whole)
     first = first or (0,) * len(shape)
 
     plan = Plan(
         rows=cut(length, rows),
         columns=cut(key_length, columns),
         start=tuple(None if isinstance(index, jax.Array) else int(index) for index in first),
-        is_causal=bool(is_causal),
+        is_causal=causal,
         window=window,
         precision=precision,
     )
@@ -216,12 +220,13 @@ def dot_product_attention(
         key_lengths=key_value_seq_lengths,
         start=tuple(index if isinstance(index, jax.Array) else None for index in first),
         # `Draw.tile` gives every block its own origin.
-        dropout=dataclasses.replace(draw.marked(), origin=None)
-        if draw.outcome is Outcome.DRAWN
-        else None,
+        dropout=None,
     )
+    if draw.outcome is Outcome.DRAWN:
+        dropout = dataclasses.replace(draw.marked(), origin=None)
+        inputs = inputs._replace(dropout=dropout.eager(inputs))
     output, residual = attention(inputs, plan)
     if draw.outcome is Outcome.DROPPED:
         output = jnp.zeros_like(output)
     output = cast("jax.Array", draw.result(output))
-    return (output, residual) if return_residual else output
+    return (output, residual) if with_residual else output

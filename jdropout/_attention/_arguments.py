@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdropout._values import as_array
+from jdropout._values import as_array, as_integer
+
+MOST_POSITIONS = 2**30
+"""Queries and keys of a whole matrix. Positions are int32, and windows are added to them."""
 
 
 def check_attention_inputs(
@@ -84,6 +87,14 @@ def check_logits_operand(name: str, x: Any, shape: tuple[int, ...]) -> jax.Array
     return x
 
 
+def check_positions(whole: tuple[int, ...]) -> None:
+    if any(size > MOST_POSITIONS for size in whole[-2:] if isinstance(size, int)):
+        raise ValueError(
+            f"the attention matrix must have at most 2**30 queries and keys, got {whole}. Split "
+            "the sequence, and give each part its own key."
+        )
+
+
 def check_lengths(name: str, lengths: Any, batch: Sequence[int]) -> jax.Array | None:
     if lengths is None:
         return None
@@ -99,13 +110,14 @@ def check_lengths(name: str, lengths: Any, batch: Sequence[int]) -> jax.Array | 
             f"{lengths.shape}."
             " Pass one for every example of the batch."
         )
-    return lengths
+    return lengths.clip(0, min(jnp.iinfo(lengths.dtype).max, MOST_POSITIONS)).astype(jnp.int32)
 
 
 def check_window(window: Any) -> tuple[int, int] | None:
     if window is None:
         return None
-    pair = (window, window) if isinstance(window, int) else window
+    number = as_integer(window)
+    pair = window if number is None else (number, number)
     try:
         before, after = (operator.index(size) for size in pair)
     except (TypeError, ValueError):
@@ -118,7 +130,7 @@ def check_window(window: Any) -> tuple[int, int] | None:
             f"local_window_size must not be negative, got {window}. Write (before, after), the "
             "numbers of keys on either side."
         )
-    return before, after
+    return min(before, MOST_POSITIONS), min(after, MOST_POSITIONS)
 
 
 def check_scale(scale: Any) -> Any:

@@ -72,8 +72,9 @@ class Inputs(NamedTuple):
 def default_block_sizes(query: jax.Array) -> tuple[int, int]:
     *batch, length, heads, _ = query.shape
     sizes = list(_LARGEST_BLOCK)
+    examples = math.prod(size for size in batch if isinstance(size, int))  # not symbolic ones
     for axis, smallest in enumerate(_SMALLEST_BLOCK):
-        elements = math.prod(batch) * heads * math.prod(sizes)
+        elements = examples * heads * math.prod(sizes)
         halvings = max(0, math.ceil(math.log2(max(elements, 1) / _ELEMENTS_AT_ONCE)))
         sizes[axis] = max(smallest, sizes[axis] >> halvings)
     spec = jax.typeof(query).sharding.spec
@@ -83,6 +84,8 @@ def default_block_sizes(query: jax.Array) -> tuple[int, int]:
 
 
 def cut(length: int, block: int) -> Axis:
+    if not isinstance(length, int):  # a symbolic length
+        return Axis(length, length, 1)
     if length <= block:
         return Axis(length, max(length, 1), 1)
     return Axis(length, block, -(-length // block))
@@ -93,6 +96,13 @@ def start(plan: Plan, inputs: Inputs) -> tuple[Index, ...]:
         traced.astype(jnp.int32) if static is None else static
         for static, traced in zip(plan.start, inputs.start, strict=True)
     )
+
+
+def drops_keys(plan: Plan, inputs: Inputs) -> bool:
+    """Whether a query may have keys that it does not attend to."""
+    arrays = (inputs.mask, inputs.query_lengths, inputs.key_lengths, inputs.dropout)
+    limited = plan.is_causal or plan.window is not None
+    return limited or any(array is not None for array in arrays)
 
 
 def allowed(plan: Plan, inputs: Inputs, i: Any, j: Any) -> list[jax.Array]:
@@ -115,9 +125,9 @@ def allowed(plan: Plan, inputs: Inputs, i: Any, j: Any) -> list[jax.Array]:
         before, after = plan.window
         allowed += [column >= row - before, column <= row + after]
     if inputs.query_lengths is not None:
-        allowed.append(row < inputs.query_lengths.astype(jnp.int32).reshape(-1, 1, 1, 1, 1))
+        allowed.append(row < inputs.query_lengths.reshape(-1, 1, 1, 1, 1))
     if inputs.key_lengths is not None:
-        allowed.append(column < inputs.key_lengths.astype(jnp.int32).reshape(-1, 1, 1, 1, 1))
+        allowed.append(column < inputs.key_lengths.reshape(-1, 1, 1, 1, 1))
     return allowed
 
 
@@ -161,7 +171,7 @@ def tile(plan: Plan, arrays: dict[str, Any]) -> Tiles:
             continue
         if name in ("query", "output", "residual"):
             tiles.rows[name] = split(plan.rows, x, 3)
-        elif name in ("key", "value"):
+        elif name in ("key", "value", "surplus"):
             tiles.columns[name] = split(plan.columns, x, 3)
         elif name in ("bias", "mask"):
             if x.shape[3] == 1:

@@ -14,6 +14,7 @@ from jdropout._attention._blocks import (
     Inputs,
     Plan,
     allowed,
+    drops_keys,
     indices,
     join,
     start,
@@ -95,7 +96,11 @@ def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """The online softmax: for each block of queries, one pass over the blocks of keys."""
-    tiles = tile(plan, inputs._asdict())
+    arrays = inputs._asdict()
+    if drops_keys(plan, inputs):
+        arrays["value"] = _finite(inputs.value)
+        arrays["surplus"] = inputs.value - arrays["value"]
+    tiles = tile(plan, arrays)
     zero = _zero(inputs)
     batch_shape = inputs.query.shape[:3]
     row_shape = (*batch_shape, plan.rows.block_size)
@@ -119,6 +124,8 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
                 products = _product(
                     "bkgts,bkvs->bkgtv", weights, block["value"], plan, inputs.dtype
                 )
+                if "surplus" in block:
+                    products += _surplus(weights, block["surplus"])
                 return total, new_maximum, weighted * decay[..., None] + products
 
             return where_needed(plan, inputs, i, j, visit, lambda carry: carry, carry), None
@@ -163,6 +170,7 @@ def _tangent(
         jnp.zeros(row_shape, inputs.dtype) + zero,
     )
     linear_product = functools.partial(_linear_product, plan=plan, dtype=inputs.query.dtype)
+    clean = _finite if drops_keys(plan, inputs) else lambda x: x
 
     @_remade
     def row(xs: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
@@ -180,19 +188,20 @@ def _tangent(
                 weights = jnp.exp(logits - shift[..., None])
                 logits_dot = jnp.zeros_like(weights)
                 if "query" in dot:
-                    product = linear_product("bkgth,bkhs->bkgts", dot["query"], block["key"])
+                    product = linear_product("bkgth,bkhs->bkgts", dot["query"], clean(block["key"]))
                     logits_dot += product * inputs.scale
                 if "key" in dot:
-                    product = linear_product("bkgth,bkhs->bkgts", block["query"], dot["key"])
+                    product = linear_product("bkgth,bkhs->bkgts", clean(block["query"]), dot["key"])
                     logits_dot += product * inputs.scale
                 if "bias" in dot:
                     logits_dot += dot["bias"]
                 if dot["scale"] is not None:
-                    logits_dot += dot["scale"] * _query_key(plan, inputs, block)
+                    logits_dot += dot["scale"] * clean(_query_key(plan, inputs, block))
                 weights_dot = weights * logits_dot
                 total_dot = weights_dot.sum(-1)
                 weights_dot = _drop(plan, inputs, i, j, weights_dot)
-                output_dot = linear_product("bkgts,bkvs->bkgtv", weights_dot, block["value"])
+                value = clean(block["value"])
+                output_dot = linear_product("bkgts,bkvs->bkgtv", weights_dot, value)
                 if "value" in dot:
                     weights = _drop(plan, inputs, i, j, weights)
                     output_dot += linear_product("bkgts,bkvs->bkgtv", weights, dot["value"])
@@ -248,6 +257,23 @@ def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax
     shape = (*lead, plan.rows.block_size, plan.columns.block_size)
     tile = inputs.dropout.tile(shape, start(plan, inputs), (0,) * len(lead) + (i, j))
     return jnp.where(tile.keep().reshape(weights.shape), weights, 0)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """X with zeros for NaN and infinity, which times a weight of 0 would be NaN."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _surplus(weights: jax.Array, surplus: jax.Array) -> jax.Array:
+    """What `_finite` took from the values of a block, for queries with a weight on such a value.
+
+    A product of matrices would know for every feature which values it comes from, and double the
+    time. Here all such values of the block come together if a query attends to any of them.
+    """
+    found = (surplus != 0).any(2)[:, :, None, None, :]
+    attended = ((weights != 0) & found).any(-1, keepdims=True)
+    total = surplus.sum(-1).astype(weights.dtype)[:, :, None, None, :]
+    return jnp.where(attended, total, 0)
 
 
 def _dropout_scale(inputs: Inputs) -> Any:
