@@ -35,6 +35,8 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditReport:
       random stream of Flax does so only if its count is returned or stays in a module;
     - ``key-independent-of-iteration``: all iterations of a loop have the same mask;
     - ``rate-zero``, ``rate-one``: nothing, or everything, is dropped in training;
+    - ``off-while-others-are-on``: a flag switches a site off that would drop, and that is on
+      nowhere else in the program, while other sites drop;
     - ``on-in-evaluation``: dropout is on, and not differentiated, under a function with a name
       such as ``evaluate``, ``predict`` or ``test_step`` (unless the name contains ``mc``,
       ``bayesian``, ``uncertainty`` or ``train``);

@@ -68,9 +68,10 @@ def advanced_inputs(closed: core.ClosedJaxpr, flow: Flow) -> frozenset[int]:
     """The inputs whose next value is an output: keys, and integers such as a stream's count."""
 
     def is_next(i: int, before: Any, value: Value, after: Any) -> bool:
-        if i not in value.sources or value.number == i:
+        if i not in value.sources - value.choices or value.number == i:
             return False
-        counts = is_integer(before) and is_integer(after) and value.sources == {i}
+        made_from = value.sources - value.choices
+        counts = is_integer(before) and is_integer(after) and made_from == {i}
         return counts or (may_be_key(before) and may_be_key(after))
 
     outputs = list(zip(flow.outputs, closed.jaxpr.outvars, strict=True))
@@ -263,9 +264,11 @@ class _Walker(Places):
             branches.append(self.body(body, operands[1:], inside))
         outputs = []
         for output, *results in zip(self.plain(equation, operands), *branches, strict=True):
-            sources = operands[0].sources.union(*(result.sources for result in results))
+            sources = frozenset().union(*(result.sources for result in results))
+            choices = operands[0].sources - sources
             same = len(set(_numbers(results))) == 1
-            outputs.append(results[0] if same else output._replace(sources=sources))
+            chosen = output._replace(sources=sources | choices, choices=choices)
+            outputs.append(results[0] if same else chosen)
         return outputs
 
     def shard_map(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:

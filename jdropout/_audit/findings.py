@@ -17,6 +17,7 @@ _ON_PURPOSE = {"bayesian", "mc", "monte", "uncertainty", "train"}
 
 def find(name: str, program: Program, sites: Sequence[AuditedSite]) -> Iterator[AuditFinding]:
     yield from _find_reuse(program)
+    yield from _find_off(sites)
     complaints: dict[tuple[str, str], list[int]] = {}
     for i, (site, place) in enumerate(zip(sites, program.places, strict=True)):
         for complaint in _complaints(name, site, place, program):
@@ -54,6 +55,26 @@ def _find_reuse(program: Program) -> Iterator[AuditFinding]:
                 "their keys were made in different ways, but have the same value.",
                 FIXES["same-mask"],
             )
+
+
+def _find_off(sites: Sequence[AuditedSite]) -> Iterator[AuditFinding]:
+    """Finds sites that the flag switches off, while others are on."""
+    on = {(site.path, site.location) for site in sites if _is_on(site)}
+    off = [
+        i
+        for i, site in enumerate(sites)
+        # A site that is on too belongs to an evaluation beside the training.
+        if site.deterministic and site.rate and (site.path, site.location) not in on
+    ]
+    if on and off:
+        code = "off-while-others-are-on"
+        verb = "it is" if len(off) == 1 else "they are"
+        message = f"{verb} switched off, while {len(on)} of the same program drop."
+        yield AuditFinding(code, tuple(off), message, FIXES[code])
+
+
+def _is_on(site: AuditedSite) -> bool:
+    return not site.deterministic and site.effective_rate != 0
 
 
 def _alike(members: list[int], places: Sequence[Place]) -> tuple[int, ...]:

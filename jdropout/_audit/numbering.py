@@ -35,7 +35,7 @@ class Numbering:
         number_like = known is not None and not is_key(known) and known.dtype != jax.dtypes.float0
         if number_like and known.size == 1:
             fill = complex(np.asarray(known).reshape(())).real
-        return Value(number, sources, known, fill)
+        return Value(number, sources, known=known, fill=fill)
 
     def constant(self, array: Any) -> Value:
         known = known_array(array)

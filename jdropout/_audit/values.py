@@ -49,6 +49,8 @@ class Value(NamedTuple):
     number: int
     sources: frozenset[Any]
     """What it depends on: indices of inputs, loops, their carries, and mesh axes."""
+    choices: frozenset[Any] = frozenset()
+    """The sources that only decide which branch of a conditional it comes from."""
     known: Any = None
     """The array itself, if it is known and small."""
     fill: float | None = None
