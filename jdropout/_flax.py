@@ -1,6 +1,8 @@
 """Code shared by the nnx and linen modules."""
 
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -81,6 +83,14 @@ def check_module_flag(deterministic: Any) -> bool | jax.Array:
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
+def typed_key(key: Key) -> jax.Array:
+    """A raw key as a typed one of its width, which streams need."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jnp.asarray(key)
+    words = jnp.asarray(key)
+    return jax.random.wrap_key_data(words, impl="rbg" if key.shape[-1] == 4 else "threefry2x32")
+
+
 def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
     """Whether a call draws a mask and takes a key from its stream: exactly when Flax does."""
     if deterministic is True:
@@ -157,6 +167,35 @@ def attention(
         is_causal=is_causal,
     )
     return output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def install(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
+    """Binds names of a framework to our classes; warns of other names of Flax's.
+
+    Args:
+      framework: `flax.nnx` or `flax.linen`.
+      classes: Flax's class and ours, by name.
+    """
+    for name, (_, ours) in classes.items():
+        setattr(framework, name, ours)
+    elsewhere = sorted(
+        f"{module.__name__}.{name}"
+        for module in list(sys.modules.values())
+        if module.__name__.partition(".")[0] not in ("flax", "jdropout")
+        for name, value in list(vars(module).items())
+        if any(value is flax for flax, _ in classes.values())
+    )
+    if elsewhere:
+        warnings.warn(
+            f"install() cannot reach names that are bound already: {', '.join(elsewhere)}. Import "
+            "these modules after it.",
+            stacklevel=3,
+        )
+
+
+def uninstall(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
+    for name, (flax, _) in classes.items():
+        setattr(framework, name, flax)
 
 
 def check_model(model: Any, kind: type) -> None:

@@ -11,6 +11,10 @@ from flax.linen.dtypes import promote_dtype
 from jdropout._flax import attention
 from jdropout._typing import Flag, Key, Rate
 
+# Taken now: users may put our classes in their place.
+FlaxAttention: Any = linen.MultiHeadDotProductAttention
+FlaxSelfAttention: Any = linen.SelfAttention
+
 
 def dot_product_attention(
     query: jax.Array,
@@ -113,7 +117,7 @@ def dot_product_attention(
     )
 
 
-class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
+class MultiHeadDotProductAttention(FlaxAttention):
     """`flax.linen.MultiHeadDotProductAttention` in blocks, with a mask per example and head.
 
     Attributes and call are Flax's own, with two different defaults.
@@ -132,6 +136,53 @@ class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
       >>> keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
       >>> layer.init_with_output(keys, jnp.ones((2, 8, 16)))[0].shape
       (2, 8, 16)
+
+    References:
+      Vaswani et al., "Attention is all you need" (2017), sections 3.2.2 and 5.4.
+    """
+
+    broadcast_dropout: bool = False
+    attention_fn: Callable[..., Any] = dot_product_attention
+
+
+class MultiHeadAttention(MultiHeadDotProductAttention):
+    """`MultiHeadDotProductAttention` under the other name that Flax has for it.
+
+    Attributes:
+      broadcast_dropout: if True, share the dropout mask over batch and heads; False by default.
+      attention_fn: function that computes the attention, this module's `dot_product_attention`
+        by default.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jdropout.linen
+      >>> layer = jdropout.linen.MultiHeadAttention(
+      ...     num_heads=4, dropout_rate=0.1, deterministic=False
+      ... )
+      >>> keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+      >>> layer.init_with_output(keys, jnp.ones((2, 8, 16)))[0].shape
+      (2, 8, 16)
+
+    References:
+      Vaswani et al., "Attention is all you need" (2017), sections 3.2.2 and 5.4.
+    """
+
+
+class SelfAttention(FlaxSelfAttention):
+    """`flax.linen.SelfAttention` in blocks, with a mask per example and head.
+
+    Attributes and call are Flax's own, with two different defaults.
+
+    Attributes:
+      broadcast_dropout: if True, share the dropout mask over batch and heads; False by default.
+      attention_fn: function that computes the attention, this module's `dot_product_attention`
+        by default.
+
+    Example:
+      >>> import flax.linen
+      >>> import jdropout.linen
+      >>> issubclass(jdropout.linen.SelfAttention, flax.linen.SelfAttention)
+      True
 
     References:
       Vaswani et al., "Attention is all you need" (2017), sections 3.2.2 and 5.4.

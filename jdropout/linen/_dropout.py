@@ -1,5 +1,7 @@
 """Dropout as a linen module, and how all linen modules here get their flag and key."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -9,6 +11,9 @@ from jdropout._checks import check_rate
 from jdropout._dropout import dropout
 from jdropout._flax import Applied, FunctionLayer, check_module_flag, draws_mask
 from jdropout._typing import Flag, Key
+
+# Taken now: users may put our class in its place.
+FlaxDropout: Any = linen.Dropout
 
 
 class Layer:
@@ -55,7 +60,7 @@ class RateLayer(FunctionLayer, Layer):
         return draws_mask(self.rate, flag)
 
 
-class Dropout(RateLayer, linen.Dropout):
+class Dropout(RateLayer, FlaxDropout):
     """Drop-in replacement for `flax.linen.Dropout` that uses this library's mask law.
 
     Attributes, call and random streams are Flax's own (it is a subclass): to migrate, change
@@ -136,3 +141,16 @@ class Dropping(RateLayer, linen.Module):
         """
         flag, key = self._resolve(deterministic, rng)
         return self._drop(key, inputs, flag)
+
+
+@contextlib.contextmanager
+def with_attributes(module: Any, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of a frozen module for a while."""
+    before = {name: getattr(module, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)

@@ -1,14 +1,19 @@
 """Changes a whole linen model: its keys."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import linen
 
+from jdropout import _values
+from jdropout._flax import typed_key
 from jdropout._typing import Index, Key
+from jdropout._values import type_name
 from jdropout.keys import at_site, step_key
-from jdropout.linen._dropout import Layer
+from jdropout.linen._attention import FlaxAttention
+from jdropout.linen._dropout import FlaxDropout, Layer
 
 
 def with_site_keys(
@@ -61,7 +66,8 @@ def with_site_keys(
     References:
       The key law, in the documentation.
     """
-    key = step_key(root, step=step, microbatch=microbatch)
+    key = typed_key(step_key(root, step=step, microbatch=microbatch))
+    _check_takes_rngs(apply)
 
     def apply_with_site_keys(*args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         streams = {} if rngs is None else rngs if isinstance(rngs, Mapping) else {"params": rngs}
@@ -74,6 +80,21 @@ def with_site_keys(
             return apply(*args, rngs={**streams, rng_collection: key}, **kwargs)
 
     return apply_with_site_keys
+
+
+def _check_takes_rngs(apply: Any) -> None:
+    _values.check_function("apply", apply)
+    try:
+        parameters = inspect.signature(apply).parameters
+    except ValueError:  # a built-in function has no signature
+        return
+    variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "rngs" not in parameters and not variadic:
+        raise TypeError(
+            "apply must take rngs, as the apply of a linen module does, got "
+            f"{type_name(apply)} with {', '.join(parameters)}. Pass the module's own apply: for a "
+            "model that hides it, such as one of Hugging Face, model.module.apply."
+        )
 
 
 class _KeysByPath:
@@ -98,12 +119,12 @@ class _KeysByPath:
     def argument(self, module: linen.Module, method: str) -> tuple[str | None, int | None]:
         """The name, if any, of the argument that overrides the stream's key, and its position."""
         ours = isinstance(module, Layer)
-        if ours or isinstance(module, linen.Dropout):
+        if ours or isinstance(module, FlaxDropout):
             draws = method in (module.drawing_methods if ours else ("__call__",))
             if draws and module.rng_collection == self.rng_collection:
                 return "rng", module.rng_position if ours else 2
             return None, None
-        attention = isinstance(module, linen.MultiHeadDotProductAttention)
+        attention = isinstance(module, FlaxAttention)
         draws = attention and method == "__call__" and self.rng_collection == "dropout"
         return ("dropout_rng" if draws else None), None
 

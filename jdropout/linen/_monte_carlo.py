@@ -1,7 +1,7 @@
 """Monte Carlo dropout for linen models."""
 
 import dataclasses
-import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +9,10 @@ import jax
 from flax import linen
 
 from jdropout import _monte_carlo
-from jdropout._flax import check_any_dropout, check_model, draws_mask
+from jdropout._flax import check_any_dropout, check_model, typed_key
 from jdropout._monte_carlo import MCPrediction
 from jdropout._typing import Key
-from jdropout.linen._dropout import Layer
+from jdropout.linen._dropout_on import DropoutOn, Path, Training
 
 
 def mc_predict(
@@ -129,62 +129,31 @@ class _Sample:
         return hash((type(self.model), self.apply, self.rng_collection))
 
     def __call__(self, key: jax.Array, variables: Any, x: Any) -> Any:
-        dropout_on = _DropoutOn()
+        rngs = {self.rng_collection: typed_key(key)}
+        dropout_on = DropoutOn(self.rng_collection, self._written_by_hand(rngs, variables, x))
         with linen.intercept_methods(dropout_on):
-            y = linen.apply(self.apply or _call, self.model)(
-                variables, x, rngs={self.rng_collection: key}
-            )
+            y = linen.apply(self.apply or _call, self.model)(variables, x, rngs=rngs)
+        dropout_on.check_all_drawn()
         check_any_dropout(dropout_on.drops)
         return y
+
+    def _written_by_hand(self, rngs: Any, variables: Any, x: Any) -> frozenset[Path]:
+        """Paths of modules that are no layers, and draw if all flags are those of training."""
+        training = Training(self.rng_collection)
+        call = linen.apply(self.apply or _call, self.model, mutable=True)
+        with linen.intercept_methods(training):
+            try:
+                jax.eval_shape(
+                    call, variables, x, rngs={"params": rngs[self.rng_collection], **rngs}
+                )
+            except Exception as error:
+                warnings.warn(
+                    f"mc_predict could not look for dropout outside of layers: in training mode "
+                    f"the model raised {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
+        return frozenset(training.drawn)
 
 
 def _call(model: Any, x: Any) -> Any:
     return model(x)
-
-
-class _DropoutOn:
-    """Intercepts dropout layers, and makes every call draw its mask.
-
-    Calling the model with a flag would not do: models name it `train` or `deterministic`, or none,
-    and may pass a layer its own.
-    """
-
-    def __init__(self) -> None:
-        self.drops = False
-
-    def __call__(
-        self,
-        method: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: linen.module.InterceptorContext,
-    ) -> Any:
-        module: Any = context.module
-        attention = isinstance(module, linen.MultiHeadDotProductAttention)
-        methods = module.drawing_methods if isinstance(module, Layer) else ("__call__",)
-        drops = attention or isinstance(module, Layer | linen.Dropout)
-        if not drops or context.method_name not in methods:
-            return method(*args, **kwargs)
-        if isinstance(module, Layer):
-            self.drops |= module._draws(False)
-        else:
-            self.drops |= draws_mask(module.dropout_rate if attention else module.rate, False)
-        parameters = inspect.signature(getattr(type(module), context.method_name)).parameters
-        for name, value in (("deterministic", False), ("rng", None), ("dropout_rng", None)):
-            if name not in parameters:
-                continue
-            position = list(parameters).index(name) - 1  # not counting self
-            keyword_only = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-            if keyword_only or position >= len(args):
-                kwargs = kwargs | {name: value}
-            else:
-                args = (*args[:position], value, *args[position + 1 :])
-        # Unset the constructor's flag: Flax raises if both it and the call's are given.
-        flag = module.deterministic
-        object.__setattr__(
-            module, "deterministic", None if "deterministic" in parameters else False
-        )
-        try:
-            return method(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "deterministic", flag)

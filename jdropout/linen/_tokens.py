@@ -52,6 +52,10 @@ class PatchDropout(Dropping):
     return_indices: bool = False
 
     @linen.nowrap
+    def _draws(self, flag: bool | jax.Array) -> bool:
+        return flag is not True and self.rate != 0  # a rate of 1 leaves one token, at random
+
+    @linen.nowrap
     def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:
         kept, indices = super()._drop(key, x, check_static_flag(flag))
         return (kept, indices) if self.return_indices else kept

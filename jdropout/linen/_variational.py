@@ -9,6 +9,7 @@ from flax import linen
 from flax.linen.dtypes import promote_dtype
 
 from jdropout._typing import Flag, Key
+from jdropout._values import check_positive
 from jdropout._variational import variational_dense, variational_kl
 from jdropout.linen._dropout import Layer
 
@@ -81,7 +82,8 @@ class VariationalDense(Layer, linen.Module):
           TypeError: if the input is not a real floating-point array.
         """
         flag, key = self._resolve(deterministic, rng)
-        shape = (jnp.shape(inputs)[-1], self.features)
+        check_positive("features", self.features)
+        shape = (check_positive("the last axis of inputs", jnp.shape(inputs)[-1]), self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         log_alpha = self.param("log_alpha", self.log_alpha_init, shape, self.param_dtype)
         bias = (

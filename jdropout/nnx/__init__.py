@@ -16,12 +16,17 @@ from jdropout.nnx._drop_block import DropBlock as DropBlock
 from jdropout.nnx._drop_connect import DropConnect as DropConnect
 from jdropout.nnx._dropout import Dropout as Dropout
 from jdropout.nnx._embedding_dropout import EmbeddingDropout as EmbeddingDropout
-from jdropout.nnx._model import replace_dropout as replace_dropout
+from jdropout.nnx._layer_drop import LayerDrop as LayerDrop
 from jdropout.nnx._model import set_rate as set_rate
 from jdropout.nnx._model import set_site_keys as set_site_keys
 from jdropout.nnx._monte_carlo import mc_predict as mc_predict
+from jdropout.nnx._multi_sample import MultiSample as MultiSample
 from jdropout.nnx._noise import GaussianDropout as GaussianDropout
 from jdropout.nnx._noise import GaussianNoise as GaussianNoise
+from jdropout.nnx._replace import install as install
+from jdropout.nnx._replace import replace_dropout as replace_dropout
+from jdropout.nnx._replace import replacing as replacing
+from jdropout.nnx._replace import uninstall as uninstall
 from jdropout.nnx._shared import DropPath as DropPath
 from jdropout.nnx._shared import LockedDropout as LockedDropout
 from jdropout.nnx._shared import SpatialDropout as SpatialDropout
@@ -40,15 +45,20 @@ __all__ = [
     "FeatureAlphaDropout",
     "GaussianDropout",
     "GaussianNoise",
+    "LayerDrop",
     "LockedDropout",
     "MultiHeadAttention",
+    "MultiSample",
     "PatchDropout",
     "SpatialDropout",
     "VariationalDense",
     "Zoneout",
     "dot_product_attention",
+    "install",
     "mc_predict",
     "replace_dropout",
+    "replacing",
     "set_rate",
     "set_site_keys",
+    "uninstall",
 ]

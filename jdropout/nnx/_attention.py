@@ -1,7 +1,7 @@
 """Attention with dropout as a Flax nnx module, and as a function with Flax's signature."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.typing
@@ -10,6 +10,9 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from jdropout._flax import attention, check_module_rate
 from jdropout._typing import Flag, Key, Rate
+
+# Taken now: users may put our class in its place.
+FlaxAttention: Any = nnx.MultiHeadAttention
 
 
 def dot_product_attention(
@@ -99,7 +102,7 @@ def dot_product_attention(
     )
 
 
-class MultiHeadAttention(nnx.MultiHeadAttention):
+class MultiHeadAttention(FlaxAttention):
     """`flax.nnx.MultiHeadAttention` in blocks, with a mask per example and head.
 
     Constructor, call and attributes are Flax's own, with two different defaults:
@@ -145,3 +148,42 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             attention_fn=attention_fn,
             **options,
         )
+
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> jax.Array:
+        """Applies attention, as Flax's layer does.
+
+        Args:
+          inputs_q: array of shape (batch..., length, in_features).
+          inputs_k: array of the keys; None for `inputs_q`.
+          inputs_v: array of the values; None for `inputs_k`.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
+          decode: overrides the constructor's flag: one token a call, with a cache.
+          is_causal: if True, no query attends to a later key. With a cache there are none.
+          **options: further keyword arguments of the call of Flax's layer.
+
+        Returns:
+          An array of shape (batch..., length, out_features).
+
+        Raises:
+          ValueError: if shapes do not match, or neither the call nor the constructor gave a flag
+            or a source of keys that is needed.
+        """
+        if is_causal and not (self.decode if decode is None else decode):
+            options["is_causal"] = True  # Flax 0.12.4 has no such argument
+        # Flax calls the source; and for a cache it would place the query before all other keys.
+        source = (lambda: rngs) if isinstance(rngs, jax.Array) else rngs
+        result = super().__call__(
+            inputs_q, inputs_k, inputs_v, rngs=source, decode=decode, **options
+        )
+        return cast("jax.Array", result)

@@ -10,6 +10,9 @@ from jdropout._dropout import dropout
 from jdropout._flax import Applied, FunctionLayer, check_module_flag, check_module_rate, draws_mask
 from jdropout._typing import Flag
 
+# Taken now: users may put our class in its place.
+FlaxDropout: Any = nnx.Dropout
+
 
 class Layer(nnx.Module):
     """Base of modules that draw random numbers: resolves flag and key as Flax's dropout does.
@@ -70,7 +73,7 @@ class Layer(nnx.Module):
         )
 
     # Borrowed from Flax, because its contract with nnx.view changed between versions.
-    set_view = nnx.Dropout.set_view
+    set_view = FlaxDropout.set_view
 
 
 def attach(
@@ -80,13 +83,13 @@ def attach(
     rngs: nnx.Rngs | nnx.RngStream | None,
 ) -> None:
     """Sets the attributes that `flax.nnx.Dropout` would set, on a layer that is not one."""
-    source = nnx.Dropout(0.0, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
+    source = FlaxDropout(0.0, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
     layer.deterministic = deterministic
     layer.rng_collection = rng_collection
     layer.rngs = nnx.data(source.rngs)
 
 
-class Dropout(Layer, FunctionLayer, nnx.Dropout):
+class Dropout(Layer, FunctionLayer, FlaxDropout):
     """Drop-in replacement for `flax.nnx.Dropout` that uses this library's mask law.
 
     Constructor, call, attributes and random streams are Flax's own (it is a subclass, so
@@ -132,7 +135,7 @@ class Dropout(Layer, FunctionLayer, nnx.Dropout):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
-        nnx.Dropout.__init__(
+        FlaxDropout.__init__(
             self,
             self._checked_rate(rate),
             broadcast_dims=broadcast_dims,

@@ -1,4 +1,4 @@
-"""Changes a whole nnx model: its keys, its rates, its dropout layers."""
+"""Changes a whole nnx model: its keys and its rates."""
 
 from typing import Any, cast
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdropout._flax import check_module_rate
+from jdropout._flax import check_module_rate, typed_key
 from jdropout._typing import Index, Key
 from jdropout.keys import at_site, step_key
-from jdropout.nnx._dropout import Dropout
+from jdropout.nnx._dropout import Dropout, FlaxDropout
+from jdropout.nnx._turn_on import drops
 
 
 def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Index = 0) -> None:
@@ -55,9 +56,7 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
     References:
       The key law, in the documentation.
     """
-    key = step_key(root, step=step, microbatch=microbatch)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # a stream wraps a raw key too
+    key = typed_key(step_key(root, step=step, microbatch=microbatch))
     streams = [
         (cast("tuple[str | int, ...]", path), node)
         for path, node in nnx.iter_graph(model)
@@ -67,6 +66,13 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
         raise ValueError(
             "model has no random stream to set: build its dropouts with rngs, as in "
             "Dropout(rate, rngs=rngs), or call them with rngs=jdropout.keys.site_key(...)."
+        )
+    without = [path for path, node in nnx.iter_graph(model) if drops(node) and node.rngs is None]
+    if without:
+        raise ValueError(
+            "model has dropout layers without a random stream, whose keys would not be set: "
+            f"{', '.join('/'.join(map(str, path)) for path in without)}. Build them with rngs too, "
+            "or give set_site_keys the part of the model that has streams."
         )
     for path, stream in streams:
         # Not `stream.key[...] = key`, which would keep the stream's old key implementation.
@@ -80,50 +86,6 @@ def _keys_of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return key
     stack = jax.vmap(lambda index: _keys_of_stack(at_site(key, index), shape[1:]))
     return stack(jnp.arange(shape[0], dtype=jnp.uint32))
-
-
-def replace_dropout(model: nnx.Module) -> int:
-    """Turns every `flax.nnx.Dropout` of a model into this library's `Dropout`, in place.
-
-    The layers remain the same objects, with their rates, flags and random streams, so layers
-    that are shared, or held in lists and dictionaries, are replaced too. Their next masks
-    follow the mask law, for the keys that they would have taken anyway. Subclasses and
-    attention layers are left alone; for attention pass
-    ``attention_fn=jdropout.nnx.dot_product_attention`` to Flax's layer.
-
-    Args:
-      model: nnx module; changed in place, outside of transformations such as `nnx.jit`.
-
-    Returns:
-      The number of layers that were replaced.
-
-    Raises:
-      TypeError: if a layer's rate is not a Python number. No layer is changed then.
-      ValueError: if a layer's rate is outside [0, 1].
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import jdropout.nnx
-      >>> model = nnx.Sequential(
-      ...     nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
-      ... )
-      >>> jdropout.nnx.replace_dropout(model)
-      1
-      >>> type(model.layers[1]) is jdropout.nnx.Dropout
-      True
-
-    References:
-      Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
-      JMLR 15 (2014), section 4.
-    """
-    layers = [node for _, node in nnx.iter_graph(model) if type(node) is nnx.Dropout]
-    rates = [check_module_rate(layer.rate) for layer in layers]
-    for layer, rate in zip(layers, rates, strict=True):
-        layer.rate = rate
-        # Mutates in place: the layer may be shared, or in any container.
-        object.__setattr__(layer, "__class__", Dropout)
-    return len(layers)
 
 
 def set_rate(model: nnx.Module, rate: float, *filters: Any) -> int:
@@ -165,7 +127,7 @@ def set_rate(model: nnx.Module, rate: float, *filters: Any) -> int:
     layers = [
         node
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Dropout)
+        if isinstance(node, FlaxDropout)
         and (not predicates or any(predicate(path, node) for predicate in predicates))
     ]
     if not layers:

@@ -1,19 +1,19 @@
 """Monte Carlo dropout for nnx models."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
 from jdropout import _monte_carlo
-from jdropout._flax import check_any_dropout, check_model, draws_mask
+from jdropout._audit import audit
+from jdropout._flax import check_any_dropout, check_model
 from jdropout._monte_carlo import MCPrediction
 from jdropout._typing import Key
-from jdropout.nnx._dropout import Layer
 from jdropout.nnx._model import set_site_keys
+from jdropout.nnx._turn_on import is_layer, turn_on
 
 
 def mc_predict(
@@ -97,11 +97,17 @@ def mc_predict(
     check_model(model, nnx.Module)
     model = nnx.clone(model)
     model.eval()
-    drops = [_turn_on(node) for _, node in nnx.iter_graph(model)]
-    check_any_dropout(any(drops))
+    drops = turn_on(model)
+    bridges = any(isinstance(node, nnx.bridge.ToNNX) for _, node in nnx.iter_graph(model))
+    if not bridges:
+        check_any_dropout(drops)
     structure, state = nnx.split(model)
+    trained = nnx.clone(model)
+    for _, node in nnx.iter_graph(trained):
+        if not is_layer(node) and isinstance(getattr(node, "deterministic", None), bool):
+            node.deterministic = False
     return _monte_carlo.mc_predict(
-        _Sample(structure, apply),
+        _Sample(structure, nnx.graphdef(trained), apply, drops, bridges),
         key,
         state,
         x,
@@ -118,51 +124,53 @@ class _Sample:
     """Calls a model with a key for its streams. Hashable: equal models compile once."""
 
     structure: Any
+    trained: Any
+    """The same in training mode, which matters to modules that are no layers."""
     apply: Callable[[Any, Any], Any] | None
+    drops: bool
+    bridges: bool
+    """Whether linen modules are inside."""
 
     def __call__(self, key: jax.Array, state: Any, x: Any) -> Any:
-        # tree.map makes new variables: nnx refuses to set those of an outer trace.
-        model = nnx.merge(self.structure, jax.tree.map(lambda leaf: leaf, state))
+        self._check_all_on(state, x)
+        model = _merged(self.structure, state)
         set_site_keys(model, key, step=0)
-        return model(x) if self.apply is None else self.apply(model, x)
+        return self._call(model, x)
+
+    def _call(self, model: nnx.Module, x: Any) -> Any:
+        apply = self.apply or _call
+        if not self.bridges:
+            return apply(model, x)
+        from jdropout.linen._dropout_on import DropoutOn  # jdropout.linen imports this package
+
+        dropout_on = DropoutOn()
+        with linen.intercept_methods(dropout_on):
+            y = apply(model, x)
+        check_any_dropout(self.drops or dropout_on.drops)
+        return y
+
+    def _check_all_on(self, state: Any, x: Any) -> None:
+        """Checks that what drops in training also drops here, according to an audit."""
+        if self.trained == self.structure:
+            return
+
+        def places(structure: Any) -> set[str]:
+            sites = audit(lambda state, x: self._call(_merged(structure, state), x), state, x).sites
+            return {f"{site.path} ({site.location})" for site in sites if site.key}
+
+        off = places(self.trained) - places(self.structure)
+        if off:
+            raise ValueError(
+                f"model drops in training at {', '.join(sorted(off))}, which could not be switched "
+                "on here: it is not a dropout layer of Flax or of this library. Replace it by one, "
+                "or sample the model in training mode with jdropout.mc_predict."
+            )
 
 
-def _turn_on(node: Any) -> bool:
-    """Makes a layer draw in every call, from its own stream; returns whether it ever drops."""
-    attention = isinstance(node, nnx.MultiHeadAttention)
-    if not attention and not isinstance(node, nnx.Dropout | Layer):
-        return False
-    if isinstance(node, Layer):
-        drops = node._draws(False)
-    else:
-        drops = draws_mask(node.dropout_rate if attention else node.rate, False)
-    if node.rngs is None:
-        collection = "dropout" if attention else node.rng_collection
-        source = nnx.Dropout(0.0, rng_collection=collection, rngs=nnx.Rngs(0))
-        node.rngs = nnx.data(source.rngs)
-    # Mutates in place: the layer may be shared, or in any container.
-    kind: Any = type(node)
-    object.__setattr__(node, "__class__", _always_on(kind))
-    return drops
+def _call(model: Any, x: Any) -> Any:
+    return model(x)
 
 
-@functools.cache
-def _always_on(kind: type) -> type:
-    """Subclasses a layer so that every call draws, whatever flag and rngs it is given.
-
-    Setting the attribute `deterministic` would not do: a flag in the call overrides it, and nnx has
-    no interceptors.
-    """
-
-    def drawing(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def draw(
-            self: Any, *args: Any, deterministic: Any = None, rngs: Any = None, **more: Any
-        ) -> Any:
-            return method(self, *args, deterministic=False, **more)
-
-        return draw
-
-    names = [name for name in ("__call__", "attend") if hasattr(kind, name)]
-    methods = {name: drawing(getattr(kind, name)) for name in names}
-    return type(kind)(kind.__name__, (kind,), methods)
+def _merged(structure: Any, state: Any) -> Any:
+    # tree.map makes new variables: nnx refuses to set those of an outer trace.
+    return nnx.merge(structure, jax.tree.map(lambda leaf: leaf, state))

@@ -73,6 +73,9 @@ class PatchDropout(Dropout):
         self.ordered = ordered
         self.return_indices = return_indices
 
+    def _draws(self, flag: bool | jax.Array) -> bool:
+        return flag is not True and self.rate != 0  # a rate of 1 leaves one token, at random
+
     def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:
         kept, indices = super()._drop(key, x, check_static_flag(flag))
         return (kept, indices) if self.return_indices else kept

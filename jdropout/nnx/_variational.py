@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jdropout._typing import Flag
+from jdropout._values import check_positive
 from jdropout._variational import variational_dense, variational_kl
 from jdropout.nnx._dropout import Layer, attach
 
@@ -80,7 +81,10 @@ class VariationalDense(Layer):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs,
     ) -> None:
-        shape = (in_features, out_features)
+        shape = (
+            check_positive("in_features", in_features),
+            check_positive("out_features", out_features),
+        )
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.log_alpha = nnx.Param(log_alpha_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.data(
