@@ -21,6 +21,7 @@ MODULES = (
     "jdropout.testing",
     "jdropout.nnx",
     "jdropout.linen",
+    "jdropout.equinox",
 )
 
 

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import jdropout
+import jdropout.equinox
 import jdropout.keys
 import jdropout.linen
 import jdropout.nnx
@@ -17,6 +18,7 @@ PACKAGE = pathlib.Path(jdropout.__file__).parent
 MODULES = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 PUBLIC = (
     jdropout,
+    jdropout.equinox,
     jdropout.keys,
     jdropout.linen,
     jdropout.nnx,
