@@ -150,11 +150,6 @@ def _why_not(dtype: np.dtype) -> str:
             "{name} must have a dtype with a zero, got float8_e8m0fnu, which has none to drop to: "
             "convert with {name}.astype(jnp.bfloat16)."
         )
-    if dtype.name.startswith("float6_"):
-        return (
-            f"{{name}} must have a dtype that XLA can compile, got {dtype}: convert with "
-            "{name}.astype(jnp.float8_e4m3fn)."
-        )
     if not jnp.issubdtype(dtype, jnp.inexact):
         return (
             f"{{name}} must be a floating-point or complex array, got dtype {dtype}. Dropout "

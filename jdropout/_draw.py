@@ -119,7 +119,8 @@ class Draw:
         if self.outcome is Outcome.DRAWN:
             y = _applied(self.marked().eager(operands), operands, formula, kept, remake, options)
         elif self.outcome is Outcome.KEPT:
-            y = _applied(self, operands, kept, None, remake, options) if kept else operands[0]
+            draw = self.eager(operands)
+            y = _applied(draw, operands, kept, None, remake, options) if kept else operands[0]
         elif dropped:
             y = _applied(self, operands, dropped, None, remake, options)
         else:

@@ -261,18 +261,10 @@ def _static_scale(draw: Draw, shape: tuple[int, ...], size: tuple[int, ...]) -> 
     """1 / (expected kept fraction), computed from the rounded gamma that the law uses."""
     if draw.outcome is not Outcome.DRAWN or draw.rate is not None:
         return None
-    counts, weights = _covered(shape, size)
+    counts, weights = _coverage(shape, size)
     free = float(_threshold.keep_probability(draw.threshold()))
     kept = float(weights @ free**counts)
     return 1 / kept if kept else 1.0
-
-
-def _covered(shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """`_coverage` along the axes of all of x that blocks extend along."""
-    windowed = [axis for axis, length in enumerate(size) if length > 1]
-    return _coverage(
-        tuple(shape[axis] for axis in windowed), tuple(size[axis] for axis in windowed)
-    )
 
 
 def _expected_scale(
@@ -280,7 +272,7 @@ def _expected_scale(
 ) -> jax.Array:
     if draw.rate is None:
         return jnp.asarray(static_scale).astype(dtype)
-    counts, weights = _covered(shape, size)
+    counts, weights = _coverage(shape, size)
     gamma = draw.drop_probability(dtype)
     powers = jnp.exp(counts.astype(dtype) * jnp.log1p(-gamma))
     traced_kept = (weights.astype(dtype) * powers).sum()

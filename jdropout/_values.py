@@ -217,6 +217,11 @@ def readable(name: str, x: Any) -> jax.Array | np.ndarray | np.generic | complex
 
     JAX reads the bytes of a foreign byte order and of masked elements as they are.
     """
+    if isinstance(x, jax.Array | np.ndarray) and _is_float6(x.dtype):
+        raise TypeError(
+            f"{name} must have a dtype that XLA can compile, got {x.dtype}. Convert it with "
+            f"{name}.astype(jnp.float8_e4m3fn)."
+        )
     if isinstance(x, jax.Array | bool | int | float | complex):
         return x
     if hasattr(type(x), "__jax_array__"):  # such as a Flax variable
@@ -245,6 +250,11 @@ def _known_to_jax(dtype: np.dtype) -> bool:
     if dtype in (np.longdouble, np.clongdouble):  # which is float64 on some machines
         return dtype in (np.float64, np.complex128)
     return dtype.kind in "biufc" or bool(jnp.issubdtype(dtype, np.number))
+
+
+@functools.lru_cache
+def _is_float6(dtype: Any) -> bool:
+    return str(dtype).startswith("float6_")
 
 
 def dtype_of(x: Any) -> Any:

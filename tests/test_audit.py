@@ -420,7 +420,7 @@ def evaluate(key, x, drop):
     return drop(key, x)
 
 
-def predictBatch(key, x, drop):  # noqa: N802
+def predictBatch(key, x, drop):  # noqa: N802  # its words are found in camel case too
     return drop(key, x)
 
 

@@ -48,6 +48,9 @@ def test_arrays_that_jax_reads_wrongly_are_converted_or_refused(name):
     np.testing.assert_array_equal(call(nnx.Param(jnp.asarray(X))), expected)
     with pytest.raises(TypeError, match=r"must be a plain array.*filled"):
         call(np.ma.masked_array(X, X > 0))
+    for dtype in (ml_dtypes.float6_e2m3fn, ml_dtypes.float6_e3m2fn):
+        with pytest.raises(TypeError, match=r"float6_.* Convert it with \w+"):
+            call(np.zeros(X.shape, dtype))
     for dtype in (object, np.longdouble, "U1", "datetime64[D]"):
         with pytest.raises(TypeError, match="must have a dtype that JAX has, got"):
             call(np.zeros(X.shape, dtype))

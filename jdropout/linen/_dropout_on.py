@@ -30,9 +30,9 @@ class DropoutOn:
     ) -> None:
         self.rng_collection = rng_collection
         self.by_hand = by_hand
-        """Paths of modules that are no layers, but draw; their flags are set, too."""
+        """Paths of modules with hand-written dropout, whose flags are set too."""
         self.drawn: set[Path] = set()
-        """Paths of modules that are no layers, but drew."""
+        """Paths of modules with hand-written dropout that drew."""
         self.drops = False
 
     def __call__(
@@ -73,7 +73,7 @@ class DropoutOn:
         if off:
             raise ValueError(
                 f"model drops in training at {', '.join(sorted(map('/'.join, off)))}, which could "
-                "not be switched on here: it is no dropout layer and has no flag named "
+                "not be switched on here: it is not a dropout layer and has no flag named "
                 f"{' or '.join(_TRAINING)}. Use a layer, or sample the model in training mode with "
                 "jdropout.mc_predict."
             )
@@ -123,7 +123,7 @@ class DropoutOn:
 
 
 class Training(DropoutOn):
-    """Intercepts all modules, gives them the flags of training, and sees which of them draw."""
+    """Intercepts all modules, sets their flags to training, and records which of them draw."""
 
     def _may_draw(self, module: Any) -> bool:
         return True

@@ -32,8 +32,9 @@ def mc_predict(
     """Computes mean and variance of a model's prediction over the masks of its dropout.
 
     Every layer that drops draws its masks, `flax.linen.Dropout`, this library's layers and
-    attention of either, whatever flag or key the model passes to it. Everything else follows
-    the model's arguments: to evaluate, pass `apply`, as in
+    attention of either, whatever flag or key the model passes to it. So does hand-written dropout
+    in a module with a flag named ``deterministic``, ``train``, ``training`` or ``is_training``.
+    Everything else follows the model's arguments: to evaluate, pass `apply`, as in
     ``apply=lambda model, x: model(x, train=False)``, and a `BatchNorm` uses its running
     averages. No variable can change: a model that updates one raises an error.
 
@@ -68,10 +69,10 @@ def mc_predict(
     Raises:
       TypeError: if the model is not a linen module or returns integers, or a number is not an
         integer.
-      ValueError: if no layer drops when the model is called, a number is too small, the key is
-        missing or a batch of keys, `return_samples` is combined with a traced `num_samples` or
-        with `progress`, `progress` is used under `jax.jit`, or ``consistent=True`` and there is
-        no axis of examples.
+      ValueError: if hand-written dropout cannot be switched on, nothing drops when the model is
+        called, a number is too small, the key is missing or a batch of keys, `return_samples` is
+        combined with a traced `num_samples` or with `progress`, `progress` is used under
+        `jax.jit`, or ``consistent=True`` and there is no axis of examples.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -138,7 +139,7 @@ class _Sample:
         return y
 
     def _written_by_hand(self, rngs: Any, variables: Any, x: Any) -> frozenset[Path]:
-        """Paths of modules that are no layers, and draw if all flags are those of training."""
+        """Paths of modules that are not dropout layers, but draw when every flag says training."""
         training = Training(self.rng_collection)
         call = linen.apply(self.apply or _call, self.model, mutable=True)
         with linen.intercept_methods(training):

@@ -68,7 +68,7 @@ def mc_predict(
     Raises:
       TypeError: if the model is not an nnx module or returns integers, or a number is not an
         integer.
-      ValueError: if no layer of the model drops, a number is too small, the key is missing or a
+      ValueError: if no layer of the model drops, hand-written dropout is off, a number is too small, the key is missing or a
         batch of keys, `return_samples` is combined with a traced `num_samples` or with
         `progress`, `progress` is used under `jax.jit`, or ``consistent=True`` and there is no
         axis of examples.
@@ -125,7 +125,7 @@ class _Sample:
 
     structure: Any
     trained: Any
-    """The same in training mode, which matters to modules that are no layers."""
+    """The same with the flags of all other modules set to training."""
     apply: Callable[[Any, Any], Any] | None
     drops: bool
     bridges: bool

@@ -68,7 +68,7 @@ class Zoneout(Dropout, nnx.RNNCellBase):
         )
         self.cell = cell
 
-    def __call__(  # type: ignore[override]
+    def __call__(  # type: ignore[override]  # a cell takes a carry, too
         self,
         carry: Any,
         inputs: jax.Array,
