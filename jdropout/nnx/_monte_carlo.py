@@ -68,10 +68,10 @@ def mc_predict(
     Raises:
       TypeError: if the model is not an nnx module or returns integers, or a number is not an
         integer.
-      ValueError: if no layer of the model drops, hand-written dropout is off, a number is too small, the key is missing or a
-        batch of keys, `return_samples` is combined with a traced `num_samples` or with
-        `progress`, `progress` is used under `jax.jit`, or ``consistent=True`` and there is no
-        axis of examples.
+      ValueError: if no layer of the model drops, it has hand-written dropout (which cannot be
+        switched on), a number is too small, the key is missing or a batch of keys,
+        `return_samples` is combined with a traced `num_samples` or with `progress`, `progress` is
+        used under `jax.jit`, or ``consistent=True`` and there is no axis of examples.
 
     Example:
       >>> import jax, jax.numpy as jnp
