@@ -122,8 +122,18 @@ def installed():
         jdropout.linen.uninstall()
 
 
+# The table in docs/migration.md: sites, those that are ours, bytes stored before and after.
+TABLE = {
+    bert: (8, 6, 1032, 248),
+    gpt2: (7, 5, 1000, 240),
+    vit: (7, 5, 1000, 240),
+    roberta: (9, 7, 1064, 256),
+    bart: (7, 7, 1120, 56),
+}
+
+
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("make", [bert, gpt2, vit, roberta, bart], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", TABLE, ids=lambda make: make.__name__)
 def test_a_model_of_hugging_face_runs_unedited(make, request):
     before = Trained(make)
     params = before.model.params
@@ -143,10 +153,9 @@ def test_a_model_of_hugging_face_runs_unedited(make, request):
     drops = [site for site in report.sites if site.effective_rate]  # before, others are not seen
     assert len(drops) == len(report_before.sites)
     ours = [site for site in drops if site.kind != "bernoulli"]
-    assert len(ours) > 3
     assert all("/" in site.path and site.stored_bytes == 8 for site in ours)
-    stored = [sum(site.stored_bytes for site in each.sites) for each in (report, report_before)]
-    assert stored[0] < 0.8 * stored[1]
+    stored = [sum(site.stored_bytes for site in each.sites) for each in (report_before, report)]
+    assert (len(drops), len(ours), *stored) == TABLE[make]
 
     apply = jdropout.linen.with_site_keys(after.model.module.apply, KEY, step=3)
     keyed = [apply({"params": params}, *after.inputs, deterministic=False)[0] for _ in range(2)]
