@@ -13,18 +13,18 @@ from jdropout import schedules
 KEY = jax.random.key(0)
 X = np.linspace(-1, 1, 96, dtype=np.float32).reshape(2, 6, 8)
 CALLS = {
-    "dropout": lambda rate, x=X: jdropout.dropout(KEY, x, rate),
-    "keep_mask": lambda rate, x=X: jdropout.keep_mask(KEY, rate, x.shape),
-    "drop_block": lambda rate, x=X: jdropout.drop_block(
-        KEY, x, rate, block_size=2, spatial_axes=(1,)
+    "dropout": lambda rate, key=KEY, x=X: jdropout.dropout(key, x, rate),
+    "keep_mask": lambda rate, key=KEY, x=X: jdropout.keep_mask(key, rate, x.shape),
+    "drop_block": lambda rate, key=KEY, x=X: jdropout.drop_block(
+        key, x, rate, block_size=2, spatial_axes=(1,)
     ),
-    "zoneout": lambda rate, x=X: jdropout.zoneout(KEY, x, -x, rate),
-    "zoneout in evaluation": lambda rate, x=X: jdropout.zoneout(
+    "zoneout": lambda rate, key=KEY, x=X: jdropout.zoneout(key, x, -x, rate),
+    "zoneout in evaluation": lambda rate, key=KEY, x=X: jdropout.zoneout(
         None, x, -x, rate, deterministic=True
     ),
-    "layer_drop": lambda rate, x=X: jdropout.layer_drop(KEY, lambda x: x, x, rate),
-    "attention": lambda rate, x=X: jdropout.dot_product_attention(
-        x[:, :, None], x[:, :, None], x[:, :, None], dropout_key=KEY, dropout_rate=rate
+    "layer_drop": lambda rate, key=KEY, x=X: jdropout.layer_drop(key, lambda x: x, x, rate),
+    "attention": lambda rate, key=KEY, x=X: jdropout.dot_product_attention(
+        x[:, :, None], x[:, :, None], x[:, :, None], dropout_key=key, dropout_rate=rate
     ),
 }
 
@@ -43,7 +43,7 @@ def test_an_eager_call_compiles_once_for_all_rates(name):
     results = {rate: np.asarray(call(rate)) for rate in (0.1, 0.25, 0.37, 0.9, 2e-6)}
     assert not compiled
     for rate in (0.37, 2e-6):
-        constant = jax.jit(lambda x, rate=rate: call(rate, x))(X)
+        constant = jax.jit(lambda key, x, rate=rate: call(rate, key, x))(KEY, X)
         np.testing.assert_allclose(
             constant, results[rate], rtol=1e-6 * ("zoneout in" in name or name == "attention")
         )

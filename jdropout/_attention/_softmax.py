@@ -260,7 +260,7 @@ def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax
 
 
 def _finite(x: jax.Array) -> jax.Array:
-    """X with zeros for NaN and infinity, which times a weight of 0 would be NaN."""
+    """Replaces NaN and infinity by 0: times a weight of 0 they would be NaN."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
