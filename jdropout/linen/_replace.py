@@ -6,12 +6,12 @@ from typing import Any
 
 from flax import linen
 from flax.linen import MultiHeadAttention as FlaxMultiHeadAttention
-from flax.linen import SelfAttention as FlaxSelfAttention
 from flax.linen import dot_product_attention as flax_attention_fn
 
 from jdropout import _flax
 from jdropout.linen._attention import (
     FlaxAttention,
+    FlaxSelfAttention,
     MultiHeadAttention,
     MultiHeadDotProductAttention,
     SelfAttention,
