@@ -118,9 +118,10 @@ class Draw:
         options = tuple(static.items())
         if self.outcome is Outcome.DRAWN:
             y = _applied(self.marked().eager(operands), operands, formula, kept, remake, options)
+        elif self.outcome is Outcome.KEPT and kept is None:
+            y = operands[0]
         elif self.outcome is Outcome.KEPT:
-            draw = self.eager(operands)
-            y = _applied(draw, operands, kept, None, remake, options) if kept else operands[0]
+            y = _applied(self.eager(operands), operands, kept, None, remake, options)
         elif dropped:
             y = _applied(self, operands, dropped, None, remake, options)
         else:
@@ -143,14 +144,13 @@ class Draw:
 
         Else every new rate would compile a program, and JAX would keep it.
         """
-        threshold = self.description.threshold
-        leaves = jax.tree.leaves((self, operands))
-        if threshold is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if self.description.threshold is None:
             return self
-        precision = 16 * threshold.digits
-        description = self.description._replace(threshold=None, precision=precision)
-        numbers = _threshold.static_numbers(threshold)
-        return dataclasses.replace(self, description=description, numbers=numbers)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, operands))):
+            return self
+        description, numbers = _without_threshold(self.description)
+        # Not dataclasses.replace, which takes a tenth of an eager call.
+        return Draw(self.key, self.rate, self.deterministic, self.origin, description, numbers)
 
     def result(self, y: Any, *, masked: bool = True) -> Any:
         """Marks the result for an audit, on its first array: one mark per call is enough."""
@@ -281,6 +281,16 @@ class Draw:
             return _threshold.traced_threshold(self.rate, self.description.precision)
         assert self.description.threshold is not None  # uniforms have none
         return self.description.threshold
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_threshold(description: Description) -> tuple[Description, jax.Array]:
+    """A description whose rate is an operand, and the operand."""
+    threshold = description.threshold
+    assert threshold is not None
+    precision = 16 * threshold.digits
+    described = description._replace(threshold=None, precision=precision)
+    return described, _threshold.static_numbers(threshold)
 
 
 @functools.partial(jax.jit, static_argnames=("formula", "kept", "remake", "options"))

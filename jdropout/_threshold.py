@@ -80,6 +80,7 @@ def keep_all_if(flag: jax.Array, threshold: Threshold) -> Threshold:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def keep_probability(threshold: Threshold) -> Fraction:
     """The keep probability of a static threshold: t / 2^16 or t / 2^32."""
     if threshold.low is None:
