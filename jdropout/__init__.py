@@ -32,6 +32,11 @@ from jdropout._shared import embedding_dropout as embedding_dropout
 from jdropout._shared import locked_dropout as locked_dropout
 from jdropout._shared import spatial_dropout as spatial_dropout
 from jdropout._standout import standout as standout
+from jdropout._subset import keep_indices as keep_indices
+from jdropout._subset import layer_subset as layer_subset
+from jdropout._subset import route_tokens as route_tokens
+from jdropout._subset import stochastic_depth as stochastic_depth
+from jdropout._subset import unit_subset as unit_subset
 from jdropout._targeted import targeted_dropout as targeted_dropout
 from jdropout._tokens import patch_dropout as patch_dropout
 from jdropout._tokens import word_dropout as word_dropout
@@ -65,17 +70,22 @@ __all__ = [
     "feature_alpha_dropout",
     "gaussian_dropout",
     "gaussian_noise",
+    "keep_indices",
     "keep_mask",
     "layer_drop",
+    "layer_subset",
     "locked_dropout",
     "mc_predict",
     "multi_sample",
     "patch_dropout",
     "r_drop_loss",
+    "route_tokens",
     "spatial_dropout",
     "standout",
+    "stochastic_depth",
     "targeted_dropout",
     "uniform_noise",
+    "unit_subset",
     "variational_dense",
     "variational_dropout",
     "variational_kl",

@@ -131,12 +131,16 @@ def _masked_scale(draw: Draw, x: jax.Array, *, scaled: bool) -> jax.Array:
 
 def select_scaled(kept: jax.Array, x: jax.Array, factor: jax.Array) -> jax.Array:
     """``x * factor`` where kept, else 0, in the factor's dtype and then rounded to x's."""
-    if jnp.iscomplexobj(x):  # a complex product would make NaN of inf * 0
-        product = lax.complex(lax.real(x) * factor, lax.imag(x) * factor)
-    else:
-        product = x.astype(factor.dtype) * factor
+    product = wide_product(x, factor)
     # Select before rounding: XLA:CPU has no bfloat16 select, and would round twice.
     return lax.select(kept, product, jnp.zeros_like(product)).astype(x.dtype)
+
+
+def wide_product(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """``x * factor`` in the factor's dtype, or the complex one of its width."""
+    if jnp.iscomplexobj(x):  # a complex product would make NaN of inf * 0
+        return lax.complex(lax.real(x) * factor, lax.imag(x) * factor)
+    return x.astype(factor.dtype) * factor
 
 
 def keep_mask(

@@ -131,10 +131,12 @@ def skip(
     """
     unbiased = _values.check_flag("unbiased", unbiased)
     x = jax.tree.map(functools.partial(_values.readable, "x"), x)
-    draw = new_draw("layer_drop", key, rate, deterministic, (), precision=precision)
+    draw = new_draw(
+        "layer_drop", key, rate, deterministic, (), precision=precision, saves_work=True
+    )
     if draw.outcome is Outcome.KEPT:
         y = layer(*context, x)
-        _check_layer_result(x, y)
+        check_layer_result(x, y)
         return draw.result(y)
     if draw.outcome is Outcome.DROPPED:
         return draw.result(x)
@@ -142,16 +144,16 @@ def skip(
 
     def run(*operands: Any) -> Any:
         y = layer(*operands)
-        _check_layer_result(operands[-1], y)
+        check_layer_result(operands[-1], y)
         certain = draw.rate is None and not unbiased
-        scale = functools.partial(_scaled_update, factor=factor, unbiased=unbiased)
+        scale = functools.partial(scaled_update, factor=factor, unbiased=unbiased)
         return y if certain else jax.tree.map(scale, operands[-1], y)
 
     if not isinstance(kept, jax.core.Tracer):  # an eager call, which would compile both branches
         if kept:
             return run(*context, x)
         if not context:  # without a state, which a trace could change
-            _check_layer_result(x, jax.eval_shape(layer, x))
+            check_layer_result(x, jax.eval_shape(layer, x))
         return x
     arrays = jax.tree.map(functools.partial(_values.as_array, "x"), x)
     return cond(kept, run, lambda *operands: operands[-1], *context, arrays)
@@ -166,7 +168,7 @@ def _certain(draw: Draw) -> tuple[jax.Array, jax.Array]:
     return jnp.array(True), jnp.ones((), jnp.result_type(float))
 
 
-def _scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool) -> jax.Array:
+def scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool) -> jax.Array:
     """``x + (y - x) * factor``, or y if biased; NaN if an invalid rate made the factor NaN."""
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return y
@@ -178,7 +180,7 @@ def _scaled_update(x: jax.Array, y: jax.Array, factor: jax.Array, unbiased: bool
     return jnp.where(factor == 1, y, scaled)  # exact if nothing is ever dropped
 
 
-def _check_layer_result(x: Any, y: Any) -> None:
+def check_layer_result(x: Any, y: Any) -> None:
     structures: list[Any] = [jax.tree.structure(tree) for tree in (x, y)]
     if structures[0] != structures[1]:
         raise ValueError(

@@ -32,6 +32,9 @@ def new_draw(
     off: bool = False,
     batch_axis: int | None = 0,
     reported_rate: Rate | None = None,
+    kept_fraction: float | None = None,
+    saves_work: bool = False,
+    stored_bytes: int | None = None,
     reported_shape: tuple[int, ...] | None = None,
     prefix: str = "",
 ) -> Draw:
@@ -51,6 +54,9 @@ def new_draw(
       off: if True, nothing is dropped whatever the rate is.
       batch_axis: the axis of the examples, for an audit; None if there is none.
       reported_rate: the rate that an audit reports; None for ``rate``.
+      kept_fraction: the exact fraction that a subset keeps, for an audit; None for a mask.
+      saves_work: whether dropped elements are not computed, for an audit.
+      stored_bytes: what differentiation stores, for an audit; None for what the draw stores.
       reported_shape: the shape that an audit reports; None for ``shape``.
       prefix: prefix of the names of ``rate`` and ``key`` in errors.
     """
@@ -86,18 +92,25 @@ def new_draw(
     if not _record.recording():
         return draw
     reported = checked if reported_rate is None else reported_rate
+    if kept_fraction is None or not drawn:
+        effective = _effective_rate(draw, reported, derived=reported_rate is not None)
+    else:
+        effective = 1 - kept_fraction
+    if stored_bytes is None:
+        stored_bytes = _stored_bytes(draw) if drawn else 0
     call = _record.record(
         kind=kind,
         shape=shape if reported_shape is None else reported_shape,
         rate=None if reported is None or isinstance(reported, jax.Array) else float(reported),
-        effective_rate=_effective_rate(draw, reported, derived=reported_rate is not None),
+        effective_rate=effective,
         deterministic=None if isinstance(flag, jax.Array) else flag,
         shared_axes=()
         if outcome is Outcome.KEPT
         else tuple(axis for axis in sorted(shared) if shape[axis] > 1),
         batch_axis=batch_axis,
         located=origin is not None,
-        stored_bytes=_stored_bytes(draw) if drawn else 0,
+        stored_bytes=stored_bytes,
+        saved_work=effective if saves_work else 0.0,
     )
     object.__setattr__(draw, "call", call)  # the draw is frozen, and new
     return draw

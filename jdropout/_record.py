@@ -45,6 +45,8 @@ class Call(NamedTuple):
     located: bool
     """Whether the call says which part of a larger mask it draws."""
     stored_bytes: int
+    saved_work: float | None
+    """Fraction of the work behind the site that dropping saves; None if the rate is traced."""
 
 
 class Mark(NamedTuple):

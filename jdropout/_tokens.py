@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec
 from jdropout import _checks, _values
 from jdropout._draw import Draw, Outcome
 from jdropout._new_draw import UNIFORM, new_draw
+from jdropout._subset import _rows
+from jdropout._subset._indices import check_fixed_rate, kept_first
+from jdropout._subset._route_tokens import check_prefix, with_prefix
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 from jdropout._values import as_array, as_integer, type_name
 
@@ -154,12 +157,12 @@ def patch_dropout(
       using patch dropout" (WACV 2023), section 3.
     """
     array = _values.as_array("x", x)
-    rate = _check_fixed_rate(rate)
+    rate = check_fixed_rate(rate)
     flag = _checks.check_static_flag(deterministic)
     ordered = _values.check_flag("ordered", ordered)
     token_axis = _values.check_axis("axis", axis, array.ndim)
     length = array.shape[token_axis]
-    prefix = _check_prefix(num_prefix_tokens, length)
+    prefix = check_prefix(num_prefix_tokens, length)
     lead = array.shape[:token_axis]
     # In floating point 100 * (1 - 0.9) is below 10.
     count = max(1, math.floor(round((length - prefix) * (1 - rate), 6)))
@@ -171,6 +174,8 @@ def patch_dropout(
         (*lead, length - prefix),
         off=count == length - prefix,
         reported_rate=rate,
+        kept_fraction=count / (length - prefix),
+        saves_work=True,
     )
     if draw.outcome is Outcome.KEPT:
         everything = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (*lead, length))
@@ -185,14 +190,10 @@ def _gathered(
     draw: Draw, x: jax.Array, *, axis: int, prefix: int, count: int, ordered: bool
 ) -> tuple[jax.Array, jax.Array]:
     def gathered(draw: Draw, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        order = jnp.argsort(draw.uniform(), axis=-1, stable=True)
-        chosen = order[..., :count].astype(jnp.int32)
-        if ordered:
-            chosen = jnp.sort(chosen, axis=-1)
-        first = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (*chosen.shape[:-1], prefix))
-        indices = jnp.concatenate([first, chosen + np.int32(prefix)], axis=-1)
-        wanted = indices.reshape(indices.shape + (1,) * (x.ndim - axis - 1))
-        return jnp.take_along_axis(x, wanted, axis=axis, mode="promise_in_bounds"), indices
+        group = kept_first(draw.uniform()[..., None, :], count, ordered)
+        order = with_prefix(group, prefix)
+        kept = _rows.take(x, order, prefix + count, axis)
+        return kept, order[..., 0, : prefix + count]
 
     sharding = jax.typeof(x).sharding
     explicit = sharding.mesh.explicit_axes
@@ -228,28 +229,3 @@ def _check_tokens(tokens: Any, replacement: Any, protected: Any) -> jax.Array:
                 " Convert tokens to a wider dtype, such as jnp.int32."
             )
     return array
-
-
-def _check_fixed_rate(rate: Any) -> float:
-    checked = _checks.check_rate(rate)
-    if isinstance(checked, jax.core.Tracer):
-        raise TypeError(
-            "rate must be a number here, since the shape of the result depends on it, got "
-            f"{checked!r}. Mark it as static, such as jax.jit(f, static_argnames=...)."
-        )
-    return float(checked)
-
-
-def _check_prefix(count: Any, length: int) -> int:
-    number = as_integer(count)
-    if number is None:
-        raise TypeError(
-            f"num_prefix_tokens must be an integer, got {count!r}."
-            " Pass 1 for a class token, 0 for none."
-        )
-    if not 0 <= number < length:
-        raise ValueError(
-            f"num_prefix_tokens must be at least 0 and below the {length} tokens, got {number}."
-            " Leave at least one token to choose from."
-        )
-    return number

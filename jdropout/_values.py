@@ -52,6 +52,23 @@ def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
     return counted
 
 
+def check_common_axis(
+    name: str, tree: Any, axis_name: str, axis: Any
+) -> tuple[jax.Array, int, int]:
+    """Returns a tree's first array, its axis as a non-negative number, and the size of all."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        raise ValueError(f"{name} must hold an array, got {tree!r}. Pass an array or a tree.")
+    axes = [check_axis(axis_name, axis, leaf.ndim) for leaf in leaves]
+    sizes = [leaf.shape[at] for leaf, at in zip(leaves, axes, strict=True)]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"{name} must have one size on {axis_name} {axis}, got {sizes}. Pass arrays without "
+            "this axis in a closure."
+        )
+    return leaves[0], axes[0], sizes[0]
+
+
 def check_apart(name: str, axis: int, others_name: str, others: tuple[int, ...]) -> None:
     if axis in others:
         raise ValueError(
@@ -210,6 +227,11 @@ def as_array(name: str, x: Any) -> jax.Array:
                     f"{number}. Switch x64 on, or use smaller numbers."
                 )
     return jnp.asarray(x)
+
+
+def as_arrays(name: str, tree: Any) -> Any:
+    """`as_array` of every leaf."""
+    return jax.tree.map(functools.partial(as_array, name), tree)
 
 
 def readable(name: str, x: Any) -> jax.Array | np.ndarray | np.generic | complex:

@@ -34,6 +34,7 @@ def _describe(place: Place, program: Program, keys: dict[int, str]) -> AuditedSi
         deterministic=call.deterministic,
         shared_axes=call.shared_axes,
         stored_bytes=call.stored_bytes,
+        saved_work=call.saved_work,
         key="" if place.key is None else keys[place.key.number],
         key_sources=()
         if place.key is None
@@ -59,4 +60,5 @@ def _as_call(place: Place) -> _record.Call:
         batch_axis=0,
         located=False,
         stored_bytes=place.stored_bytes,
+        saved_work=0.0,
     )

@@ -47,6 +47,9 @@ class AuditedSite:
       deterministic: the flag; None if it is traced.
       shared_axes: axes along which the mask is shared.
       stored_bytes: number of bytes that differentiation stores for the backward pass.
+      saved_work: fraction of the work behind the site that is not computed, because what is
+        dropped is not computed: 0 where it is computed and then dropped; for `layer_drop` the
+        expectation. None if it is traced.
       key: name of the key; sites with the same name use the same key. Empty if no mask is
         drawn.
       key_sources: arguments that the key depends on.
@@ -74,6 +77,7 @@ class AuditedSite:
     deterministic: bool | None
     shared_axes: tuple[int, ...]
     stored_bytes: int
+    saved_work: float | None
     key: str
     key_sources: tuple[str, ...]
     loops: tuple[str, ...]
@@ -185,6 +189,7 @@ _HEADINGS = (
     "rate",
     "shared axes",
     "stored",
+    "saves",
     "key",
     "from",
 )
@@ -212,6 +217,7 @@ def _row(number: int, site: AuditedSite) -> tuple[str, ...]:
         rate,
         ", ".join(map(str, site.shared_axes)) or "-",
         f"{site.stored_bytes} B",
+        "traced" if site.saved_work is None else f"{site.saved_work:.0%}" if site.saved_work else "-",
         site.key or "-",
         ", ".join(site.key_sources) or "-",
     )
