@@ -68,8 +68,8 @@ def keep_indices(
       >>> jdropout.keep_indices(jax.random.key(0), 0.4, 10)
       Array([1, 3, 5, 7, 8, 9], dtype=int32)
       >>> jdropout.keep_indices(jax.random.key(0), 0.5, 8, groups=2, shape=(2,))
-      Array([[0, 2, 4, 7],
-             [1, 3, 4, 7]], dtype=int32)
+      Array([[1, 2, 5, 6],
+             [1, 2, 4, 5]], dtype=int32)
 
     References:
       The subset law, in the documentation; Fan, Muller and Rezucha, "Development of sampling
