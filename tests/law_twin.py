@@ -1,4 +1,4 @@
-"""The laws of masks and of keys once more, in NumPy, from their text alone (docs/law.md, keys.md).
+"""The laws of masks, subsets and keys once more, in NumPy, from their text alone (docs/law.md, keys.md).
 
 It shares no code with the library and favours plainness over speed: one cipher call per
 element, 64-bit integers, no packing.
@@ -109,6 +109,24 @@ def numbers(key_words, digits, shape, broadcast_dims, start, whole):
         field = (y >> (lane % np.uint64(2) * np.uint64(16))) & np.uint64(0xFFFF)
         u = (u << np.uint64(16)) | field
     return np.broadcast_to(u, shape)
+
+
+def kept_count(n, rate):
+    """The number of kept elements in a group of n; exact, ties to even."""
+    millionths = round(n * (1 - Fraction(float(rate))) * 10**6)
+    return max(1, round(Fraction(millionths, 10**6)))
+
+
+def keep_indices(key_words, rate, size, groups=1, shape=(), start=None, whole=None):
+    """The subset law: the indices of the kept elements, of a part at ``start`` in ``whole``."""
+    uniforms = uniform(key_words, (*shape, size), (), start, whole)
+    n = size // groups
+    kept = []
+    for index in np.ndindex(*shape):
+        for first in range(0, size, n):
+            by_uniform = sorted(range(first, first + n), key=lambda i: (uniforms[index][i], i))
+            kept += sorted(by_uniform[: kept_count(n, rate)])
+    return np.array(kept, np.int32).reshape(*shape, -1)
 
 
 def name_counter(name):

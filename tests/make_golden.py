@@ -27,6 +27,21 @@ CASES = [
     ([7, 9], 0.2, None, [64], [], [2**34 + 5], [2**35]),
 ]
 
+SUBSETS = [
+    # key words, rate, size, groups, shape, start, global_shape
+    ([0, 0], 0.5, 16, 1, [], None, None),
+    ([0, 42], 0.4, 32, 1, [], None, None),
+    ([0, 42], 0.4, 32, 8, [], None, None),
+    ([0xFFFFFFFF, 0xFFFFFFFF], 0.1, 12, 1, [3], None, None),
+    ([0x13198A2E, 0x03707344], 0.25, 10, 5, [2, 4], None, None),  # 1.5 of 2
+    ([0x13198A2E, 0x03707344], 0.5, 10, 2, [2], None, None),  # 2.5 of 5
+    ([1, 2, 3, 4], 0.7, 21, 3, [5], None, None),
+    ([1, 2], 0.95, 10, 1, [4], None, None),  # 0.5 of 10
+    ([1, 2], 1.0, 9, 3, [], None, None),
+    ([7, 9], 0.5, 8, 2, [2], [2**20 + 1, 2**18 - 8], [2**21, 2**18]),
+    ([7, 9], 0.3, 16, 1, [], [2**34], [2**35]),
+]
+
 ROOTS = [
     [0, 0],
     [0, 42],
@@ -62,10 +77,26 @@ def main() -> None:
         "bit of the first byte, zeros at the end"
     )
     write("golden_masks.json", masks, [mask_vector(*case) for case in CASES])
+    subsets = "indices: of the kept elements, an array of shape (*shape, kept)"
+    write("golden_subsets.json", subsets, [subset_vector(*case) for case in SUBSETS])
     keys = "step: 16 hex digits; site: names are strings, indices are numbers; key: its words"
     write(
         "golden_keys.json", keys, [key_vector(root, *point) for root in ROOTS for point in POINTS]
     )
+
+
+def subset_vector(words, rate, size, groups, shape, start, whole) -> dict:
+    indices = law_twin.keep_indices(words, rate, size, groups, shape, start, whole)
+    return {
+        "key_words": in_hex(words),
+        "rate": rate,
+        "size": size,
+        "groups": groups,
+        "shape": shape,
+        "start": start,
+        "global_shape": whole,
+        "indices": indices.tolist(),
+    }
 
 
 def mask_vector(words, rate, precision, shape, broadcast_dims, start, whole) -> dict:
