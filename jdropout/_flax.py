@@ -212,3 +212,22 @@ def check_any_dropout(drops: bool) -> None:
             "model must have a dropout layer with a rate above 0, or all samples would be equal; "
             "it has none. Sample a model that calls jdropout.dropout with jdropout.mc_predict."
         )
+
+
+def check_paths(name: str, paths: Any) -> tuple[str, ...]:
+    """Returns the paths of modules within a block."""
+    if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
+        raise TypeError(
+            f"{name} must be a sequence of paths, got {paths!r}. Write ('up',) for one."
+        )
+    if not paths:
+        raise ValueError(f"{name} must name at least one module, got {paths!r}.")
+    return tuple(paths)
+
+
+def check_positions(positions: Any, argument: str | None) -> None:
+    if positions is not None and argument is None:
+        raise ValueError(
+            "positions were given, but positions_argument is None, so the layer would not get "
+            "them. Pass the name of its argument, such as positions_argument='positions'."
+        )

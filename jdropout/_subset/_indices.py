@@ -14,7 +14,6 @@ from jdropout._draw import Draw, Outcome
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import Index, Key
 
-
 # Bytes of each element's place in the order, and of the place of each place, which `_rows` needs.
 _STORED = 8
 
@@ -168,9 +167,9 @@ class Subset:
 
     def indices(self) -> jax.Array:
         """The kept elements, as indices into all elements."""
-        *lead, size = self.shape
         if self.whole:
-            return jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), self.shape)
+            everything = jnp.arange(self.shape[-1], dtype=jnp.int32)
+            return jnp.broadcast_to(everything, self.shape)
         return self.indices_of(self.order())
 
     def indices_of(self, order: jax.Array) -> jax.Array:

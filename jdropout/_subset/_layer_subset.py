@@ -79,13 +79,11 @@ def layer_subset(
     _values.check_function("layer", layer)
     unbiased = _values.check_flag("unbiased", unbiased)
 
-    def without_output(params: Any, x: Any) -> tuple[Any, None]:
-        return layer(params, x), None
-
     y, _ = scan_subset(
         key,
-        without_output,
+        lambda params, state, x: (layer(params, x), state),
         stacked_params,
+        None,
         x,
         rate,
         groups=groups,
@@ -97,8 +95,9 @@ def layer_subset(
 
 def scan_subset(
     key: Key | None,
-    layer: Callable[[Any, Any], tuple[Any, Any]],
-    stacked: Any,
+    layer: Callable[[Any, Any, Any], tuple[Any, Any]],
+    params: Any,
+    state: Any,
     x: Any,
     rate: float,
     *,
@@ -106,31 +105,28 @@ def scan_subset(
     unbiased: bool,
     deterministic: bool,
 ) -> tuple[Any, Any]:
-    """`layer_subset` of layers that return x and their new state.
+    """`layer_subset` of layers that have a state: maps (params, state, x) to (x, state).
 
-    The new states are put in their places among ``stacked``, whose structure they have; a layer
-    may return None for it.
+    Both trees are stacked. A skipped layer's state stays as it is.
     """
-    stacked, x = _values.as_arrays("stacked_params", stacked), _values.as_arrays("x", x)
-    _, _, size = _values.check_common_axis("stacked_params", stacked, "axis", 0)
-    subset = Subset(
-        "layer_subset", key, rate, (size,), groups=groups, deterministic=deterministic
-    )
-    kept = stacked
+    params, state = _values.as_arrays("stacked_params", (params, state))
+    x = _values.as_arrays("x", x)
+    _, _, size = _values.check_common_axis("stacked_params", (params, state), "axis", 0)
+    subset = Subset("layer_subset", key, rate, (size,), groups=groups, deterministic=deterministic)
+    kept = (params, state)
     if not subset.whole:
         order = subset.order()
-        kept = jax.tree.map(lambda leaf: _rows.take(leaf, order, subset.count, 0), stacked)
-    factor = jnp.asarray(subset.factor if unbiased else 1, jnp.result_type(float))
+        kept = jax.tree.map(lambda leaf: _rows.take(leaf, order, subset.count, 0), kept)
+    factor = jnp.asarray(subset.factor, jnp.result_type(float))
 
-    def body(x: Any, params: Any) -> tuple[Any, Any]:
-        y, new = layer(params, x)
+    def body(x: Any, one: tuple[Any, Any]) -> tuple[Any, Any]:
+        y, new = layer(*one, x)
         check_layer_result(x, y)
-        if unbiased and not subset.whole:
-            scale = functools.partial(scaled_update, factor=factor, unbiased=True)
-            y = jax.tree.map(scale, x, y)
+        if unbiased:
+            y = jax.tree.map(functools.partial(scaled_update, factor=factor, unbiased=True), x, y)
         return y, new
 
     y, new = lax.scan(body, x, kept)
-    if new is not None and not subset.whole:
-        new = jax.tree.map(lambda old, rows: _rows.put(old, order, rows, 0), stacked, new)
+    if not subset.whole:
+        new = jax.tree.map(lambda old, rows: _rows.put(old, order, rows, 0), state, new)
     return subset.draw.result(y), new

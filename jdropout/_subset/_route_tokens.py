@@ -78,8 +78,8 @@ def route_tokens(
              [0., 1., 1., 0., 1., 0.]], dtype=float32)
 
     References:
-      Yao, Wu, Li, Holmes, Zhang, Li and He, "Random-LTD: random and layerwise token dropping brings efficient
-      training for large-scale transformers" (2022), section 3; Krause, Phan, Gui, Baumann, Hu and
+      Yao, Wu, Li, Holmes, Zhang, Li and He, "Random-LTD: random and layerwise token dropping
+      brings efficient training for large-scale transformers" (2022), section 3; Krause, Phan, Gui, Baumann, Hu and
       Ommer, "TREAD: token routing for efficient architecture-agnostic diffusion training"
       (ICCV 2025), section 3.
     """

@@ -40,7 +40,7 @@ def take(x: jax.Array, order: jax.Array, count: int, axis: int) -> jax.Array:
 
 
 def add(x: jax.Array, order: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
-    """x with rows added to its kept rows; the arguments are as in `put`."""
+    """Adds rows to the kept rows of x; the arguments are as in `put`."""
     groups = order.shape[-2]
 
     def added(x: jax.Array, order: jax.Array, rows: jax.Array) -> jax.Array:
@@ -50,7 +50,7 @@ def add(x: jax.Array, order: jax.Array, rows: jax.Array, axis: int) -> jax.Array
 
 
 def put(x: jax.Array, order: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
-    """x with its kept rows replaced.
+    """Replaces the kept rows of x.
 
     Args:
       x: array with ``groups * group_size`` rows along the axis.

@@ -139,7 +139,7 @@ def unit_subset(
 
 
 def _split(x: jax.Array, tiles: int, batch_axis: int) -> jax.Array:
-    """x with an axis of tiles in front."""
+    """Splits the batch into tiles, on a new leading axis."""
     axis = _values.check_axis("batch_axis", batch_axis, x.ndim)
     if x.shape[axis] % tiles:
         raise ValueError(

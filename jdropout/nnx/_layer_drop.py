@@ -5,14 +5,12 @@ from typing import Any
 
 from flax import nnx
 
-from jdropout._flax import check_module_rate, draws_mask
 from jdropout._layer_drop import skip
 from jdropout._typing import Flag
-from jdropout._values import check_function
-from jdropout.nnx._dropout import Layer, attach
+from jdropout.nnx._wrapper import Wrapper
 
 
-class LayerDrop(Layer):
+class LayerDrop(Wrapper):
     """Layer of `jdropout.layer_drop`: skips a residual layer, which may have a state.
 
     The layer may contain dropout, batch statistics and random streams of its own: if it is skipped
@@ -48,8 +46,6 @@ class LayerDrop(Layer):
       (ICLR 2020), section 3.
     """
 
-    _arguments = "layer, rate"
-
     def __init__(
         self,
         layer: Callable[..., Any],
@@ -60,11 +56,10 @@ class LayerDrop(Layer):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
-        check_function("layer", layer)
-        self.layer = layer
-        self.rate = check_module_rate(rate)
+        super().__init__(
+            layer, rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
+        )
         self.unbiased = unbiased
-        attach(self, deterministic, rng_collection, rngs)
 
     def __call__(
         self,
@@ -108,6 +103,3 @@ class LayerDrop(Layer):
             unbiased=self.unbiased,
             cond=nnx.cond,
         )
-
-    def _draws(self, flag: Any) -> bool:
-        return draws_mask(self.rate, flag)

@@ -11,6 +11,7 @@ from jdropout._typing import Index, Key
 from jdropout.keys import at_site, step_key
 from jdropout.nnx._dropout import Dropout, FlaxDropout
 from jdropout.nnx._turn_on import drops
+from jdropout.nnx._wrapper import Wrapper
 
 
 def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Index = 0) -> None:
@@ -91,10 +92,10 @@ def _keys_of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def set_rate(model: nnx.Module, rate: float, *filters: Any) -> int:
     """Sets the rate of a model's dropout layers, in place.
 
-    It affects every `flax.nnx.Dropout`, and therefore every layer of this library that has a
-    rate. The rate is static: a compiled function that takes the model is recompiled for a new
-    rate. To change the rate at every step, pass a traced rate to `jdropout.dropout` instead.
-    Attention keeps its rate, which is the attribute ``dropout_rate`` of its layer.
+    It affects every `flax.nnx.Dropout`, and every layer of this library that has a rate. The
+    rate is static: a compiled function that takes the model is recompiled for a new rate. To
+    change the rate at every step, pass a traced rate to `jdropout.dropout` instead. Attention
+    keeps its rate, which is the attribute ``dropout_rate`` of its layer.
 
     Args:
       model: nnx module; changed in place.
@@ -127,7 +128,7 @@ def set_rate(model: nnx.Module, rate: float, *filters: Any) -> int:
     layers = [
         node
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, FlaxDropout)
+        if isinstance(node, FlaxDropout | Wrapper)
         and (not predicates or any(predicate(path, node) for predicate in predicates))
     ]
     if not layers:
