@@ -216,6 +216,8 @@ def is_real(value: Any) -> bool:
 def as_array(name: str, x: Any) -> jax.Array:
     """Returns a JAX array, without losing the digits of an integer."""
     x = readable(name, x)
+    if isinstance(x, jax.Array):  # also of a dtype such as PRNG keys
+        return x
     dtype = dtype_of(x)
     narrow = jax.dtypes.canonicalize_dtype(dtype)
     if narrow != dtype and jnp.issubdtype(dtype, np.integer) and np.size(x):

@@ -217,7 +217,11 @@ def _row(number: int, site: AuditedSite) -> tuple[str, ...]:
         rate,
         ", ".join(map(str, site.shared_axes)) or "-",
         f"{site.stored_bytes} B",
-        "traced" if site.saved_work is None else f"{site.saved_work:.0%}" if site.saved_work else "-",
+        "traced"
+        if site.saved_work is None
+        else f"{site.saved_work:.0%}"
+        if site.saved_work
+        else "-",
         site.key or "-",
         ", ".join(site.key_sources) or "-",
     )

@@ -19,6 +19,7 @@ from jdropout.linen._drop_connect import DropConnect as DropConnect
 from jdropout.linen._dropout import Dropout as Dropout
 from jdropout.linen._embedding_dropout import EmbeddingDropout as EmbeddingDropout
 from jdropout.linen._layer_drop import LayerDrop as LayerDrop
+from jdropout.linen._layer_subset import LayerSubset as LayerSubset
 from jdropout.linen._model import with_site_keys as with_site_keys
 from jdropout.linen._monte_carlo import mc_predict as mc_predict
 from jdropout.linen._multi_sample import MultiSample as MultiSample
@@ -27,10 +28,13 @@ from jdropout.linen._noise import GaussianNoise as GaussianNoise
 from jdropout.linen._replace import install as install
 from jdropout.linen._replace import replacing as replacing
 from jdropout.linen._replace import uninstall as uninstall
+from jdropout.linen._route_tokens import RouteTokens as RouteTokens
 from jdropout.linen._shared import DropPath as DropPath
 from jdropout.linen._shared import LockedDropout as LockedDropout
 from jdropout.linen._shared import SpatialDropout as SpatialDropout
+from jdropout.linen._stochastic_depth import StochasticDepth as StochasticDepth
 from jdropout.linen._tokens import PatchDropout as PatchDropout
+from jdropout.linen._unit_subset import UnitSubset as UnitSubset
 from jdropout.linen._variational import VariationalDense as VariationalDense
 from jdropout.linen._zoneout import Zoneout as Zoneout
 
@@ -46,13 +50,17 @@ __all__ = [
     "GaussianDropout",
     "GaussianNoise",
     "LayerDrop",
+    "LayerSubset",
     "LockedDropout",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "MultiSample",
     "PatchDropout",
+    "RouteTokens",
     "SelfAttention",
     "SpatialDropout",
+    "StochasticDepth",
+    "UnitSubset",
     "VariationalDense",
     "Zoneout",
     "dot_product_attention",

@@ -44,7 +44,8 @@ class DropoutOn:
     ) -> Any:
         module: Any = context.module
         function = getattr(type(module), context.method_name, None)
-        if function is None:  # a function that linen.apply or a lifted transform was given
+        # A function that linen.apply or a lifted transform was given, or a module being made.
+        if function is None or module.scope is None:
             return method(*args, **kwargs)
         parameters = inspect.signature(function).parameters
         if isinstance(module, nnx.bridge.ToLinen):

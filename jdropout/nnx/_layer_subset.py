@@ -5,7 +5,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout._checks import check_static_flag
 from jdropout._subset._layer_subset import scan_subset
 from jdropout.nnx._wrapper import SubsetWrapper
 
@@ -92,8 +91,8 @@ class LayerSubset(SubsetWrapper):
             constructor gave a flag, or a source of keys.
           TypeError: if the flag is traced, or `rngs` has the wrong type.
         """
-        flag, key = self._resolve(deterministic, rngs)
-        structure, params, state = nnx.split(self.layer, nnx.Param, ...)
+        flag, key = self._static(deterministic, rngs)
+        structure, params, *rest = nnx.split(self.layer, nnx.Param, ...)
 
         def run(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
             layer = nnx.merge(structure, params, state)
@@ -104,12 +103,12 @@ class LayerSubset(SubsetWrapper):
             key,
             run,
             params,
-            state,
+            *rest,
             inputs,
             self.rate,
             groups=self.groups,
             unbiased=self.unbiased,
-            deterministic=check_static_flag(flag),
+            deterministic=flag,
         )
         nnx.update(self.layer, state)
         return y

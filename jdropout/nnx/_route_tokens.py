@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout._checks import check_static_flag
 from jdropout._flax import check_positions
 from jdropout._subset import route_tokens
 from jdropout.nnx._wrapper import SubsetWrapper
@@ -98,7 +97,7 @@ class RouteTokens(SubsetWrapper):
             constructor gave a flag, or a source of keys.
           TypeError: if the flag is traced, or `rngs` has the wrong type.
         """
-        flag, key = self._resolve(deterministic, rngs)
+        flag, key = self._static(deterministic, rngs)
         check_positions(positions, self.positions_argument)
 
         def layers(x: jax.Array, where: Any) -> Any:
@@ -113,5 +112,5 @@ class RouteTokens(SubsetWrapper):
             num_prefix_tokens=self.num_prefix_tokens,
             axis=self.axis,
             positions=positions,
-            deterministic=check_static_flag(flag),
+            deterministic=flag,
         )

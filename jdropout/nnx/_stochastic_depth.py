@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout._checks import check_static_flag
 from jdropout._subset import stochastic_depth
 from jdropout.nnx._wrapper import SubsetWrapper
 
@@ -92,7 +91,7 @@ class StochasticDepth(SubsetWrapper):
             constructor gave a flag, or a source of keys.
           TypeError: if the flag is traced, or `rngs` has the wrong type.
         """
-        flag, key = self._resolve(deterministic, rngs)
+        flag, key = self._static(deterministic, rngs)
         return stochastic_depth(
             key,
             lambda x, *args: self.layer(x, *args, **options),
@@ -101,5 +100,5 @@ class StochasticDepth(SubsetWrapper):
             args=args,
             groups=self.groups,
             batch_axis=self.batch_axis,
-            deterministic=check_static_flag(flag),
+            deterministic=flag,
         )

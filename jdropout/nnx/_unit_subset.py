@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout._checks import check_static_flag
 from jdropout._flax import check_paths
 from jdropout._subset import unit_subset
 from jdropout.nnx._wrapper import SubsetWrapper
@@ -113,7 +112,7 @@ class UnitSubset(SubsetWrapper):
             constructor gave a flag, or a source of keys.
           TypeError: if the flag is traced, or `rngs` has the wrong type.
         """
-        flag, key = self._resolve(deterministic, rngs)
+        flag, key = self._static(deterministic, rngs)
         sources = {path: _params(_module_at(self.layer, path)) for path in self.incoming}
         sinks = {path: _module_at(self.layer, path).kernel[...] for path in self.outgoing}
 
@@ -136,7 +135,7 @@ class UnitSubset(SubsetWrapper):
             incoming_axis=self.incoming_axis,
             outgoing_axis=self.outgoing_axis,
             groups=self.groups,
-            deterministic=check_static_flag(flag),
+            deterministic=flag,
         )
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jdropout._checks import check_static_flag
 from jdropout._flax import check_module_rate, draws_mask
+from jdropout._typing import Flag
 from jdropout._values import check_function
 from jdropout.nnx._dropout import Layer, attach
 
@@ -38,4 +40,11 @@ class SubsetWrapper(Wrapper):
     """A wrapper whose function computes a subset: at a rate of 1 it still draws which."""
 
     def _draws(self, flag: bool | jax.Array) -> bool:
-        return flag is not True and self.rate != 0
+        return not check_static_flag(flag) and self.rate != 0
+
+    def _static(
+        self, deterministic: Flag | None, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None
+    ) -> tuple[bool, jax.Array | None]:
+        """`_resolve` with a flag that is not traced."""
+        flag, key = self._resolve(deterministic, rngs)
+        return bool(flag), key

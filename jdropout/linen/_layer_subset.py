@@ -1,0 +1,130 @@
+"""LayerDrop of an exact number of stacked layers as a linen module."""
+
+from typing import Any
+
+import jax
+from flax import linen
+
+from jdropout._subset._layer_subset import scan_subset
+from jdropout._typing import Key
+from jdropout.linen._wrapper import SubsetWrapper
+
+
+class LayerSubset(SubsetWrapper, kw_only=True):
+    """Layer of `jdropout.layer_subset`: runs k of L layers of one kind.
+
+    Their variables are stacked along axis 0, as by `linen.scan`. The layers may have dropout and
+    variables of their own; a skipped layer's stay as they are. Every layer has keys of its own,
+    split from each stream.
+
+    Attributes:
+      layer: one residual layer, the pattern of all.
+      num_layers: number of layers, L.
+      rate: fraction of layers to skip, a number in [0, 1].
+      deterministic: if True, run all layers. Set it here or in the call, not in both. It must not
+        be traced.
+      rng_collection: name of the random stream that keys are taken from, ``'dropout'`` by
+        default.
+      groups: number of groups of neighbouring layers, of which each keeps the same number; 1 by
+        default.
+      unbiased: if True, multiply the update of a kept layer by ``L / k``; False by default.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen
+      >>> import jdropout.linen
+      >>> layer = jdropout.linen.LayerSubset(
+      ...     linen.Dense(8), rate=0.5, num_layers=6, deterministic=False
+      ... )
+      >>> keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+      >>> variables = layer.init(keys, jnp.ones((2, 8)))
+      >>> variables["params"]["layer"]["kernel"].shape
+      (6, 8, 8)
+      >>> layer.apply(variables, jnp.ones((2, 8)), rngs=keys).shape
+      (2, 8)
+
+    References:
+      Fan, Grave and Joulin, "Reducing transformer depth on demand with structured dropout"
+      (ICLR 2020), section 3.
+    """
+
+    num_layers: int
+    groups: int = 1
+    unbiased: bool = False
+
+    def __call__(
+        self,
+        inputs: Any,
+        *args: Any,
+        deterministic: bool | None = None,
+        rng: Key | None = None,
+        **options: Any,
+    ) -> Any:
+        """Runs the kept layers in order. In initialisation, all of them.
+
+        Args:
+          inputs: input of the first layer, an array or a tree of arrays.
+          *args: further arguments, the same for all layers, such as a mask.
+          deterministic: if True, run all layers. Set it here or in the constructor, not in both. It
+            is not passed to the layer.
+          rng: PRNG key to use instead of one from the stream.
+          **options: keyword arguments of the layer, the same for all layers.
+
+        Returns:
+          The result of the last layer that runs.
+
+        Raises:
+          ValueError: if a layer returns another shape or dtype, the flag was set both here
+            and in the constructor or in neither, or the rate is outside [0, 1].
+          TypeError: if the rate is not a number, or it or the flag is traced.
+        """
+        flag, key = self._static(deterministic, rng)
+        if flag or key is None:
+
+            def run_one(module: Any, x: Any, _: None) -> tuple[Any, None]:
+                return module.layer(x, *args, **options), None
+
+            run_all = linen.scan(
+                run_one,
+                variable_axes={True: 0},
+                split_rngs={True: True},
+                length=self.num_layers,
+            )
+            return run_all(self, inputs, None)[0]
+
+        # Not linen.scan, which cannot scan a part of a module's variables.
+        variables = dict(self.layer.variables)
+        params = variables.pop("params", {})
+        changing = [name for name in variables if self.is_mutable_collection(name)]
+        assert self.scope is not None  # a called module is bound
+        streams = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
+        keys = jax.tree.map(lambda key: jax.random.split(key, self.num_layers), streams)
+        one = self.layer.clone(parent=None, name=None)
+
+        def run(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+            variables, keys = state
+            y, new = one.apply(
+                {"params": params, **variables},
+                x,
+                *args,
+                rngs=keys,
+                mutable=changing,
+                **options,
+            )
+            return y, ({**variables, **new}, keys)
+
+        y, (variables, _) = scan_subset(
+            key,
+            run,
+            params,
+            (variables, keys),
+            inputs,
+            self.rate,
+            groups=self.groups,
+            unbiased=self.unbiased,
+            deterministic=False,
+        )
+        for collection in changing:
+            for name, value in variables[collection].items():
+                self.layer.put_variable(collection, name, value)
+        return y

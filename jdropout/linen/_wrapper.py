@@ -1,0 +1,33 @@
+"""Base of linen modules that compute a subset of what another module computes."""
+
+from typing import Any
+
+import jax
+from flax import linen
+
+from jdropout._checks import check_static_flag
+from jdropout._typing import Key
+from jdropout.linen._dropout import RateLayer
+
+
+class SubsetWrapper(RateLayer, linen.Module):
+    """A layer around a module; in initialisation, it computes everything."""
+
+    rng_position = None
+
+    layer: linen.Module
+    rate: float
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+
+    @linen.nowrap
+    def _draws(self, flag: bool | jax.Array) -> bool:
+        return not check_static_flag(flag) and self.rate != 0  # at 1 it draws which one stays
+
+    @linen.nowrap
+    def _static(self, deterministic: bool | None, rng: Key | None) -> tuple[bool, Any]:
+        """Returns the flag, True in initialisation, and the key for this call."""
+        if self.is_initializing():
+            return True, None
+        flag, key = self._resolve(deterministic, rng)
+        return bool(flag), key
