@@ -13,7 +13,7 @@ from jdropout import _checks, _values
 from jdropout._draw import Draw, Outcome
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._subset import _rows
-from jdropout._subset._indices import check_fixed_rate, kept_first
+from jdropout._subset._indices import Order, check_fixed_rate, kept_first
 from jdropout._subset._route_tokens import check_prefix, with_prefix
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 from jdropout._values import as_array, as_integer, type_name
@@ -191,9 +191,9 @@ def _gathered(
 ) -> tuple[jax.Array, jax.Array]:
     def gathered(draw: Draw, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         group = kept_first(draw.uniform()[..., None, :], count, ordered)
-        order = with_prefix(group, prefix)
+        order = with_prefix(Order.of(group), prefix)
         kept = _rows.take(x, order, prefix + count, axis)
-        return kept, order[..., 0, : prefix + count]
+        return kept, order.rows[..., 0, : prefix + count]
 
     sharding = jax.typeof(x).sharding
     explicit = sharding.mesh.explicit_axes

@@ -1,6 +1,6 @@
-"""The laws of masks, subsets and keys once more, in NumPy, from their text alone (docs/law.md, keys.md).
+"""The laws of masks, subsets and keys once more, in NumPy, from their text alone.
 
-It shares no code with the library and favours plainness over speed: one cipher call per
+The text is in docs/law.md and keys.md. The twin shares no code with the library and favours plainness over speed: one cipher call per
 element, 64-bit integers, no packing.
 """
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from fractions import Fraction
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jdropout._draw import Draw, Outcome
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import Index, Key
 
-# Bytes of each element's place in the order, and of the place of each place, which `_rows` needs.
+# Bytes of an element of an `Order`.
 _STORED = 8
 
 
@@ -117,8 +118,8 @@ class Subset:
         self.shape = shape
         self.groups = _check_groups(groups, size)
         self.group_size = size // self.groups
-        # In floating point 10 * (1 - 0.95) is above 0.5.
-        self.count = max(1, round(round(self.group_size * (1 - rate), 6)))
+        # The double closest to 0.95 is less, so that 10 * (1 - 0.95) is above 0.5.
+        self.count = max(1, round(round(self.group_size * (1 - Fraction(rate)), 6)))
         if start is not None:
             _check_group_start(start, self.group_size)
         off = self.count == self.group_size
@@ -150,8 +151,8 @@ class Subset:
 
     def order(
         self, like: jax.Array | None = None, axis: int = 0, around: tuple[Any, ...] = ()
-    ) -> jax.Array:
-        """The elements of each group, kept ones first and in order: (..., groups, group_size).
+    ) -> "Order":
+        """The elements of each group, kept ones first and in order.
 
         Args:
           like: array whose explicit sharding the groups follow; None for a replicated result.
@@ -162,33 +163,45 @@ class Subset:
         if like is not None:
             before = [*around, *[None] * (len(self.shape) - 1 - len(around))]
             spec = PartitionSpec(*before, local_spec(like, axis, self.groups), None)
-        options = {"groups": self.groups, "count": self.count, "spec": spec}
-        return cast("jax.Array", self.draw.apply(_order, **options))
+        return Order.of(self._rows(spec))
+
+    def _rows(self, spec: PartitionSpec | None = None) -> jax.Array:
+        options: dict[str, Any] = {"groups": self.groups, "count": self.count, "spec": spec}
+        return cast("jax.Array", self.draw.apply(_kept_first, **options))
 
     def indices(self) -> jax.Array:
         """The kept elements, as indices into all elements."""
         if self.whole:
             everything = jnp.arange(self.shape[-1], dtype=jnp.int32)
             return jnp.broadcast_to(everything, self.shape)
-        return self.indices_of(self.order())
-
-    def indices_of(self, order: jax.Array) -> jax.Array:
-        """The kept elements of an order, as indices into all elements."""
         first = np.arange(self.groups, dtype=np.int32)[:, None] * np.int32(self.group_size)
-        chosen = order[..., : self.count] + first
+        chosen = self._rows()[..., : self.count] + first
         return chosen.reshape(*self.shape[:-1], self.groups * self.count)
 
 
-def _order(draw: Draw, *, groups: int, count: int, spec: PartitionSpec | None) -> jax.Array:
-    def order(draw: Draw) -> jax.Array:
+class Order(NamedTuple):
+    """A permutation of each group and its inverse: int32 of shape (..., groups, group_size)."""
+
+    rows: jax.Array
+    """The elements, kept ones first."""
+    places: jax.Array
+    """The place of each element among the rows."""
+
+    @classmethod
+    def of(cls, rows: jax.Array) -> "Order":
+        return cls(rows, jnp.argsort(rows, axis=-1).astype(rows.dtype))
+
+
+def _kept_first(draw: Draw, *, groups: int, count: int, spec: PartitionSpec | None) -> jax.Array:
+    def rows(draw: Draw) -> jax.Array:
         uniform = draw.uniform()
         grouped = uniform.reshape(*uniform.shape[:-1], groups, -1)
         return kept_first(grouped, count)
 
     explicit = () if spec is None else jax.sharding.get_abstract_mesh().explicit_axes
     if explicit:
-        order = jax.sharding.auto_axes(order, axes=explicit, out_sharding=spec)
-    return order(draw)
+        rows = jax.sharding.auto_axes(rows, axes=explicit, out_sharding=spec)
+    return rows(draw)
 
 
 def kept_first(uniform: jax.Array, count: int, ordered: bool = True) -> jax.Array:

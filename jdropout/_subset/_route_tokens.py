@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jdropout import _values
 from jdropout._subset import _rows
-from jdropout._subset._indices import Subset
+from jdropout._subset._indices import Order, Subset
 from jdropout._typing import ArrayLike, Index, Key
 
 
@@ -79,9 +79,9 @@ def route_tokens(
 
     References:
       Yao, Wu, Li, Holmes, Zhang, Li and He, "Random-LTD: random and layerwise token dropping
-      brings efficient training for large-scale transformers" (2022), section 3; Krause, Phan, Gui, Baumann, Hu and
-      Ommer, "TREAD: token routing for efficient architecture-agnostic diffusion training"
-      (ICCV 2025), section 3.
+      brings efficient training for large-scale transformers" (2022), section 3; Krause, Phan, Gui,
+      Baumann, Hu and Ommer, "TREAD: token routing for efficient architecture-agnostic diffusion
+      training" (ICCV 2025), section 3.
     """
     _values.check_function("layers", layers)
     x = _values.as_array("x", x)
@@ -110,11 +110,15 @@ def route_tokens(
     return subset.draw.result(_rows.put(x, order, y, axis))
 
 
-def with_prefix(order: jax.Array, prefix: int) -> jax.Array:
+def with_prefix(order: Order, prefix: int) -> Order:
     """An order of one group with a prefix, which is kept, in front."""
-    shape = (*order.shape[:-1], prefix)
-    first = jnp.broadcast_to(jnp.arange(prefix, dtype=order.dtype), shape)
-    return jnp.concatenate([first, order + order.dtype.type(prefix)], axis=-1)
+
+    def prefixed(numbers: jax.Array) -> jax.Array:
+        shape = (*numbers.shape[:-1], prefix)
+        first = jnp.broadcast_to(jnp.arange(prefix, dtype=numbers.dtype), shape)
+        return jnp.concatenate([first, numbers + numbers.dtype.type(prefix)], axis=-1)
+
+    return Order(prefixed(order.rows), prefixed(order.places))
 
 
 def check_prefix(count: Any, length: int) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jdropout import _values
 from jdropout._subset import _rows
-from jdropout._subset._indices import Subset
+from jdropout._subset._indices import Order, Subset
 from jdropout._typing import Index, Key
 
 _Tree = TypeVar("_Tree")
@@ -119,7 +119,7 @@ def unit_subset(
         return cast("_Tree", subset.draw.result(block(incoming, outgoing, x)))
     order = subset.order(first, first_axis)
 
-    def chosen(order: jax.Array, x: Any) -> Any:
+    def chosen(order: Order, x: Any) -> Any:
         def taken(leaf: jax.Array, axis: int) -> jax.Array:
             at = _values.check_axis("axis", axis, leaf.ndim)
             return _rows.take(leaf, order, subset.count, at)
@@ -131,7 +131,7 @@ def unit_subset(
         return block(sources, jax.tree.map(taken_and_scaled, outgoing), x)
 
     if tiles == 1:
-        y = chosen(order[0], x)
+        y = chosen(Order(order.rows[0], order.places[0]), x)
     else:
         x = jax.tree.map(lambda leaf: _split(leaf, tiles, batch_axis), _values.as_arrays("x", x))
         y = jax.tree.map(lambda leaf: _merge(leaf, batch_axis), jax.vmap(chosen)(order, x))
