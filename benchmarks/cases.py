@@ -31,6 +31,7 @@ from common import (
 from family import family
 from harness import Plan, Row, interleave, ratio_row, timed_row
 from sharded import sharded
+from subset import lora, subset
 from transformer import fused, transformer
 from uncertainty import uncertainty
 
@@ -213,6 +214,8 @@ SECTIONS = {
     "transformer": transformer,
     "fused": fused,
     "family": family,
+    "subset": subset,
+    "lora": lora,
     "uncertainty": uncertainty,
     "sharded": sharded,
 }

@@ -85,6 +85,7 @@ def timed_row(
     functions: Mapping[str, Callable[[], Any]],
     columns: tuple[str, ...],
     plan: Plan,
+    always_warm: bool = False,
 ) -> Row:
     """Times competitors against each other.
 
@@ -93,16 +94,20 @@ def timed_row(
       functions: competitors by name; each returns JAX arrays.
       columns: ratios to compute, such as ``"ours / copy"``.
       plan: number of rounds, and length of a sample.
+      always_warm: whether long calls too are timed after an untimed one: where competitors
+        allocate different amounts, the larger one pays for pages that the smaller one gave back.
 
     Returns:
       The row of ratios; its details are the median times of one call.
     """
-    return ratio_row(labels, time_all(functions, plan), columns)
+    return ratio_row(labels, time_all(functions, plan, always_warm), columns)
 
 
-def time_all(functions: Mapping[str, Callable[[], Any]], plan: Plan) -> dict[str, np.ndarray]:
+def time_all(
+    functions: Mapping[str, Callable[[], Any]], plan: Plan, always_warm: bool = False
+) -> dict[str, np.ndarray]:
     """Returns the seconds per call, for every competitor and round."""
-    samplers = {name: sampler(function, plan) for name, function in functions.items()}
+    samplers = {name: sampler(function, plan, always_warm) for name, function in functions.items()}
     return interleave(samplers, plan.rounds)
 
 
@@ -134,7 +139,9 @@ def ratio_row(
     return Row(labels, cells, {"seconds": seconds})
 
 
-def sampler(function: Callable[[], Any], plan: Plan) -> Callable[[], float]:
+def sampler(
+    function: Callable[[], Any], plan: Plan, always_warm: bool = False
+) -> Callable[[], float]:
     """Returns a function that measures the mean time of a call, in seconds."""
     # Queued calls may run concurrently on a CPU; on an accelerator, waiting is what costs time.
     wait_for_each = jax.default_backend() == "cpu"
@@ -156,4 +163,4 @@ def sampler(function: Callable[[], Any], plan: Plan) -> Callable[[], float]:
     calls = 1
     while (seconds := calls * sample(calls)) < plan.sample_seconds:
         calls *= 2
-    return lambda: sample(calls, warm_up=seconds < LONG_SECONDS)
+    return lambda: sample(calls, warm_up=always_warm or seconds < LONG_SECONDS)
