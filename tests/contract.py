@@ -51,6 +51,9 @@ class Draw:
         numbers = law_twin.uniform(self.words, shape, shared, self.start, self.whole)
         return (numbers.astype(np.float64) + 0.5) / 2**32
 
+    def subset(self, rate, size, groups=1, shape=()):
+        return law_twin.keep_indices(self.words, rate, size, groups, shape, self.start, self.whole)
+
     def normal(self, shape, shared=()):
         return special.ndtri(self.uniform(shape, shared))
 
@@ -107,6 +110,12 @@ class Row:
     """In an audit; the function's name if empty."""
     site_shape: tuple[int, ...] | None = None
     """In an audit; None for x's."""
+    saves_work: bool = False
+    """Whether an audit says that the dropped fraction is not computed."""
+    audited_bytes: int = 8
+    """In an audit, what the backward pass stores."""
+    key_at_one: bool = False
+    """Whether a rate of 1 needs a key, which says what stays."""
     findings: tuple[str, ...] = ()
     has_blocks: bool | None = None
     """Whether it takes start and global_shape; None to ask its signature."""
@@ -534,6 +543,105 @@ BESIDE = dict(
 )
 
 
+# --- subsets ------------------------------------------------------------------------------
+
+UNITS = np.random.default_rng(7).standard_normal((3, 10), np.float32)
+FACTORS = np.random.default_rng(8).standard_normal((4, 1, 10), np.float32)
+
+
+@np.errstate(invalid="ignore")
+def depth_formula(draw, x, rate):
+    y, kept = x.copy(), draw.subset(rate, len(x))
+    y[kept] += np.sin(x[kept]) * real(x)(len(x) / len(kept))
+    return y
+
+
+@np.errstate(invalid="ignore")
+def depth_pullback(draw, x, rate, y_bar):
+    x_bar, kept = y_bar.copy(), draw.subset(rate, len(x))
+    x_bar[kept] *= 1 + np.cos(x[kept]) * real(x)(len(x) / len(kept))
+    return x_bar
+
+
+def routed(key, x, rate, **options):
+    return jdropout.route_tokens(key, lambda x, where: residual_layer(x), x, rate, **options)
+
+
+@np.errstate(invalid="ignore")
+def route_formula(draw, x, rate):
+    y, kept = x.copy(), draw.subset(rate, x.shape[1], shape=x.shape[:1])
+    tokens = take(x, kept)
+    np.put_along_axis(y, kept[..., None], tokens + np.sin(tokens), 1)
+    return y
+
+
+@np.errstate(invalid="ignore")
+def route_pullback(draw, x, rate, y_bar):
+    kept = draw.subset(rate, x.shape[1], shape=x.shape[:1])
+    return y_bar + put_back(x, kept, 1, take(y_bar, kept) * np.cos(take(x, kept)))
+
+
+def some_units(key, x, rate, **options):
+    """Three examples, ten units whose values are given, and their outgoing weights x."""
+    return jdropout.unit_subset(
+        key, lambda units, x, _: units.astype(x.dtype) @ x, UNITS, x, (), rate, **options
+    )
+
+
+def unit_formula(draw, x, rate):
+    kept = draw.subset(rate, len(x), shape=(1,))[0]
+    return UNITS[:, kept] @ x[kept] * real(x)(len(x) / len(kept))
+
+
+def unit_pullback(draw, x, rate, y_bar):
+    x_bar, kept = np.zeros_like(x), draw.subset(rate, len(x), shape=(1,))[0]
+    x_bar[kept] = UNITS[:, kept].T @ y_bar * real(x)(len(x) / len(kept))
+    return x_bar
+
+
+def some_layers(key, x, rate, **options):
+    def layer(factor, x):
+        return x + jnp.sin(x * factor.astype(x.dtype))
+
+    return jdropout.layer_subset(key, layer, FACTORS, x, rate, **options)
+
+
+@np.errstate(invalid="ignore")
+def layers_formula(draw, x, rate):
+    for index in draw.subset(rate, len(FACTORS)):
+        x = x + np.sin(x * FACTORS[index])
+    return x
+
+
+@np.errstate(invalid="ignore")
+def layers_pullback(draw, x, rate, y_bar):
+    for index in draw.subset(rate, len(FACTORS)):
+        y_bar = y_bar * (1 + FACTORS[index] * np.cos(x * FACTORS[index]))
+        x = x + np.sin(x * FACTORS[index])
+    return y_bar
+
+
+def everything(formula):
+    """The formula in evaluation."""
+    return lambda x, rate: formula(Draw(jax.random.key(0)), x, 0)
+
+
+SUBSET = dict(
+    traceable=False,
+    zeros=(),
+    drops=False,
+    dtypes=(jnp.float64,),
+    rtol=2e-6,
+    atol=2e-6,
+    array=None,
+    stores_key=False,
+    has_blocks=False,  # of the axes that are chosen from; their own tests have them
+    saves_work=True,
+    key_at_one=True,
+    programs=None,
+)
+
+
 # --- the table ----------------------------------------------------------------------------
 
 ROWS = {
@@ -578,8 +686,64 @@ ROWS = {
         elementwise=False,
         dtypes=(*INEXACT, jnp.int32, jnp.bool_),
         site_shape=(3, 8),
-        audited_rate=lambda draw: RATE,
+        audited_rate=lambda draw: 1 - 5 / 8,
+        saves_work=True,
+        key_at_one=True,
         array=None,
+    ),
+    "stochastic_depth": Row(
+        function=jdropout.stochastic_depth,
+        call=lambda key, x, rate, **options: jdropout.stochastic_depth(
+            key, jnp.sin, x, rate, **options
+        ),
+        formula=depth_formula,
+        pullback=depth_pullback,
+        evaluated=everything(depth_formula),
+        site_shape=(7,),
+        audited_rate=lambda draw: 1 - 5 / 7,
+        audited_bytes=8 * 7,
+        stores=2 * 7 + 50 + 2,  # the order, the cosines, and constants
+        **SUBSET,
+    ),
+    "route_tokens": Row(
+        function=jdropout.route_tokens,
+        call=routed,
+        formula=route_formula,
+        pullback=route_pullback,
+        evaluated=everything(route_formula),
+        shape=(3, 9, 4),
+        other=(2, 8, 3),
+        site_shape=(3, 9),
+        audited_rate=lambda draw: 1 - 6 / 9,
+        audited_bytes=8 * 3 * 9,
+        stores=2 * 27 + 72,  # the order and the cosines
+        **SUBSET,
+    ),
+    "unit_subset": Row(
+        function=jdropout.unit_subset,
+        call=some_units,
+        formula=unit_formula,
+        pullback=unit_pullback,
+        evaluated=everything(unit_formula),
+        shape=(10, 5),
+        elementwise=False,
+        site_shape=(1, 10),
+        audited_rate=lambda draw: 1 - 7 / 10,
+        audited_bytes=8 * 10,
+        stores=2 * 10 + 21 + 1,  # the order, the kept units and the factor
+        **SUBSET,
+    ),
+    "layer_subset": Row(
+        function=jdropout.layer_subset,
+        call=some_layers,
+        formula=layers_formula,
+        pullback=layers_pullback,
+        evaluated=everything(layers_formula),
+        site_shape=(4,),
+        audited_rate=lambda draw: 1 - 3 / 4,
+        audited_bytes=8 * 4,
+        stores=3 * (70 + 10),  # the cosines and the factors
+        **SUBSET,
     ),
     "gaussian_dropout": Row(
         function=jdropout.gaussian_dropout,
@@ -665,6 +829,7 @@ ROWS = {
         stores=70 + 2,  # the cosine of the layer, and the decision
         constants=70 + 2,  # a traced rate may be invalid: then the layer's result is replaced
         site_shape=(),
+        saves_work=True,
         array=None,
         programs=None,
     ),

@@ -1,7 +1,7 @@
 """The laws of masks, subsets and keys once more, in NumPy, from their text alone.
 
-The text is in docs/law.md and keys.md. The twin shares no code with the library and favours plainness over speed: one cipher call per
-element, 64-bit integers, no packing.
+The text is in docs/law.md and keys.md. The twin shares no code with the library and favours
+plainness over speed: one cipher call per element, 64-bit integers, no packing.
 """
 
 import hashlib

@@ -164,8 +164,8 @@ def test_rate_one_is_the_limit_of_the_formula_without_a_key(case):
         x.flat[:2] = np.nan, np.inf
         y_bar = y_bar.copy()
         y_bar.flat[:2] = np.nan, np.inf
-    if row.function is jdropout.patch_dropout:
-        key = KEY  # one patch stays, and the key says which
+    if row.key_at_one:
+        key = KEY
     for rate in (1, 1 - 1e-12):
         if y_bar is None:
             case.assert_equal(row.call(key, x, rate), case.expected(x, rate))
@@ -387,7 +387,8 @@ def test_an_audit_names_the_kind_the_axes_and_the_rate(case):
     assert site.kind == (row.kind or row.function.__name__)
     assert site.shape == (case.row.shape if row.site_shape is None else row.site_shape)
     assert site.shared_axes == row.shared
-    assert site.stored_bytes == 8
+    assert site.stored_bytes == row.audited_bytes
+    assert site.saved_work == (site.effective_rate if row.saves_work else 0)
     assert site.key_sources == ("key",)
     assert site.deterministic is False
     if row.is_rate:

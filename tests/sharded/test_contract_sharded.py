@@ -44,12 +44,13 @@ def zoneout_formula(draw, x, rate):
     return np.where(draw.keep(rate, x.shape), x, 2 * x)
 
 
-# What is made of a constant beside x, or has no element of x in its place, is tested below.
-CASES = {
-    name: row
-    for name, row in ROWS.items()
-    if name not in ("drop_connect_tree", "layer_drop", "bias_dropout_add", "dropout_add_norm")
-} | {"zoneout": dataclasses.replace(ROWS["zoneout"], call=zoned_out, formula=zoneout_formula)}
+# What is made of a constant beside x, or has no element of x in its place, is tested below, and
+# subsets in a file of their own.
+OTHERS = ("drop_connect_tree", "layer_drop", "bias_dropout_add", "dropout_add_norm")
+SUBSETS = ("stochastic_depth", "route_tokens", "unit_subset", "layer_subset")
+CASES = {name: row for name, row in ROWS.items() if name not in (*OTHERS, *SUBSETS)} | {
+    "zoneout": dataclasses.replace(ROWS["zoneout"], call=zoned_out, formula=zoneout_formula)
+}
 SHAPES = {
     "drop_block": (16, 12, 8, 16),
     "drop_block, realised": (16, 12, 8, 16),
