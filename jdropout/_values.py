@@ -59,6 +59,11 @@ def check_common_axis(
     leaves = jax.tree.leaves(tree)
     if not leaves:
         raise ValueError(f"{name} must hold an array, got {tree!r}. Pass an array or a tree.")
+    for leaf in leaves:
+        if not leaf.ndim:
+            raise ValueError(
+                f"{name} must have {axis_name} {axis}, got a scalar. Pass scalars in a closure."
+            )
     axes = [check_axis(axis_name, axis, leaf.ndim) for leaf in leaves]
     sizes = [leaf.shape[at] for leaf, at in zip(leaves, axes, strict=True)]
     if len(set(sizes)) > 1:
@@ -67,6 +72,16 @@ def check_common_axis(
             "this axis in a closure."
         )
     return leaves[0], axes[0], sizes[0]
+
+
+def check_scalable(name: str, tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{name} must be floating-point or complex, since it is multiplied, got dtype "
+                f"{dtype}. Convert it with .astype(jnp.float32)."
+            )
 
 
 def check_apart(name: str, axis: int, others_name: str, others: tuple[int, ...]) -> None:

@@ -15,8 +15,8 @@ from jdropout._draw import Draw, Outcome
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._typing import Index, Key
 
-# Bytes of an element of an `Order`.
-_STORED = 8
+_INDEX = 4
+"""Bytes of an index, of which an `Order` has two for each element."""
 
 
 def keep_indices(
@@ -84,6 +84,7 @@ def keep_indices(
         groups=groups,
         start=start,
         global_shape=global_shape,
+        indices_alone=True,
     )
     return cast("jax.Array", subset.draw.result(subset.indices()))
 
@@ -97,6 +98,8 @@ class Subset:
       groups: number of groups of neighbours.
       group_size: number of elements in a group.
       count: number of kept elements in a group.
+
+    With ``indices_alone``, an audit reports that differentiation stores the indices, not an order.
     """
 
     def __init__(
@@ -111,18 +114,20 @@ class Subset:
         start: Sequence[Index] | None = None,
         global_shape: Sequence[int] | None = None,
         batch_axis: int | None = 0,
+        indices_alone: bool = False,
     ) -> None:
         rate = check_fixed_rate(rate)
         flag = _checks.check_static_flag(deterministic)
         size = shape[-1]
         self.shape = shape
-        self.groups = _check_groups(groups, size)
+        # In evaluation the last batch may be smaller.
+        self.groups = 1 if flag else _check_groups(groups, size)
         self.group_size = size // self.groups
         # The double closest to 0.95 is less, so that 10 * (1 - 0.95) is above 0.5.
-        self.count = max(1, round(round(self.group_size * (1 - Fraction(rate)), 6)))
-        if start is not None:
-            _check_group_start(start, self.group_size)
+        count = max(1, round(round(self.group_size * (1 - Fraction(rate)), 6)))
+        self.count = min(count, self.group_size)  # of nothing, nothing is kept
         off = self.count == self.group_size
+        places = self.groups * self.count if indices_alone else 2 * size
         self.draw = new_draw(
             kind,
             key,
@@ -134,10 +139,12 @@ class Subset:
             global_shape=global_shape,
             batch_axis=batch_axis,
             reported_rate=rate,
-            kept_fraction=self.count / self.group_size,
+            kept_fraction=1.0 if off else self.count / self.group_size,
             saves_work=True,
-            stored_bytes=0 if off or flag else _STORED * math.prod(shape),
+            stored_bytes=0 if off or flag else _INDEX * places * math.prod(shape[:-1]),
         )
+        if start is not None and not off and not flag:
+            _check_group_start(start, self.group_size)
 
     @property
     def whole(self) -> bool:
@@ -163,20 +170,19 @@ class Subset:
         if like is not None:
             before = [*around, *[None] * (len(self.shape) - 1 - len(around))]
             spec = PartitionSpec(*before, local_spec(like, axis, self.groups), None)
-        return Order.of(self._rows(spec))
-
-    def _rows(self, spec: PartitionSpec | None = None) -> jax.Array:
-        options: dict[str, Any] = {"groups": self.groups, "count": self.count, "spec": spec}
-        return cast("jax.Array", self.draw.apply(_kept_first, **options))
+        made = self.draw.apply(_order, groups=self.groups, count=self.count, spec=spec)
+        return cast("Order", made)
 
     def indices(self) -> jax.Array:
         """The kept elements, as indices into all elements."""
         if self.whole:
             everything = jnp.arange(self.shape[-1], dtype=jnp.int32)
             return jnp.broadcast_to(everything, self.shape)
-        first = np.arange(self.groups, dtype=np.int32)[:, None] * np.int32(self.group_size)
-        chosen = self._rows()[..., : self.count] + first
-        return chosen.reshape(*self.shape[:-1], self.groups * self.count)
+        lead = self.shape[:-1]
+        first = np.arange(self.groups, dtype=np.int32) * np.int32(self.group_size)
+        rows = self.draw.apply(_kept_first, groups=self.groups, count=self.count)
+        chosen = rows[..., : self.count] + first.reshape(*[1] * len(lead), -1, 1)
+        return chosen.reshape(*lead, self.groups * self.count)
 
 
 class Order(NamedTuple):
@@ -189,19 +195,24 @@ class Order(NamedTuple):
 
     @classmethod
     def of(cls, rows: jax.Array) -> "Order":
-        return cls(rows, jnp.argsort(rows, axis=-1).astype(rows.dtype))
+        places = jnp.argsort(rows, axis=-1).astype(rows.dtype)
+        return cls(rows, varying_like(rows, places))
 
 
-def _kept_first(draw: Draw, *, groups: int, count: int, spec: PartitionSpec | None) -> jax.Array:
-    def rows(draw: Draw) -> jax.Array:
-        uniform = draw.uniform()
-        grouped = uniform.reshape(*uniform.shape[:-1], groups, -1)
-        return kept_first(grouped, count)
+def _order(draw: Draw, *, groups: int, count: int, spec: Any) -> Order:
+    def order(draw: Draw) -> Order:
+        return Order.of(_kept_first(draw, groups=groups, count=count))
 
     explicit = () if spec is None else jax.sharding.get_abstract_mesh().explicit_axes
     if explicit:
-        rows = jax.sharding.auto_axes(rows, axes=explicit, out_sharding=spec)
-    return rows(draw)
+        order = jax.sharding.auto_axes(order, axes=explicit, out_sharding=Order(spec, spec))
+    return order(draw)
+
+
+def _kept_first(draw: Draw, *, groups: int, count: int) -> jax.Array:
+    uniform = draw.uniform()
+    *lead, size = uniform.shape
+    return kept_first(uniform.reshape(*lead, groups, size // groups), count)
 
 
 def kept_first(uniform: jax.Array, count: int, ordered: bool = True) -> jax.Array:
@@ -213,10 +224,22 @@ def kept_first(uniform: jax.Array, count: int, ordered: bool = True) -> jax.Arra
       ordered: whether the kept positions increase; otherwise their uniforms do.
     """
     order = jnp.argsort(uniform, axis=-1, stable=True).astype(jnp.int32)
+    order = varying_like(uniform, order)
     if not ordered:
         return order
     kept = jnp.sort(order[..., :count], axis=-1)
     return jnp.concatenate([kept, order[..., count:]], axis=-1)
+
+
+def varying_like(other: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x, which inside shard_map JAX then takes to vary over devices as `other` does.
+
+    JAX loses this in argsort, and does not match it among the operands of custom_linear_solve.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return x
+    always = jnp.full_like(other, True, jnp.bool_, shape=())  # the public way to copy its type
+    return jnp.where(always, x, jnp.zeros_like(x))
 
 
 def local_spec(x: jax.Array, axis: int, groups: int) -> Any:
@@ -251,7 +274,7 @@ def _check_groups(groups: Any, size: int) -> int:
 
 
 def _check_group_start(start: Sequence[Index], group_size: int) -> None:
-    first = _values.as_integer(start[-1]) if len(start) else None
+    first = _values.as_integer(start[-1])
     if first is not None and first % group_size:
         raise ValueError(
             f"start must be the beginning of a group of {group_size} elements on its last axis, "

@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
 
 from jdropout import _values
 from jdropout._subset import _rows
@@ -88,7 +91,7 @@ def route_tokens(
     axis = _values.check_axis("axis", axis, x.ndim)
     lead, length = x.shape[:axis], x.shape[axis]
     prefix = check_prefix(num_prefix_tokens, length)
-    where = _positions(positions, (*lead, length))
+    where = _positions(positions, x, axis)
     subset = Subset(
         "route_tokens",
         key,
@@ -114,9 +117,10 @@ def with_prefix(order: Order, prefix: int) -> Order:
     """An order of one group with a prefix, which is kept, in front."""
 
     def prefixed(numbers: jax.Array) -> jax.Array:
-        shape = (*numbers.shape[:-1], prefix)
-        first = jnp.broadcast_to(jnp.arange(prefix, dtype=numbers.dtype), shape)
-        return jnp.concatenate([first, numbers + numbers.dtype.type(prefix)], axis=-1)
+        lead = numbers.ndim - 1
+        padded = lax.pad(numbers, np.int32(0), [(0, 0, 0)] * lead + [(prefix, 0, 0)])
+        shift = jnp.minimum(jnp.arange(padded.shape[-1], dtype=jnp.int32), np.int32(prefix))
+        return padded + shift.reshape(*[1] * lead, -1)
 
     return Order(prefixed(order.rows), prefixed(order.places))
 
@@ -136,9 +140,12 @@ def check_prefix(count: Any, length: int) -> int:
     return number
 
 
-def _positions(positions: Any, shape: tuple[int, ...]) -> Any:
+def _positions(positions: Any, x: jax.Array, axis: int) -> Any:
+    """What belongs to the tokens, for every example and where it is."""
+    shape = x.shape[: axis + 1]
+    sharding = jax.typeof(x).sharding
     if positions is None:
-        return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+        positions = jnp.arange(shape[-1], dtype=jnp.int32).reshape(*[1] * axis, -1)
 
     def whole(leaf: jax.Array) -> jax.Array:
         given = leaf.shape[: len(shape)]
@@ -148,7 +155,11 @@ def _positions(positions: Any, shape: tuple[int, ...]) -> Any:
                 f"positions must have the leading axes {shape} of x's examples and tokens, got "
                 f"shape {leaf.shape}. Insert axes of size 1 for examples that share them."
             )
-        return jnp.broadcast_to(leaf, (*shape, *leaf.shape[len(shape) :]))
+        trail = jax.typeof(leaf).sharding.spec[len(shape) :]
+        leaf = jnp.broadcast_to(leaf, (*shape, *leaf.shape[len(shape) :]))
+        if not sharding.mesh.explicit_axes:
+            return leaf
+        return jax.sharding.reshard(leaf, PartitionSpec(*sharding.spec[:axis], None, *trail))
 
     return jax.tree.map(whole, _values.as_arrays("positions", positions))
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jdropout._dropout import wide_product
 from jdropout._dtypes import wide_dtype
-from jdropout._subset._indices import Order, local_spec
+from jdropout._subset._indices import Order, local_spec, varying_like
 
 # The transpose that JAX derives for a gather is a scatter, which on a CPU takes 1.5 times as long
 # as a copy and as much memory. As no row is taken twice, a gather by the inverse permutation does
@@ -99,6 +99,8 @@ def _spread(rows: jax.Array, order: Order, axis: int) -> jax.Array:
 def _selected(x: jax.Array, order: Order, count: int, axis: int, transposed: bool) -> jax.Array:
     """The kept rows and then zeros; or the transpose, which puts the first rows in their places."""
     size = order.rows.shape[-1]
+    order = Order(varying_like(x, order.rows), varying_like(x, order.places))
+    x = varying_like(order.rows, x)
 
     def select(_: Any, x: jax.Array) -> jax.Array:
         return _padded(_gathered(x, order.rows[..., :count], axis), size, axis)
@@ -142,7 +144,8 @@ def _split(x: jax.Array, axis: int, groups: int) -> jax.Array:
 
 
 def _merge(x: jax.Array, axis: int) -> jax.Array:
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    groups, size = x.shape[axis : axis + 2]
+    return x.reshape(*x.shape[:axis], groups * size, *x.shape[axis + 2 :])
 
 
 def _placed(fn: Any, x: jax.Array, axis: int, groups: int) -> Any:

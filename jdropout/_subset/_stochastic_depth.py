@@ -99,31 +99,22 @@ def stochastic_depth(
         start=start,
         global_shape=global_shape,
     )
+
+    def at(leaf: jax.Array) -> int:
+        return _values.check_axis("batch_axis", batch_axis, leaf.ndim)
+
+    shared = jax.tree.map(lambda leaf: _is_shared(leaf, size, batch_axis), args)
     if subset.whole:
         y = branch(x, *args)
         _check_branch(x, y)
         return cast("_Tree", subset.draw.result(jax.tree.map(jnp.add, x, y)))
     order = subset.order(first, axis)
 
-    def at(leaf: jax.Array) -> int:
-        return _values.check_axis("batch_axis", batch_axis, leaf.ndim)
-
-    def taken(leaf: jax.Array) -> jax.Array:
-        return _rows.take(leaf, order, subset.count, at(leaf))
-
-    def taken_unless_shared(leaf: jax.Array) -> jax.Array:
-        examples = leaf.shape[at(leaf)]
-        if examples == 1:
-            return leaf
-        if examples != size:
-            raise ValueError(
-                f"args must have the {size} examples of x on axis {batch_axis}, or a single one, "
-                f"got shape {leaf.shape}. Pass what all examples share in a closure."
-            )
-        return taken(leaf)
+    def taken(leaf: jax.Array, shared: bool = False) -> jax.Array:
+        return leaf if shared else _rows.take(leaf, order, subset.count, at(leaf))
 
     kept = jax.tree.map(taken, x)
-    y = branch(kept, *jax.tree.map(taken_unless_shared, args))
+    y = branch(kept, *jax.tree.map(taken, args, shared))
     _check_branch(kept, y)
 
     def added(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -132,6 +123,17 @@ def stochastic_depth(
         return _rows.add(x.astype(dtype), order, rows, at(x))
 
     return cast("_Tree", subset.draw.result(jax.tree.map(added, x, y)))
+
+
+def _is_shared(leaf: jax.Array, size: int, batch_axis: int) -> bool:
+    """Whether an argument has a single example, not one for each of x's."""
+    exists = -leaf.ndim <= batch_axis < leaf.ndim
+    if not exists or leaf.shape[batch_axis] not in (1, size):
+        raise ValueError(
+            f"args must have the {size} examples of x on axis {batch_axis}, or a single one, "
+            f"got shape {leaf.shape}. Pass what all examples share in a closure."
+        )
+    return bool(leaf.shape[batch_axis] == 1)
 
 
 def _check_args(args: Any) -> tuple[Any, ...]:
@@ -151,3 +153,4 @@ def _check_branch(x: Any, y: Any) -> None:
             f"branch must return arrays of the shapes of its input, {shapes[0]}, got {shapes[1]}. "
             "It is added to the input: leave the residual connection out of it, and keep the shape."
         )
+    _values.check_scalable("branch's result", y)

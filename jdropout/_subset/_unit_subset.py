@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jdropout import _values
 from jdropout._subset import _rows
@@ -104,6 +105,7 @@ def unit_subset(
             f"outgoing must have the {size} units of incoming on outgoing_axis {outgoing_axis}, "
             f"got {taken}. Check incoming_axis and outgoing_axis."
         )
+    _values.check_scalable("outgoing", outgoing)
     subset = Subset(
         "unit_subset",
         key,
@@ -117,7 +119,6 @@ def unit_subset(
     )
     if subset.whole:
         return cast("_Tree", subset.draw.result(block(incoming, outgoing, x)))
-    order = subset.order(first, first_axis)
 
     def chosen(order: Order, x: Any) -> Any:
         def taken(leaf: jax.Array, axis: int) -> jax.Array:
@@ -131,11 +132,34 @@ def unit_subset(
         return block(sources, jax.tree.map(taken_and_scaled, outgoing), x)
 
     if tiles == 1:
+        order = subset.order(first, first_axis)
         y = chosen(Order(order.rows[0], order.places[0]), x)
     else:
         x = jax.tree.map(lambda leaf: _split(leaf, tiles, batch_axis), _values.as_arrays("x", x))
+        specs = {jax.typeof(leaf).sharding.spec[:1] for leaf in jax.tree.leaves(x)}
+        around = specs.pop() if len(specs) == 1 else ()
+        incoming, outgoing = (_spared(weights, around) for weights in (incoming, outgoing))
+        order = subset.order(jax.tree.leaves(incoming)[0], first_axis, around)
         y = jax.tree.map(lambda leaf: _merge(leaf, batch_axis), jax.vmap(chosen)(order, x))
     return cast("_Tree", subset.draw.result(y))
+
+
+def _spared(weights: Any, around: tuple[Any, ...]) -> Any:
+    """Weights that are not explicitly split over the devices that the tiles are split over."""
+
+    def spared(weight: jax.Array) -> jax.Array:
+        spec = [*jax.typeof(weight).sharding.spec]
+        kept = [None if _names(part) & _names(around) else part for part in spec]
+        return weight if kept == spec else jax.sharding.reshard(weight, PartitionSpec(*kept))
+
+    return jax.tree.map(spared, weights)
+
+
+def _names(part: Any) -> set[str]:
+    """The axes of the mesh in a part of a spec."""
+    if isinstance(part, str):
+        return {part}
+    return {name for inner in part or () for name in _names(inner)}
 
 
 def _split(x: jax.Array, tiles: int, batch_axis: int) -> jax.Array:
@@ -145,11 +169,13 @@ def _split(x: jax.Array, tiles: int, batch_axis: int) -> jax.Array:
         raise ValueError(
             f"tiles must divide the {x.shape[axis]} examples of x, got {tiles}. Pass a divisor."
         )
-    parts = x.reshape(*x.shape[:axis], tiles, -1, *x.shape[axis + 1 :])
+    size = x.shape[axis] // tiles
+    parts = x.reshape(*x.shape[:axis], tiles, size, *x.shape[axis + 1 :])
     return jnp.moveaxis(parts, axis, 0)
 
 
 def _merge(x: jax.Array, batch_axis: int) -> jax.Array:
     axis = _values.check_axis("batch_axis", batch_axis, x.ndim - 1)
     parts = jnp.moveaxis(x, 0, axis)
-    return parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
+    tiles, size = parts.shape[axis : axis + 2]
+    return parts.reshape(*parts.shape[:axis], tiles * size, *parts.shape[axis + 2 :])
