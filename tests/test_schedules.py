@@ -481,3 +481,27 @@ def test_a_rate_that_rounds_beyond_its_end_is_held_there():
         schedules.cosine(0.9, 1e-9, num_steps),
     ):
         assert schedule(num_steps - 1) >= np.float32(1e-9)
+
+
+def test_buckets_round_to_the_nearest_static_rate_and_compile_once_for_each():
+    schedule = schedules.buckets(optax.linear_schedule(0.0, 0.5, 100), [0.5, 0, 0.25])
+    rates = [schedule(step) for step in range(101)]
+    assert rates[25] == 0.0
+    assert rates[26] == 0.25
+    assert schedule(jnp.int32(100)) == 0.5
+    assert all(type(rate) is float for rate in rates)
+    traced = []
+
+    @functools.partial(jax.jit, static_argnames="rate")
+    def step(key, rate):
+        traced.append(rate)
+        return jdropout.keep_indices(key, rate, 8)
+
+    assert [step(jax.random.key(0), rate).size for rate in rates[::20]] == [8, 8, 6, 6, 4, 4]
+    assert traced == [0.0, 0.25, 0.5]
+    with pytest.raises(TypeError, match="step must be a number here"):
+        jax.jit(schedule)(3)
+    with pytest.raises(ValueError, match=r"rates\[1\] must be in"):
+        schedules.buckets(schedule, [0.5, 1.5])
+    with pytest.raises(ValueError, match="rates must not be empty"):
+        schedules.buckets(schedule, [])

@@ -1,5 +1,6 @@
 """Schedules in the style of Optax: functions from the training step to the drop rate."""
 
+from jdropout.schedules._buckets import buckets as buckets
 from jdropout.schedules._pieces import early as early
 from jdropout.schedules._pieces import join as join
 from jdropout.schedules._pieces import late as late
@@ -13,6 +14,7 @@ from jdropout.schedules._transitions import warmup as warmup
 
 __all__ = [
     "Schedule",
+    "buckets",
     "constant",
     "cosine",
     "curriculum",
