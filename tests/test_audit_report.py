@@ -178,11 +178,34 @@ def test_the_table_lines_up(key, x):
     assert lines[0] == "dropout in mistaken: 2 sites, 1 finding"
     assert not [line for line in lines if line != line.rstrip()]
     header, _, *rows = lines[2:6]
-    for title in ("path", "location", "kind", "shape", "rate", "stored", "key", "from"):
+    for title in ("path", "location", "kind", "shape", "rate", "stored", "saves", "key", "from"):
         column = header.index(title)
         assert all(row[column] != " " and row[column - 1] == " " for row in rows)
     assert "key-reused (sites 0, 1): their keys are the same." in lines
     assert f"  fix: {FIXES['key-reused']}" in lines
+
+
+def test_the_table_says_what_a_site_saves(key, x):
+    def some(key, x):
+        x = jdropout.stochastic_depth(key, jnp.sin, x, 0.25)
+        x = jdropout.stochastic_depth(key, jnp.sin, x, 0.25, deterministic=True)
+        x = jdropout.layer_drop(key, lambda x: x + 1, x, 0.5)
+        return jdropout.dropout(key, x, RATE)
+
+    def traced(rate, key, x):
+        return jdropout.layer_drop(key, lambda x: x + 1, x, rate)
+
+    def saves(report):
+        lines = str(report).splitlines()
+        begin = lines[2].index("saves")
+        return [line[begin:].split()[0] for line in lines[4 : 4 + len(report.sites)]]
+
+    report = jdropout.audit(some, key, x)
+    assert [site.saved_work for site in report.sites] == [0.25, 0, 0.5, 0]
+    assert saves(report) == ["25%", "-", "50%", "-"]
+    report = jdropout.audit(traced, jnp.float32(0.5), key, x)
+    assert report.sites[0].saved_work is None
+    assert saves(report) == ["traced"]
 
 
 def test_a_function_without_dropout_has_a_report_of_one_line(x):
