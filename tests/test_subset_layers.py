@@ -230,7 +230,8 @@ def test_route_tokens_passes_positions_under_the_name_of_the_argument():
 def masked_units(key, kernels, biases, x, rate):
     """The MLP with a mask of its hidden units."""
     kept = np.isin(np.arange(12), jdropout.keep_indices(key, rate, 12))
-    hidden = jnp.tanh(x @ kernels[0] + biases[0]) * kept * (12 / kept.sum())
+    (x, *kernels), biases = map(np.asarray, [x, *kernels]), list(map(np.asarray, biases))
+    hidden = np.tanh(x @ kernels[0] + biases[0]) * kept * (12 / kept.sum())
     return hidden @ kernels[1] + biases[1]
 
 
@@ -263,12 +264,14 @@ def test_unit_subset_is_a_mask_of_hidden_units():
 
 def attention_of_heads(params, x, kept):
     """Flax's attention, with a mask of its heads."""
+    params = jax.tree.map(np.asarray, params)
     q, k, v = (
-        jnp.einsum("btd,dhf->bthf", x, params[name]["kernel"]) + params[name]["bias"]
+        np.einsum("btd,dhf->bthf", x, params[name]["kernel"]) + params[name]["bias"]
         for name in ("query", "key", "value")
     )
-    y = jax.nn.dot_product_attention(q, k, v) * (kept * 4 / kept.sum())[:, None]
-    return jnp.einsum("bthf,hfd->btd", y, params["out"]["kernel"]) + params["out"]["bias"]
+    y = np.asarray(jax.nn.dot_product_attention(*map(jnp.asarray, (q, k, v))))
+    y = y * (kept * 4 / kept.sum())[:, None]
+    return np.einsum("bthf,hfd->btd", y, params["out"]["kernel"]) + params["out"]["bias"]
 
 
 @pytest.mark.parametrize("framework", [nnx, jdropout.nnx])
@@ -297,11 +300,16 @@ def test_linen_attention_computes_the_kept_heads(framework):
 
 # --- all of them ----------------------------------------------------------------------------
 
+
+@nnx.split_rngs(splits=4)
+@nnx.vmap(axis_size=4)
+def linear_stack(rngs):
+    return nnx.Linear(8, 8, rngs=rngs)
+
+
 NNX = {
     "StochasticDepth": lambda rngs: jdropout.nnx.StochasticDepth(plain_mlp(rngs), 0.5, rngs=rngs),
-    "LayerSubset": lambda rngs: jdropout.nnx.LayerSubset(
-        nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))(rngs.split(4)), 0.5, rngs=rngs
-    ),
+    "LayerSubset": lambda rngs: jdropout.nnx.LayerSubset(linear_stack(rngs), 0.5, rngs=rngs),
     "RouteTokens": lambda rngs: jdropout.nnx.RouteTokens(plain_mlp(rngs), 0.5, rngs=rngs),
     "UnitSubset": lambda rngs: jdropout.nnx.UnitSubset(
         plain_mlp(rngs), 0.5, incoming=("layers/0",), outgoing=("layers/2",), rngs=rngs
