@@ -76,11 +76,15 @@ PROGRAMS = {
     ),
     "gaussian_dropout": lambda key, x: jdropout.gaussian_dropout(key, x, 0.3),
     "gaussian_noise": lambda key, x: jdropout.gaussian_noise(key, x, 0.3),
+    "keep_indices": lambda key, x: x[jdropout.keep_indices(key, 0.5, 4)],
     "keep_mask": lambda key, x: (
         x * jdropout.keep_mask(key, 0.3, (4, 4), precision=32).astype(x.dtype)
     ),
     "layer_drop": lambda key, x: jdropout.layer_drop(
         key, lambda x: x + jnp.sin(x), x, 0.3, unbiased=True, precision=32
+    ),
+    "layer_subset": lambda key, x: jdropout.layer_subset(
+        key, lambda p, x: x + jnp.sin(p * x), x, x[0], 0.5
     ),
     "locked_dropout": lambda key, x: jdropout.locked_dropout(key, x[None], 0.3, precision=32),
     "mc_predict": predicted,
@@ -89,10 +93,17 @@ PROGRAMS = {
     ),
     "patch_dropout": lambda key, x: jdropout.patch_dropout(key, x[:, :, None], 0.5)[0],
     "r_drop_loss": two_passes,
+    "route_tokens": lambda key, x: jdropout.route_tokens(
+        key, lambda x, positions: x + jnp.sin(x), x[:, :, None], 0.5
+    ),
     "spatial_dropout": lambda key, x: jdropout.spatial_dropout(key, x[None], 0.3, precision=32),
     "standout": lambda key, x: jdropout.standout(key, x, x),
+    "stochastic_depth": lambda key, x: jdropout.stochastic_depth(key, jnp.sin, x, 0.5),
     "targeted_dropout": lambda key, x: jdropout.targeted_dropout(
         key, x, 0.3, target_fraction=0.5, precision=32
+    ),
+    "unit_subset": lambda key, x: jdropout.unit_subset(
+        key, lambda w, v, x: jnp.tanh(x @ w) @ v, x, x, x, 0.5
     ),
     "uniform_noise": lambda key, x: jdropout.uniform_noise(key, x, 0.3),
     "variational_dense": lambda key, x: jdropout.variational_dense(key, x, x, x),
