@@ -108,8 +108,8 @@ def _selected(x: jax.Array, order: Order, count: int, axis: int, transposed: boo
     def put_back(_: Any, x: jax.Array) -> jax.Array:
         return _gathered(_padded(_first(x, count, axis), size, axis), order.places, axis)
 
-    # Its first argument would be applied only if it were differentiated too. Both maps must keep
-    # the shape, so zeros are added, and cut off again by XLA.
+    # The identity stands for the operator, which is used only where it is differentiated itself: it
+    # has no parameters. Both maps must keep the shape, so they add zeros, which XLA cuts off again.
     maps = (put_back, select) if transposed else (select, put_back)
     return lax.custom_linear_solve(lambda x: x, x, *maps)
 
