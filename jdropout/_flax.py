@@ -221,7 +221,9 @@ def check_paths(name: str, paths: Any) -> tuple[str, ...]:
             f"{name} must be a sequence of paths, got {paths!r}. Write ('up',) for one."
         )
     if not paths:
-        raise ValueError(f"{name} must name at least one module, got {paths!r}.")
+        raise ValueError(
+            f"{name} must name at least one module, got {paths!r}. Pass paths such as ('up',)."
+        )
     return tuple(paths)
 
 

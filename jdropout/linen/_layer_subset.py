@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen
 
 from jdropout._subset._layer_subset import scan_subset
 from jdropout._typing import Key
+from jdropout.keys import at_site
 from jdropout.linen._wrapper import SubsetWrapper
 
 
@@ -14,8 +16,8 @@ class LayerSubset(SubsetWrapper, kw_only=True):
     """Layer of `jdropout.layer_subset`: runs k of L layers of one kind.
 
     Their variables are stacked along axis 0, as by `linen.scan`. The layers may have dropout and
-    variables of their own; a skipped layer's stay as they are. Every layer has keys of its own,
-    split from each stream.
+    variables of their own; a skipped layer's stay as they are. Layer i takes its keys from
+    ``jdropout.keys.at_site(key, i)`` for the key of each stream.
 
     Attributes:
       layer: one residual layer, the pattern of all.
@@ -98,7 +100,8 @@ class LayerSubset(SubsetWrapper, kw_only=True):
         changing = [name for name in variables if self.is_mutable_collection(name)]
         assert self.scope is not None  # a called module is bound
         streams = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
-        keys = jax.tree.map(lambda key: jax.random.split(key, self.num_layers), streams)
+        numbers = jnp.arange(self.num_layers, dtype=jnp.uint32)
+        keys = {name: jax.vmap(at_site, (None, 0))(key, numbers) for name, key in streams.items()}
         one = self.layer.clone(parent=None, name=None)
 
         def run(params: Any, state: Any, x: Any) -> tuple[Any, Any]:

@@ -92,7 +92,8 @@ class LayerSubset(SubsetWrapper):
           TypeError: if the flag is traced, or `rngs` has the wrong type.
         """
         flag, key = self._static(deterministic, rngs)
-        structure, params, *rest = nnx.split(self.layer, nnx.Param, ...)
+        parts: Any = nnx.split(self.layer, nnx.Param, ...)
+        structure, params, state = parts
 
         def run(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
             layer = nnx.merge(structure, params, state)
@@ -103,7 +104,7 @@ class LayerSubset(SubsetWrapper):
             key,
             run,
             params,
-            *rest,
+            state,
             inputs,
             self.rate,
             groups=self.groups,
