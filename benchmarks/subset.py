@@ -127,22 +127,30 @@ def lora(plan: Plan) -> Iterator[Row]:
         (normal((WIDTH, LORA_RANK)) / WIDTH, normal((LORA_RANK, HEADS, features))) for _ in range(3)
     ]
 
-    def drop(key: jax.Array, x: jax.Array, a: jax.Array) -> jax.Array:
+    def drop(x: jax.Array, key: jax.Array, a: jax.Array) -> jax.Array:
         return jdropout.dropout(key, x, LORA_RATE) @ a
 
-    kinds = {
-        "none": lambda key, x, a: x @ a,
-        "ours": jax.checkpoint(drop, prevent_cse=False),
-        "stored": drop,
+    def mapped(x: jax.Array, keys: jax.Array, into: jax.Array) -> jax.Array:
+        one = jax.checkpoint(functools.partial(drop, x), prevent_cse=False)
+        return jax.lax.map(lambda each: one(*each), (keys, into))
+
+    kinds: dict[str, Function] = {
+        "none": lambda x, keys, into: [x @ a for a in into],
+        "ours": mapped,
+        "written out": lambda x, keys, into: [
+            drop(x, *each) for each in zip(keys, into, strict=True)
+        ],
     }
 
     def step(into: Function) -> Function:
         def loss(adapters: Any, key: jax.Array, x: jax.Array) -> jax.Array:
             normed = norm(x)
             projected = jnp.einsum("btd,dchf->cbthf", normed, frozen["qkv"])
+            down, up = (jnp.stack(part) for part in zip(*adapters, strict=True))
+            low = into(normed, jnp.stack([at_site(key, i) for i in range(3)]), down)
             query, keys, values = (
-                base + jnp.einsum("btr,rhf->bthf", into(at_site(key, i), normed, a), b)
-                for i, (base, (a, b)) in enumerate(zip(projected, adapters, strict=True))
+                base + jnp.einsum("btr,rhf->bthf", z, b)
+                for base, z, b in zip(projected, low, up, strict=True)
             )
             attended = jax.nn.dot_product_attention(query, keys, values)
             x = x + jnp.einsum("bthf,hfd->btd", attended, frozen["out"])
@@ -151,7 +159,7 @@ def lora(plan: Plan) -> Iterator[Row]:
         return jax.grad(loss, argnums=(0, 2))
 
     programs = compile_all({name: step(into) for name, into in kinds.items()}, adapters, KEY, x)
-    columns = ("ours / none", "stored / none")
+    columns = ("ours / none", "written out / none")
     calls = bind(programs, adapters, KEY, x)
     yield timed_row({"quantity": "time of a step"}, calls, columns, plan, always_warm=True)
     sizes = temporary_bytes(programs)

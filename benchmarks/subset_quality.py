@@ -1,6 +1,6 @@
 """Compares what networks learn with subsets, with masks and without dropout.
 
-    python benchmarks/subset_quality.py            # about 40 minutes on two cores
+    python benchmarks/subset_quality.py            # about 25 minutes on two cores
     python benchmarks/subset_quality.py --quick    # a few steps, as a trial
 
 The networks and data are those of examples/train_mlp.py, train_cnn.py and train_transformer.py. All
@@ -140,7 +140,7 @@ def apply_mlp(
 
 def cnn(quick: bool) -> Iterator[Row]:
     """Test accuracy in percent of a residual CNN on digits: 3 blocks of 16 channels, rates 0, 0.1
-    and 0.2 at the branches, 500 training samples, 30 % of the labels wrong, batch of 32, 500 steps;
+    and 0.2 at the branches, 500 training samples, 30 % of the labels wrong, batch of 32, 300 steps;
     mean and its standard error of 8 seeds.
     """
     options = digits_options(width=16, rate=0.2, batch_size=32, learning_rate=3e-3)
@@ -154,7 +154,7 @@ def cnn(quick: bool) -> Iterator[Row]:
         return train_mlp.nnx_network(options.width, options.rate, model)
 
     train = functools.partial(train_on_digits, options, network, 2 if quick else 25)
-    yield from compare(train, settings, 25 if quick else 500, 1)
+    yield from compare(train, settings, 25 if quick else 300, 1)
 
 
 class CNN(train_cnn.CNN):
@@ -249,7 +249,7 @@ TRANSFORMER = argparse.Namespace(
     context=64,
     batch_size=16,
     learning_rate=3e-3,
-    train_chars=40000,
+    train_chars=20000,
     attention="jdropout",
 )
 TRANSFORMER_RATE = 0.25
@@ -257,7 +257,7 @@ TRANSFORMER_RATE = 0.25
 
 def transformer(quick: bool) -> Iterator[Row]:
     """Minus the held-out loss, in nats per character, of a transformer on Python's source code: 4
-    blocks of width 128, batch of 16, all rates 0.25, 40,000 characters, 500 steps; mean and its
+    blocks of width 128, batch of 16, all rates 0.25, 20,000 characters, 300 steps; mean and its
     standard error of 4 seeds. route_tokens goes around the two inner blocks.
     """
     settings = (
@@ -269,8 +269,8 @@ def transformer(quick: bool) -> Iterator[Row]:
         "unit_subset",
         "layer_subset",
     )
-    train = functools.partial(train_transformers, 2 if quick else 20)
-    yield from compare(train, settings, 20 if quick else 500, 3)
+    train = functools.partial(train_transformers, 2 if quick else 10)
+    yield from compare(train, settings, 20 if quick else 300, 3)
 
 
 class Transformer(train_transformer.Transformer):

@@ -285,7 +285,7 @@ def parse_options() -> argparse.Namespace:
         help="directory for the figure",
     )
     parser.set_defaults(
-        rate=0.5, width=128, steps=1000, batch_size=64, train_size=1000, label_noise=0.0
+        rate=0.5, width=128, steps=400, batch_size=64, train_size=1000, label_noise=0.0
     )
     options = parse_and_make_output(parser)
     if options.width % options.heads:

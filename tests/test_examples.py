@@ -112,6 +112,16 @@ def test_train_cnn_compares_regularisers(tmp_path, monkeypatch):
     assert_is_picture(tmp_path / "train_cnn.png")
 
 
+@pytest.mark.examples
+def test_train_faster_compares_times_and_draws_them(tmp_path):
+    small = ["--steps=4", "--width=8", "--heads=2", "--depth=3", "--seeds=1", "--batch-size=8"]
+    text = run_here("train_faster.py", *small, "--output", tmp_path)
+    for kind in ("no dropout", "drop_path", "Stochasti", "RouteToke"):
+        assert kind in text
+    assert last_digest(text)
+    assert_is_picture(tmp_path / "train_faster.png")
+
+
 def test_the_convolution_of_train_cnn_is_one():
     train_cnn = load("train_cnn")
     layer = train_cnn.Conv(2, 5, nnx.Rngs(0))
