@@ -55,16 +55,20 @@ Train = Callable[[str, int], Learned]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    studies = {study.__name__: study for study in (mlp, cnn, transformer)}
     parser.add_argument("--quick", action="store_true", help="few steps, as a trial")
+    parser.add_argument("--only", action="append", default=[], choices=studies)
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args()
     environment = describe_environment(time.strftime("%Y-%m-%d"))
-    console = Console(width=120, record=True, highlight=False)
+    console = Console(width=150, record=True, highlight=False)
     console.print(*(f"- {name}: {value}" for name, value in environment.items()), sep="\n")
-    for study in (mlp, cnn, transformer):
-        console.print(f"\n## {study.__name__}\n\n{study.__doc__}\n")
+    for name in options.only or studies:
+        study = studies[name]
+        console.print(f"\n## {name}\n\n{study.__doc__}\n")
         console.print(table(list(study(options.quick)), box.MARKDOWN))
-    name = f"{environment['device'].replace(' ', '-')}-jax{environment['jax']}-subset-quality.md"
+    parts = "-".join(["subset-quality", *options.only])
+    name = f"{environment['device'].replace(' ', '-')}-jax{environment['jax']}-{parts}.md"
     text = console.export_text()
     (options.output / name).write_text(f"# What networks learn with subsets\n\n{text}")
 

@@ -109,7 +109,7 @@ def test_the_changelog_knows_the_version():
 
 def test_the_readmes_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {}
     for block in blocks:
         exec(block, names)

@@ -52,7 +52,7 @@ def buckets(
                 f"step must be a number here, got {step!r}: each rate compiles a program. Call the "
                 "schedule outside of the compiled step, and pass the rate as a static argument."
             )
-        rate = float(schedule(check_step(step)))
+        rate = float(np.asarray(schedule(check_step(step))))
         return float(static[np.abs(static - rate).argmin()])
 
     return nearest
