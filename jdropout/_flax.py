@@ -214,17 +214,24 @@ def check_any_dropout(drops: bool) -> None:
         )
 
 
-def check_paths(name: str, paths: Any) -> tuple[str, ...]:
-    """Returns the paths of modules within a block."""
-    if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
-        raise TypeError(
-            f"{name} must be a sequence of paths, got {paths!r}. Write ('up',) for one."
-        )
-    if not paths:
+def check_paths(incoming: Any, outgoing: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the paths of the modules around some units."""
+    for name, paths in (("incoming", incoming), ("outgoing", outgoing)):
+        if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
+            raise TypeError(
+                f"{name} must be a sequence of paths, got {paths!r}. Write ('up',) for one."
+            )
+        if not paths:
+            raise ValueError(
+                f"{name} must name at least one module, got {paths!r}. Pass paths such as ('up',)."
+            )
+    both = sorted(set(incoming) & set(outgoing))
+    if both:
         raise ValueError(
-            f"{name} must name at least one module, got {paths!r}. Pass paths such as ('up',)."
+            f"outgoing must not have a module of incoming, got {both}. A module cannot make and "
+            "take the same units: put a layer around each pair."
         )
-    return tuple(paths)
+    return tuple(incoming), tuple(outgoing)
 
 
 def check_positions(positions: Any, argument: str | None) -> None:

@@ -505,3 +505,5 @@ def test_buckets_round_to_the_nearest_static_rate_and_compile_once_for_each():
         schedules.buckets(schedule, [0.5, 1.5])
     with pytest.raises(ValueError, match="rates must not be empty"):
         schedules.buckets(schedule, [])
+    with pytest.raises(ValueError, match=r"the rate of the schedule must be in .*got nan"):
+        schedules.buckets(lambda step: jnp.nan, [0.5])(3)

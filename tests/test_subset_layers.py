@@ -379,6 +379,10 @@ def test_paths_that_lead_nowhere_are_errors():
         jdropout.nnx.UnitSubset(
             plain_mlp(nnx.Rngs(0)), 0.5, incoming=("nothing",), outgoing=("layers/2",)
         )
+    with pytest.raises(ValueError, match=r"outgoing must not have .* got \['layers/0'\]"):
+        jdropout.nnx.UnitSubset(
+            plain_mlp(nnx.Rngs(0)), 0.5, incoming=("layers/0",), outgoing=("layers/0",)
+        )
     with pytest.raises(TypeError, match="incoming must be a sequence of paths, got 'Dense_0'"):
         jdropout.linen.UnitSubset(PlainMLP(), 0.5, incoming="Dense_0", outgoing=("Dense_1",))
     layer = jdropout.linen.UnitSubset(

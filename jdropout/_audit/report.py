@@ -47,9 +47,9 @@ class AuditedSite:
       deterministic: the flag; None if it is traced.
       shared_axes: axes along which the mask is shared.
       stored_bytes: number of bytes that differentiation stores for the backward pass.
-      saved_work: fraction of the work behind the site that is not computed, because what is
-        dropped is not computed: 0 where it is computed and then dropped; for `layer_drop` the
-        expectation. None if it is traced.
+      saved_work: fraction of the work behind the site that is skipped: 0 where everything is
+        computed before some of it is dropped, the expectation for `layer_drop`, and None if the
+        rate is traced.
       key: name of the key; sites with the same name use the same key. Empty if no mask is
         drawn.
       key_sources: arguments that the key depends on.
@@ -217,14 +217,16 @@ def _row(number: int, site: AuditedSite) -> tuple[str, ...]:
         rate,
         ", ".join(map(str, site.shared_axes)) or "-",
         f"{site.stored_bytes} B",
-        "traced"
-        if site.saved_work is None
-        else f"{site.saved_work:.0%}"
-        if site.saved_work
-        else "-",
+        _saving(site.saved_work),
         site.key or "-",
         ", ".join(site.key_sources) or "-",
     )
+
+
+def _saving(work: float | None) -> str:
+    if work is None:
+        return "traced"
+    return f"{work:.0%}" if work else "-"
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:

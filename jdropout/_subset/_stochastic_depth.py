@@ -34,7 +34,7 @@ def stochastic_depth(
     multiplied by ``n / k``, so ``E[y] = x + branch(x)``; the other examples stay as they are. This
     is `drop_path` with an exact number of examples, except that `drop_path` computes the branch of
     every example before it drops some: here the branch, its backward pass and its activations take
-    k / n of their time and memory. The fates of two examples are slightly dependent, see
+    k / n of their time and memory. Two examples of a group are not kept independently; see
     `keep_indices`.
 
     The branch must treat examples independently: statistics over the batch, as in batch

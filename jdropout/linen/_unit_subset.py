@@ -65,8 +65,7 @@ class UnitSubset(SubsetWrapper, kw_only=True):
 
     def _check_attributes(self) -> None:
         super()._check_attributes()
-        check_paths("incoming", self.incoming)
-        check_paths("outgoing", self.outgoing)
+        check_paths(self.incoming, self.outgoing)
 
     def __call__(
         self,

@@ -79,8 +79,7 @@ class UnitSubset(SubsetWrapper):
         super().__init__(
             layer, rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
-        self.incoming = check_paths("incoming", incoming)
-        self.outgoing = check_paths("outgoing", outgoing)
+        self.incoming, self.outgoing = check_paths(incoming, outgoing)
         self.incoming_axis = incoming_axis
         self.outgoing_axis = outgoing_axis
         self.groups = groups

@@ -14,7 +14,7 @@ from jdropout.nnx._dropout import Layer, attach
 
 
 class Wrapper(Layer):
-    """A layer around a module or function; its attributes are ``layer`` and ``rate`` besides."""
+    """A layer around a module or function, with the attributes ``layer`` and ``rate``."""
 
     _arguments = "layer, rate"
 

@@ -29,8 +29,9 @@ def buckets(
       A function from a step to the nearest rate, the lower one of two.
 
     Raises:
-      TypeError: if the schedule is not a function, or a rate is not a number.
-      ValueError: if a rate is outside [0, 1], or there is none.
+      TypeError: if the schedule is not a function, or a rate is not a number; in a call, if the
+        step is traced.
+      ValueError: if a rate is outside [0, 1], also one of the schedule's, or there is none.
 
     Example:
       >>> from jdropout import schedules
@@ -52,7 +53,7 @@ def buckets(
                 f"step must be a number here, got {step!r}: each rate compiles a program. Call the "
                 "schedule outside of the compiled step, and pass the rate as a static argument."
             )
-        rate = float(np.asarray(schedule(check_step(step))))
+        rate = check_rate(np.asarray(schedule(check_step(step))), "the rate of the schedule")
         return float(static[np.abs(static - rate).argmin()])
 
     return nearest
