@@ -3,8 +3,8 @@
 Stochastic depth regularizes deep residual networks, but costs time: `drop_path` computes the branch
 of every example, and then drops some. `StochasticDepth` computes the kept examples only, so a step
 at rate 0.5 takes little more than half of the time. `RouteTokens` sends half of the patches around
-the inner blocks. All networks start from the same parameters and see the same batches; they are trained in
-turns, so that they find the machine equally busy.
+the inner blocks. All networks start from the same parameters and see the same batches; they are
+trained in turns, so that they find the machine equally busy.
 
     python examples/train_faster.py
     python examples/train_faster.py --rate 0.25 --depth 8 --seeds 1
