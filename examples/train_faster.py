@@ -2,7 +2,7 @@
 
 Stochastic depth regularizes deep residual networks, but costs time: `drop_path` computes the branch
 of every example, and then drops some. `StochasticDepth` computes the kept examples only, so a step
-at rate 0.5 takes little more than half of the time. `RouteTokens` sends half of the patches around
+at rate 0.4 takes little more than 0.6 of the time. `RouteTokens` sends the dropped patches around
 the inner blocks. All networks start from the same parameters and see the same batches; they are
 trained in turns, so that they find the machine equally busy.
 
@@ -37,7 +37,7 @@ from jdropout.keys import at_site, site_key
 from jdropout.nnx import DropPath, RouteTokens, StochasticDepth, set_site_keys
 
 SIDE, PATCH = 8, 2
-TARGETS = (0.9, 0.93, 0.95)
+TARGETS = (0.9, 0.95, 0.97)
 EVALUATIONS = 40
 KINDS = ("no dropout", "drop_path", "StochasticDepth", "RouteTokens")
 
@@ -62,7 +62,7 @@ class ViT(nnx.Module):
     def __init__(self, options: argparse.Namespace, kind: str, rngs: nnx.Rngs):
         width = options.width
         count = (SIDE // PATCH) ** 2
-        initial = nnx.initializers.normal(0.02)
+        initial = nnx.initializers.normal(0.5)
         self.patches = nnx.Linear(PATCH * PATCH, width, rngs=rngs)
         self.positions = nnx.Param(initial(rngs.params(), (count + 1, width)))
         self.blocks = nnx.Sequential(*(Block(options, kind, rngs) for _ in range(options.depth)))
@@ -140,7 +140,10 @@ class Run:
     def __init__(self, options: argparse.Namespace, kind: str, seed: int, data: _digits.Data):
         self.root = jax.random.key(seed)
         self.data = data
-        self.optimizer = optax.adamw(options.learning_rate)
+        rates = optax.warmup_cosine_decay_schedule(
+            0.0, options.learning_rate, options.steps // 8, options.steps
+        )
+        self.optimizer = optax.adamw(rates)
         self.batch_size = options.batch_size
         model = ViT(options, kind, nnx.Rngs(at_site(self.root, "init")))
         self.structure, self.params, self.streams = nnx.split(model, nnx.Param, ...)
@@ -216,7 +219,10 @@ def train(options: argparse.Namespace) -> dict[str, list[Run]]:
 def results_table(runs: Mapping[str, Sequence[Run]], caption: str) -> Table:
     """Makes a table of the seconds until the mean accuracy reaches each target."""
     columns = [f"seconds to {target:.0%}" for target in TARGETS]
-    table = Table("", "time of a step", *columns, "accuracy at the end", caption=caption)
+    table = Table(caption=caption)
+    table.add_column(no_wrap=True)
+    for column in ("time of a step", *columns, "accuracy at the end"):
+        table.add_column(column)
     step = mean_seconds(runs[KINDS[0]])[-1]
     for kind, group in runs.items():
         seconds, accuracy = mean_seconds(group), mean_accuracies(group)
@@ -250,7 +256,7 @@ def save_curves(path: pathlib.Path, runs: Mapping[str, Sequence[Run]], title: st
         axes.plot(seconds[-1], accuracy[-1], "o", color=colour)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("accuracy on the test images")
-    axes.set_ylim(0.7, 1)
+    axes.set_ylim(0.8, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
@@ -259,9 +265,11 @@ def save_curves(path: pathlib.Path, runs: Mapping[str, Sequence[Run]], title: st
 
 
 def describe(options: argparse.Namespace) -> str:
+    noise = options.label_noise
+    wrong = f", {100 * noise:g}% of the labels wrong" if noise else ""
     return (
-        f"{options.train_size} training images, {100 * options.label_noise:g}% of the labels "
-        f"wrong; {options.depth} blocks of width {options.width}\n"
+        f"{options.train_size} training images{wrong}; "
+        f"{options.depth} blocks of width {options.width}\n"
         f"rate {options.rate:g}, {options.steps} steps; mean of {options.seeds} runs"
     )
 
@@ -285,7 +293,7 @@ def parse_options() -> argparse.Namespace:
         help="directory for the figure",
     )
     parser.set_defaults(
-        rate=0.5, width=128, steps=400, batch_size=64, train_size=1000, label_noise=0.0
+        rate=0.4, width=128, steps=400, batch_size=64, train_size=1000, label_noise=0.0
     )
     options = parse_and_make_output(parser)
     if options.width % options.heads:
