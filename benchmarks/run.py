@@ -72,7 +72,8 @@ def describe_environment(date: str) -> dict[str, Any]:
             environment[package] = importlib.metadata.version(package)
         except ImportError:
             environment[package] = "-"
-    command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+    script = f"benchmarks/{pathlib.Path(sys.argv[0]).name}"
+    command = shlex.join(["python", script, *sys.argv[1:]])
     return {**environment, "date": date, "command": command}
 
 

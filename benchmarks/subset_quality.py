@@ -78,14 +78,14 @@ def compare(train: Train, settings: tuple[str, ...], steps: int, digits: int) ->
     plain, *_ = same = [train(name, steps) for name in settings]
     for name, learned in zip(settings, same, strict=True):
         ratio = learned.seconds / plain.seconds
-        longer = train(name, round(steps / ratio)) if ratio < 0.98 else learned
+        timed = learned if abs(ratio - 1) < 0.02 else train(name, round(steps / ratio))
         cells = {
             "time of a step": f"{ratio:.2f}",
             "at the end": f"{learned.scores.mean():.{digits}f}",
             "minus none": difference(learned.scores, plain.scores, digits),
             "best on the way, minus none": difference(learned.best, plain.best, digits),
-            "equal time: end, minus none": difference(longer.scores, plain.scores, digits),
-            "best, minus none": difference(longer.best, plain.best, digits),
+            "equal time: end, minus none": difference(timed.scores, plain.scores, digits),
+            "best, minus none": difference(timed.best, plain.best, digits),
         }
         yield Row({"dropout": name}, cells, {})
 
