@@ -257,6 +257,7 @@ def save_curves(path: pathlib.Path, runs: Mapping[str, Sequence[Run]], title: st
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("accuracy on the test images")
     axes.set_ylim(0.8, 1)
+    axes.set_yticks(np.linspace(0.8, 1, 5))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
