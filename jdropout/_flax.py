@@ -1,9 +1,11 @@
 """Code shared by the nnx and linen modules."""
 
+import contextlib
+import contextvars
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -126,22 +128,16 @@ def attention(
     dropout_rng: Any,
     dropout_rate: Rate,
     deterministic: Any,
-    precision: Any,
-    module: Any,
-    is_causal: bool = False,
+    sow: Callable[[jax.Array], Any] | None,
+    **options: Any,
 ) -> jax.Array:
     """Attention with Flax's conventions: any number of batch axes, which operands broadcast to."""
-    if module is not None:
-        raise ValueError(
-            "module was given (sow_weights=True), but attention in blocks never has all weights "
-            "at once. To see them use Flax's own attention_fn; otherwise pass sow_weights=False."
-        )
     batch = query.shape[:-3]
     several = len(batch) > 1
     full = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
 
-    def one_batch(x: jax.Array) -> jax.Array:
-        return x.reshape(math.prod(batch), *x.shape[-3:]) if several else x
+    def one_batch(x: jax.Array, own_axes: int = 3) -> jax.Array:
+        return x.reshape(math.prod(batch), *x.shape[x.ndim - own_axes :]) if several else x
 
     def operand(x: Any) -> jax.Array | None:
         if x is None:
@@ -152,8 +148,20 @@ def attention(
             x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
         return one_batch(x)
 
+    call = _layer_call.get()
+    if call is not None:
+        call.taken = True
+        options |= call.options
+        if call.query_position is not None:
+            lead = (math.prod(batch), full[-3]) if batch else full[-3:-2]
+            options["start"] = (*(0 for _ in lead), call.query_position, 0)
+            options["global_shape"] = (*lead, key.shape[-3], key.shape[-3])
+    for name in ("query_segment_ids", "key_value_segment_ids"):
+        ids = options.get(name)
+        if ids is not None and several:
+            options[name] = one_batch(jnp.asarray(ids), 1)
     mask = operand(mask)
-    output = dot_product_attention(
+    output, *weights = dot_product_attention(
         one_batch(query),
         one_batch(key),
         one_batch(value),
@@ -163,10 +171,49 @@ def attention(
         dropout_rate=dropout_rate,
         deterministic=check_module_flag(deterministic),
         dropout_broadcast_dims=range(min(len(batch), 1) + 1) if broadcast_dropout else (),
-        precision=precision,
-        is_causal=is_causal,
+        return_residual=True,
+        return_weights=sow is not None,
+        **options,
     )
+    if sow is not None:
+        sow(weights[-1].reshape(full))
     return output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+class _LayerCall:
+    """What a call of a layer of ours tells the attention in it, past Flax's code between them."""
+
+    def __init__(self, query_position: jax.Array | None, options: dict[str, Any]) -> None:
+        self.query_position = query_position
+        self.options = options
+        self.taken = False
+
+
+_layer_call: contextvars.ContextVar[_LayerCall | None] = contextvars.ContextVar(
+    "layer_call", default=None
+)
+
+
+@contextlib.contextmanager
+def attention_call(query_position: jax.Array | None = None, **options: Any) -> Iterator[None]:
+    """Adds arguments to the call of `attention` inside.
+
+    Args:
+      query_position: position of the one query in a cache, for which Flax has no argument.
+      **options: arguments of `jdropout.dot_product_attention`; None for what the caller left out.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    call = _LayerCall(query_position, given)
+    token = _layer_call.set(call)
+    try:
+        yield
+    finally:
+        _layer_call.reset(token)
+    if given and not call.taken:
+        raise ValueError(
+            f"{' and '.join(given)} can only be used with an attention_fn of this library. Pass "
+            "attention_fn=jdropout.nnx.dot_product_attention, or that of jdropout.linen."
+        )
 
 
 def install(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:

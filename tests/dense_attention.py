@@ -48,16 +48,24 @@ def positions_allowed(
     local_window_size=None,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
     start=(0, 0, 0, 0),
+    aligned=0,
 ):
     row = np.arange(shape[-2])[:, None] + start[-2]
     column = np.arange(shape[-1]) + start[-1]
     allowed = np.ones(shape, bool)
+    at = row + np.reshape(aligned, (-1, 1, 1, 1))
     if is_causal:
-        allowed &= column <= row
+        allowed &= column <= at
     if local_window_size is not None:
         before, after = np.broadcast_to(local_window_size, 2)
-        allowed &= (column >= row - before) & (column <= row + after)
+        allowed &= (column >= at - before) & (column <= at + after)
+    if query_segment_ids is not None or key_value_segment_ids is not None:
+        one_for_both = [x for x in (query_segment_ids, key_value_segment_ids) if x is not None]
+        queries, keys = np.asarray(one_for_both[0]), np.asarray(one_for_both[-1])
+        allowed &= queries[:, None, :, None] == keys[:, None, None]
     if query_seq_lengths is not None:
         allowed &= row < np.reshape(query_seq_lengths, (-1, 1, 1, 1))
     if key_value_seq_lengths is not None:
@@ -79,7 +87,9 @@ def multiplier(key, shape, rate=RATE, precision=None, **options):
     return keep_mask(key, shape, rate, precision, **options) * np.float32(1 / kept if kept else 0)
 
 
-def dense_results(arrays, cotangents, *, multiplied, allowed=True, bias=0, scale=None):
+def dense_results(
+    arrays, cotangents, *, multiplied, allowed=True, bias=0, scale=None, soft_cap=None
+):
     """Output and log-sum-exp of dense attention, and the gradients by name, all in float64."""
     query, keys, value = (np.asarray(x, np.float64) for x in arrays)
     (b, t, n, h), (s, k) = query.shape, keys.shape[1:3]
@@ -89,7 +99,12 @@ def dense_results(arrays, cotangents, *, multiplied, allowed=True, bias=0, scale
     allowed, multiplied = np.broadcast_to(allowed, shape), np.broadcast_to(multiplied, shape)
 
     products = np.einsum("btnh,bsnh->bnts", query, keys)
-    logits = np.where(allowed, products * scale + bias, -np.inf)
+    logits, slope = products * scale + bias, 1
+    if soft_cap is not None:
+        allowed = allowed & (logits > -np.inf)
+        logits = np.tanh(logits / soft_cap)
+        logits, slope = soft_cap * logits, 1 - logits**2
+    logits = np.where(allowed, logits, -np.inf)
     some = allowed.any(-1, keepdims=True)
     largest = np.where(some, np.max(logits, axis=-1, keepdims=True, initial=-np.inf), 0)
     weights = np.exp(logits - largest)
@@ -104,7 +119,7 @@ def dense_results(arrays, cotangents, *, multiplied, allowed=True, bias=0, scale
     bar = bar - np.sum(probabilities * bar, axis=-1, keepdims=True)
     if residual_bar is not None:
         bar = bar + np.swapaxes(residual_bar, 1, 2)[..., None]
-    logits_bar = probabilities * bar
+    logits_bar = probabilities * bar * slope
 
     def over_groups(x):
         return x.reshape(*x.shape[:2], k, groups, x.shape[-1]).sum(3)

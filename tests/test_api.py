@@ -15,6 +15,7 @@ from typing import Any
 SNAPSHOT = pathlib.Path(__file__).parent / "data" / "public_api.txt"
 MODULES = (
     "jdropout",
+    "jdropout.by_position",
     "jdropout.keys",
     "jdropout.schedules",
     "jdropout.uncertainty",

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import jdropout
+import jdropout.by_position
 import jdropout.equinox
 import jdropout.keys
 import jdropout.linen
@@ -18,6 +19,7 @@ PACKAGE = pathlib.Path(jdropout.__file__).parent
 MODULES = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 PUBLIC = (
     jdropout,
+    jdropout.by_position,
     jdropout.equinox,
     jdropout.keys,
     jdropout.linen,

@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal, cast, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
 
 from jdropout import _checks, _values
 from jdropout._attention._arguments import (
+    check_alignment,
     check_attention_inputs,
     check_block_sizes,
     check_lengths,
     check_logits_operand,
     check_positions,
     check_scale,
+    check_segment_ids,
+    check_soft_cap,
     check_window,
 )
 from jdropout._attention._blocks import Inputs, Plan, cut, default_block_sizes
@@ -23,6 +26,11 @@ from jdropout._attention._softmax import attention
 from jdropout._draw import Outcome
 from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
+from jdropout.by_position import PositionFunction, as_position_functions
+
+Alignment = Literal["top-left", "bottom-right"]
+DropoutOn = Literal["probabilities", "logits"]
+ByPosition = Callable[..., Any] | PositionFunction | Sequence[Any] | None
 
 
 @overload
@@ -41,6 +49,13 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ...,
     local_window_size: int | tuple[int, int] | None = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    causal_alignment: Alignment = ...,
+    bias_fn: ByPosition = ...,
+    mask_fn: ByPosition = ...,
+    logits_soft_cap: float | None = ...,
+    dropout_on: DropoutOn = ...,
     dropout_broadcast_dims: Sequence[int] = ...,
     dropout_precision: int | None = ...,
     start: Sequence[Index] | None = ...,
@@ -48,6 +63,7 @@ def dot_product_attention(
     precision: jax.lax.PrecisionLike = ...,
     block_sizes: tuple[int, int] | None = ...,
     return_residual: Literal[False] = ...,
+    return_weights: Literal[False] = ...,
 ) -> jax.Array: ...
 @overload
 def dot_product_attention(
@@ -65,14 +81,22 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ...,
     local_window_size: int | tuple[int, int] | None = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    causal_alignment: Alignment = ...,
+    bias_fn: ByPosition = ...,
+    mask_fn: ByPosition = ...,
+    logits_soft_cap: float | None = ...,
+    dropout_on: DropoutOn = ...,
     dropout_broadcast_dims: Sequence[int] = ...,
     dropout_precision: int | None = ...,
     start: Sequence[Index] | None = ...,
     global_shape: Sequence[int] | None = ...,
     precision: jax.lax.PrecisionLike = ...,
     block_sizes: tuple[int, int] | None = ...,
-    return_residual: Literal[True],
-) -> tuple[jax.Array, jax.Array]: ...
+    return_residual: bool = ...,
+    return_weights: bool = ...,
+) -> Any: ...
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -88,6 +112,13 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    causal_alignment: Alignment = "top-left",
+    bias_fn: ByPosition = None,
+    mask_fn: ByPosition = None,
+    logits_soft_cap: float | None = None,
+    dropout_on: DropoutOn = "probabilities",
     dropout_broadcast_dims: Sequence[int] = (),
     dropout_precision: int | None = None,
     start: Sequence[Index] | None = None,
@@ -95,7 +126,8 @@ def dot_product_attention(
     precision: jax.lax.PrecisionLike = None,
     block_sizes: tuple[int, int] | None = None,
     return_residual: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+    return_weights: bool = False,
+) -> jax.Array | tuple[jax.Array, ...]:
     """Computes attention with dropout on its probabilities, without ever storing a T x S array.
 
     ``softmax(scale * query @ key.T + bias)`` over the keys that are not masked, then dropout on
@@ -129,6 +161,24 @@ def dot_product_attention(
       key_value_seq_lengths: int32 array of shape (B,); keys beyond these lengths are masked.
       local_window_size: number of keys to attend to before and after a query's own position; a
         pair for two different numbers, None for no limit.
+      query_segment_ids: integers of shape (B, T) or (T,): documents packed into one row. A query
+        attends only to keys with its own number; padding is a document of its own. Blocks without
+        a common document are skipped if the numbers are in order.
+      key_value_segment_ids: integers of shape (B, S) or (S,); if T = S, either of the two stands
+        for both.
+      causal_alignment: "top-left" puts the first query at the position of the first key,
+        "bottom-right" the last at the last, of those within the lengths: for queries that follow
+        a cache. It moves `is_causal`, the window, and the positions that functions see.
+      bias_fn: function ``(query_position, key_position, head)`` of three int32 scalars that
+        returns what is added to a logit; or a `jdropout.by_position.PositionFunction`, or several,
+        which are added. It is evaluated block by block, and differentiable in its arrays and in
+        what it closes over. See `jdropout.by_position` for ready-made ones.
+      mask_fn: the same for masks: True where a query may attend to a key; of several, all must
+        allow it. Blocks in which nothing is allowed are skipped.
+      logits_soft_cap: replace logits by ``cap * tanh(logits / cap)``, after the biases and before
+        the masks; a bias of -inf stays -inf. A Python number above 0.
+      dropout_on: "probabilities" drops them after the softmax, and scales them. "logits" drops keys
+        before the softmax, which then makes the sum of the others 1: not scaled, and not unbiased.
       dropout_broadcast_dims: axes of (B, N, T, S), or (N, T, S), along which the dropout mask
         is shared; ``(0, 1)`` is what Flax calls ``broadcast_dropout``.
       dropout_precision: bits of the dropout rate, 16 or 32; None uses 32 only where 16 bits
@@ -143,12 +193,14 @@ def dot_product_attention(
       block_sizes: number of queries and keys in a block; None chooses them by measurement.
         Where the compiler shards the queries, pass the whole T as the first.
       return_residual: if True, also return the log-sum-exp of the logits.
+      return_weights: if True, also return all probabilities, which takes memory of T x S.
 
     Returns:
-      The output, of shape (B, T, N, V) or (T, N, V), in the query's dtype. With
-      `return_residual`, a pair of the output and the log-sum-exp (before dropout), of shape (B,
-      T, N) or (T, N), float32 (float64 for float64 inputs); it is differentiable, and it is
-      what you need to merge results over several parts of the keys.
+      The output, of shape (B, T, N, V) or (T, N, V), in the query's dtype; or a tuple of it and
+      what else was asked for, in this order: the log-sum-exp, before dropout of probabilities, of
+      shape (B, T, N) or (T, N), float32 (float64 for float64 inputs), differentiable, which is
+      what you need to merge results over several parts of the keys; the probabilities, also
+      before their dropout, of shape (B, N, T, S) or (N, T, S), in the query's dtype.
 
     Raises:
       TypeError: if an argument has the wrong type or dtype.
@@ -168,9 +220,11 @@ def dot_product_attention(
       (2, 1024, 8, 64)
 
     References:
-      Vaswani et al., "Attention is all you need" (2017), section 5.4, for the dropout; Milakov
-      and Gimelshein, "Online normalizer calculation for softmax" (2018), and Dao, Fu, Ermon,
-      Rudra and Ré, "FlashAttention" (2022), section 3.1, for the blocks.
+      Vaswani et al., "Attention is all you need" (2017), section 5.4, for the dropout; Li et al.,
+      "DropKey for vision transformer" (2023), section 3.2, for that of logits; Milakov and
+      Gimelshein, "Online normalizer calculation for softmax" (2018), and Dao, Fu, Ermon, Rudra and
+      Ré, "FlashAttention" (2022), section 3.1, for the blocks; Gemma Team, "Gemma 2" (2024),
+      section 2, for the soft cap.
     """
     query, key, value = check_attention_inputs(query, key, value)
     *batch, length, heads, features = query.shape
@@ -183,6 +237,15 @@ def dot_product_attention(
     window = check_window(local_window_size)
     causal = _values.check_flag("is_causal", is_causal)
     with_residual = _values.check_flag("return_residual", return_residual)
+    with_weights = _values.check_flag("return_weights", return_weights)
+    soft_cap = check_soft_cap(logits_soft_cap)
+    _values.check_option("dropout_on", dropout_on, ("probabilities", "logits"))
+    query_segment_ids, key_segment_ids = check_segment_ids(
+        query_segment_ids, key_value_segment_ids, batch, length, key_length
+    )
+    examples = math.prod(batch)
+    bias_fns = as_position_functions("bias_fn", bias_fn, False, examples)
+    mask_fns = as_position_functions("mask_fn", mask_fn, True, examples)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
     rows, columns = check_block_sizes(block_sizes) or default_block_sizes(query)
     draw = new_draw(
@@ -200,6 +263,7 @@ def dot_product_attention(
     first, whole = _checks.check_block(start, global_shape, shape)
     check_positions(whole)
     first = first or (0,) * len(shape)
+    alignment = check_alignment(causal_alignment, whole, query_seq_lengths, key_value_seq_lengths)
 
     plan = Plan(
         rows=cut(length, rows),
@@ -207,6 +271,8 @@ def dot_product_attention(
         start=tuple(None if isinstance(index, jax.Array) else int(index) for index in first),
         is_causal=causal,
         window=window,
+        soft_cap=soft_cap,
+        drops_logits=dropout_on == "logits",
         precision=precision,
     )
     inputs = Inputs(
@@ -218,15 +284,26 @@ def dot_product_attention(
         mask=mask,
         query_lengths=query_seq_lengths,
         key_lengths=key_value_seq_lengths,
+        query_segment_ids=None
+        if query_segment_ids is None
+        else query_segment_ids.reshape(examples, 1, 1, length, 1),
+        key_segment_ids=None
+        if key_segment_ids is None
+        else key_segment_ids.reshape(examples, 1, 1, 1, key_length),
+        bias_fns=bias_fns,
+        mask_fns=mask_fns,
+        alignment=alignment,
         start=tuple(index if isinstance(index, jax.Array) else None for index in first),
         # `Draw.tile` gives every block its own origin.
         dropout=None,
+        visited=None,
     )
     if draw.outcome is Outcome.DRAWN:
         dropout = dataclasses.replace(draw.marked(), origin=None)
         inputs = inputs._replace(dropout=dropout.eager(inputs))
-    output, residual = attention(inputs, plan)
+    output, residual, weights = attention(inputs, plan, with_weights)
     if draw.outcome is Outcome.DROPPED:
         output = jnp.zeros_like(output)
     output = cast("jax.Array", draw.result(output))
-    return (output, residual) if with_residual else output
+    more = [residual] * with_residual + [weights] * with_weights
+    return (output, *more) if more else output

@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdropout._values import as_array, as_integer
+from jdropout._values import (
+    as_array,
+    as_float,
+    as_integer,
+    check_option,
+    is_real,
+    type_name,
+)
 
 MOST_POSITIONS = 2**30
 """Queries and keys of a whole matrix. Positions are int32, and windows are added to them."""
@@ -20,6 +27,12 @@ def check_attention_inputs(
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
         arrays[name] = x = as_array(name, x)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{name} must be real, got dtype {x.dtype}: the softmax of complex logits is not "
+                f"defined. Pass the real and the imaginary part as features, such as "
+                f"jnp.concatenate([{name}.real, {name}.imag], -1)."
+            )
         if x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
             raise TypeError(
                 f"{name} must be a float16, bfloat16, float32 or float64 array, got dtype "
@@ -111,6 +124,80 @@ def check_lengths(name: str, lengths: Any, batch: Sequence[int]) -> jax.Array | 
             " Pass one for every example of the batch."
         )
     return lengths.clip(0, min(jnp.iinfo(lengths.dtype).max, MOST_POSITIONS)).astype(jnp.int32)
+
+
+def check_segment_ids(
+    queries: Any, keys: Any, batch: Sequence[int], length: int, key_length: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Checks the segments of queries and keys; one array may stand for both."""
+    if queries is None and keys is None:
+        return None, None
+    if queries is None or keys is None:
+        name, given = "query_segment_ids", queries
+        if given is None:
+            name, given = "key_value_segment_ids", keys
+        if length != key_length:
+            raise ValueError(
+                f"{name} alone is for queries and keys of the same length, got {length} queries "
+                f"and {key_length} keys. Pass query_segment_ids and key_value_segment_ids."
+            )
+        queries = keys = given
+    ids = []
+    for name, given, size in (
+        ("query_segment_ids", queries, length),
+        ("key_value_segment_ids", keys, key_length),
+    ):
+        array = as_array(name, given)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"{name} must be an array of integers, got dtype {array.dtype}. Convert it with "
+                f"{name}.astype(jnp.int32)."
+            )
+        if array.shape != (*batch, size):
+            raise ValueError(
+                f"{name} must have one number per token, shape {(*batch, size)}, got shape "
+                f"{array.shape}. Repeat it for every example with jnp.broadcast_to."
+            )
+        ids.append(array)
+    queries, keys = ids
+    if queries.dtype != keys.dtype:
+        raise TypeError(
+            f"query_segment_ids and key_value_segment_ids must have the same dtype, got "
+            f"{queries.dtype} and {keys.dtype}. Convert both with .astype(jnp.int32)."
+        )
+    return queries, keys
+
+
+def check_alignment(
+    alignment: Any,
+    whole: tuple[int, ...],
+    query_lengths: jax.Array | None,
+    key_lengths: jax.Array | None,
+) -> jax.Array:
+    """Returns what is added to the position of a query to find it among the keys."""
+    check_option("causal_alignment", alignment, ("top-left", "bottom-right"))
+    if alignment == "top-left":
+        return jnp.zeros(1, jnp.int32)
+    *_, length, key_length = whole
+    last_query = jnp.asarray(length, jnp.int32) if query_lengths is None else query_lengths
+    last_key = jnp.asarray(key_length, jnp.int32) if key_lengths is None else key_lengths
+    return jnp.atleast_1d(last_key - last_query)
+
+
+def check_soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    if not is_real(cap):
+        raise TypeError(
+            f"logits_soft_cap must be a Python number, got {cap!r} of type {type_name(cap)}. It is "
+            "part of the model, such as 50.0, and has no gradient."
+        )
+    number = as_float("logits_soft_cap", cap)
+    if not 0 < number < math.inf:
+        raise ValueError(
+            f"logits_soft_cap must be a finite number above 0, got {cap}. Pass None for no cap."
+        )
+    return number
 
 
 def check_window(window: Any) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from jax import lax
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import Index
+from jdropout.by_position import PositionFunction
 
 _Carry = TypeVar("_Carry")
 
@@ -41,6 +42,8 @@ class Plan(NamedTuple):
     """Position of the first probability in the whole matrix; None for a traced index."""
     is_causal: bool
     window: tuple[int, int] | None
+    soft_cap: float | None
+    drops_logits: bool
     precision: Any
 
 
@@ -59,9 +62,20 @@ class Inputs(NamedTuple):
     mask: jax.Array | None
     query_lengths: jax.Array | None
     key_lengths: jax.Array | None
+    query_segment_ids: jax.Array | None
+    """(B, 1, 1, T, 1) in `_attend`"""
+    key_segment_ids: jax.Array | None
+    """(B, 1, 1, 1, S) in `_attend`"""
+    bias_fns: tuple[PositionFunction, ...]
+    mask_fns: tuple[PositionFunction, ...]
+    alignment: jax.Array
+    """What is added to the position of a query, int32 of shape (1,) or (B,)."""
     start: tuple[Any, ...]
     """The traced indices of `Plan.start`; None for static ones."""
     dropout: Draw | None
+    visited: jax.Array | None
+    """Whether a block has anything to attend to: (blocks of queries, blocks of keys); None if all
+    have. Made in `_attend`'s caller, once for all passes."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -100,59 +114,145 @@ def start(plan: Plan, inputs: Inputs) -> tuple[Index, ...]:
 
 def drops_keys(plan: Plan, inputs: Inputs) -> bool:
     """Whether a query may have keys that it does not attend to."""
-    arrays = (inputs.mask, inputs.query_lengths, inputs.key_lengths, inputs.dropout)
-    limited = plan.is_causal or plan.window is not None
+    arrays = (
+        inputs.mask,
+        inputs.query_lengths,
+        inputs.key_lengths,
+        inputs.query_segment_ids,
+        inputs.dropout,
+    )
+    limited = plan.is_causal or plan.window is not None or bool(inputs.mask_fns)
     return limited or any(array is not None for array in arrays)
 
 
-def allowed(plan: Plan, inputs: Inputs, i: Any, j: Any) -> list[jax.Array]:
-    """Which keys a block's queries may see by position: conditions with five axes each."""
-    shape = (1, 1, 1, plan.rows.block_size, plan.columns.block_size)
-    row = lax.broadcasted_iota(jnp.int32, (*shape[:-1], 1), 3) + i * plan.rows.block_size
-    column = lax.broadcasted_iota(jnp.int32, (*shape[:-2], 1, shape[-1]), 4)
-    column = column + j * plan.columns.block_size
+class Positions(NamedTuple):
+    """Positions in the whole matrix of the queries, keys and heads of a block."""
+
+    queries: jax.Array
+    """(R,)"""
+    aligned: jax.Array
+    """Where they are among the keys, (1, R) or (B, R)."""
+    keys: jax.Array
+    """(C,)"""
+    heads: jax.Array
+    """(N,)"""
+
+
+def positions(plan: Plan, inputs: Inputs, i: Any, j: Any) -> Positions:
+    *_, first_head, first_row, first_column = start(plan, inputs)
+    key_heads, groups = inputs.query.shape[1:3]
+    queries = lax.iota(jnp.int32, plan.rows.block_size) + (i * plan.rows.block_size + first_row)
+    keys = lax.iota(jnp.int32, plan.columns.block_size)
+    return Positions(
+        queries=queries,
+        aligned=queries[None] + inputs.alignment[:, None],
+        keys=keys + (j * plan.columns.block_size + first_column),
+        heads=lax.iota(jnp.int32, key_heads * groups) + first_head,
+    )
+
+
+def allowed(
+    plan: Plan, inputs: Inputs, block: dict[str, jax.Array], i: Any, j: Any
+) -> list[jax.Array]:
+    """Which keys the queries of a block may attend to: conditions with five axes each."""
+    at = positions(plan, inputs, i, j)
+    row = at.queries.reshape(1, 1, 1, -1, 1)
+    aligned = at.aligned[:, None, None, :, None]
+    column = at.keys.reshape(1, 1, 1, 1, -1)
+    *_, first_row, first_column = start(plan, inputs)
     allowed = []
     if plan.columns.block_size * plan.columns.num_blocks > plan.columns.length:
-        allowed.append(column < plan.columns.length)
+        allowed.append(column < plan.columns.length + first_column)
     if plan.rows.block_size * plan.rows.num_blocks > plan.rows.length:
         # Else a large bias could make exp overflow in the padding.
-        allowed.append(row < plan.rows.length)
-    *_, first_row, first_column = start(plan, inputs)
-    row, column = row + first_row, column + first_column
+        allowed.append(row < plan.rows.length + first_row)
     if plan.is_causal:
-        allowed.append(column <= row)
+        allowed.append(column <= aligned)
     if plan.window is not None:
         before, after = plan.window
-        allowed += [column >= row - before, column <= row + after]
+        allowed += [column >= aligned - before, column <= aligned + after]
     if inputs.query_lengths is not None:
         allowed.append(row < inputs.query_lengths.reshape(-1, 1, 1, 1, 1))
     if inputs.key_lengths is not None:
         allowed.append(column < inputs.key_lengths.reshape(-1, 1, 1, 1, 1))
+    if "query_segment_ids" in block:
+        allowed.append(block["query_segment_ids"] == block["key_segment_ids"])
+    if "mask" in block:
+        allowed.append(block["mask"])
+    for mask in inputs.mask_fns:
+        allowed.append(by_heads(mask.at(at.aligned, at.keys, at.heads), inputs))
     return allowed
 
 
+def by_heads(x: jax.Array, inputs: Inputs) -> jax.Array:
+    """Splits the axis of heads of an array with four axes."""
+    return x.reshape(x.shape[0], *inputs.query.shape[1:3], *x.shape[2:])
+
+
+def visited(plan: Plan, inputs: Inputs) -> jax.Array | None:
+    """Which blocks are not masked as a whole by causality, window, segments or functions."""
+    one_block = plan.rows.num_blocks == plan.columns.num_blocks == 1
+    if one_block or plan.rows.length == 0 or plan.columns.length == 0:
+        return None
+    *_, row, column = start(plan, inputs)
+    row = (row + indices(plan.rows) * plan.rows.block_size)[None] + inputs.alignment[:, None]
+    column = (column + indices(plan.columns) * plan.columns.block_size)[None, None]
+    last_row, last_column = row + plan.rows.block_size - 1, column + plan.columns.block_size - 1
+    ranges = [mask.keys_of(row, last_row) for mask in inputs.mask_fns if mask.key_range]
+    if plan.is_causal:
+        ranges.append((None, last_row))
+    if plan.window is not None:
+        before, after = plan.window
+        ranges.append((row - before, last_row + after))
+    conditions = []
+    for first, last in ranges:
+        if first is not None:
+            conditions.append(last_column >= first[..., None])
+        conditions.append(column <= last[..., None])
+    if inputs.query_segment_ids is not None:
+        queries, keys = _segments_of_blocks(plan, inputs)
+        conditions += [queries[0] <= keys[1], keys[0] <= queries[1]]
+    some = []
+    if conditions:
+        some.append(functools.reduce(jnp.logical_and, conditions).any(0))
+    unknown = [mask for mask in inputs.mask_fns if not mask.key_range]
+    if unknown:
+        some.append(_blocks_with_any(plan, inputs._replace(mask_fns=tuple(unknown))))
+    return functools.reduce(jnp.logical_and, some) if some else None
+
+
+def _segments_of_blocks(plan: Plan, inputs: Inputs) -> tuple[Any, Any]:
+    """The smallest and the largest segment of blocks: (B, rows, 1) and (B, 1, columns)."""
+    assert inputs.query_segment_ids is not None
+    assert inputs.key_segment_ids is not None
+    queries = split(plan.rows, inputs.query_segment_ids[:, 0, 0, :, 0], 1, "edge")
+    keys = split(plan.columns, inputs.key_segment_ids[:, 0, 0, 0], 1, "edge")
+    queries, keys = (jnp.moveaxis(x, 0, 1) for x in (queries, keys))
+    of_queries = tuple(reduce(2)[:, :, None] for reduce in (queries.min, queries.max))
+    of_keys = tuple(reduce(2)[:, None] for reduce in (keys.min, keys.max))
+    return of_queries, of_keys
+
+
+def _blocks_with_any(plan: Plan, inputs: Inputs) -> jax.Array:
+    """Evaluates masks at all positions, block by block, to see where they allow anything."""
+
+    def any_in(i: jax.Array, j: jax.Array) -> jax.Array:
+        at = positions(plan, inputs, i, j)
+        masks = [mask.at(at.aligned, at.keys, at.heads) for mask in inputs.mask_fns]
+        return functools.reduce(jnp.logical_and, masks).any()
+
+    rows, columns = indices(plan.rows), indices(plan.columns)
+    return lax.map(lambda i: lax.map(lambda j: any_in(i, j), columns), rows)
+
+
 def where_needed(
-    plan: Plan,
-    inputs: Inputs,
-    i: jax.Array,
-    j: jax.Array,
+    needed: jax.Array | None,
     visit: Callable[[Any], _Carry],
     skip: Callable[[Any], _Carry],
     operand: Any,
 ) -> _Carry:
-    """Visits a block unless causality or the window masks all of it."""
-    *_, row, column = start(plan, inputs)
-    row, column = row + i * plan.rows.block_size, column + j * plan.columns.block_size
-    last_row, last_column = row + plan.rows.block_size - 1, column + plan.columns.block_size - 1
-    conditions = []
-    if plan.is_causal:
-        conditions.append(column <= last_row)
-    if plan.window is not None:
-        before, after = plan.window
-        conditions += [last_column >= row - before, column <= last_row + after]
-    if not conditions or plan.rows.num_blocks == plan.columns.num_blocks == 1:
-        return visit(operand)
-    return lax.cond(functools.reduce(jnp.logical_and, conditions), visit, skip, operand)
+    """Visits a block unless all of it is masked."""
+    return visit(operand) if needed is None else lax.cond(needed, visit, skip, operand)
 
 
 class Tiles(NamedTuple):
@@ -169,11 +269,13 @@ def tile(plan: Plan, arrays: dict[str, Any]) -> Tiles:
     for name, x in arrays.items():
         if x is None:
             continue
-        if name in ("query", "output", "residual"):
+        if name in ("query", "output", "residual", "query_segment_ids"):
             tiles.rows[name] = split(plan.rows, x, 3)
         elif name in ("key", "value", "surplus"):
             tiles.columns[name] = split(plan.columns, x, 3)
-        elif name in ("bias", "mask"):
+        elif name == "visited":
+            tiles.cells[name] = x
+        elif name in ("bias", "mask", "key_segment_ids"):
             if x.shape[3] == 1:
                 x = jnp.broadcast_to(x, (*x.shape[:4], plan.columns.length))
                 tiles.columns[name] = split(plan.columns, x, 4)
@@ -185,10 +287,10 @@ def tile(plan: Plan, arrays: dict[str, Any]) -> Tiles:
     return tiles
 
 
-def split(blocks: Axis, x: jax.Array, axis: int) -> jax.Array:
+def split(blocks: Axis, x: jax.Array, axis: int, mode: str = "constant") -> jax.Array:
     padding = blocks.block_size * blocks.num_blocks - blocks.length
     if padding:
-        x = jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)])
+        x = jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)], mode=mode)
     shape = (*x.shape[:axis], blocks.num_blocks, blocks.block_size, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 

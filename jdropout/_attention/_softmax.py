@@ -1,4 +1,4 @@
-"""softmax"""
+"""The online softmax with dropout over the blocks, and its derivative."""
 
 import functools
 import math
@@ -13,33 +13,48 @@ from jax.custom_derivatives import SymbolicZero
 from jdropout._attention._blocks import (
     Inputs,
     Plan,
+    Positions,
     allowed,
+    by_heads,
+    cut,
     drops_keys,
     indices,
     join,
+    positions,
     start,
     tile,
+    visited,
     where_needed,
 )
 from jdropout._dtypes import wide_dtype
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def attention(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("plan", "with_weights"))
+def attention(
+    inputs: Inputs, plan: Plan, with_weights: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     sharding = jax.typeof(inputs.query).sharding
     explicit = sharding.mesh.explicit_axes
+    attention = functools.partial(_attention_in_groups, plan=plan, with_weights=with_weights)
     if not explicit:
-        return _attention_in_groups(inputs, plan)
-    spec = sharding.spec
+        return attention(inputs)
+    *batch, queries, heads, _ = sharding.spec
     shardings = tuple(
         jax.sharding.NamedSharding(sharding.mesh, jax.P(*axes))
-        for axes in ((*spec[:-1], None), spec[:-1])
+        for axes in (
+            (*batch, queries, heads, None),
+            (*batch, queries, heads),
+            (*batch, heads, queries, None),
+        )
     )
-    attention = functools.partial(_attention_in_groups, plan=plan)
+    if not with_weights:
+        shardings = (*shardings[:2], None)
     return jax.sharding.auto_axes(attention, axes=explicit, out_sharding=shardings)(inputs)
 
 
-def _attention_in_groups(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def _attention_in_groups(
+    inputs: Inputs, plan: Plan, with_weights: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Brings the axes into the order of `_attend`, and back."""
     *batch, length, heads, features = inputs.query.shape
     key_length, key_heads = inputs.key.shape[-3:-1]
@@ -63,12 +78,42 @@ def _attention_in_groups(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Arr
         bias=grouped(inputs.bias),
         mask=grouped(inputs.mask),
         scale=jnp.asarray(inputs.scale, inputs.dtype),
+        bias_fns=jax.tree.map(lambda x: _widened(x, inputs.dtype), inputs.bias_fns),
         dropout=None if inputs.dropout is None else inputs.dropout.with_words(),
     )
-    output, residual = _attend(plan, _varying(inputs))
+    inputs = _varying(inputs._replace(visited=visited(plan, inputs)))
+    output, residual = _attend(plan, inputs)
+    weights = None
+    if with_weights:
+        weights = _weights(plan, inputs, residual)
+        weights = weights.reshape(*batch, heads, length, key_length)
     output, residual = (jnp.moveaxis(x, 3, 1) for x in (output, residual))
     shape = (*batch, length, heads)
-    return output.reshape(*shape, output.shape[-1]), residual.reshape(shape)
+    return output.reshape(*shape, output.shape[-1]), residual.reshape(shape), weights
+
+
+def _widened(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Brings floating-point numbers to the dtype of sums."""
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _weights(plan: Plan, inputs: Inputs, residual: jax.Array) -> jax.Array:
+    """The probabilities before dropout of all queries and keys, dense: (B, K, G, T, S)."""
+    whole = plan._replace(
+        rows=cut(plan.rows.length, plan.rows.length),
+        columns=cut(plan.columns.length, plan.columns.length),
+    )
+    block = {
+        name: x
+        for name, x in inputs._asdict().items()
+        if x is not None and name in ("query", "key", "bias", "mask", *_SEGMENT_IDS)
+    }
+    logits = _logits(whole, inputs, block, 0, 0)[0]
+    shift = jnp.where(residual == -jnp.inf, 0, residual)
+    return jnp.exp(logits - shift[..., None]).astype(inputs.query.dtype)
+
+
+_SEGMENT_IDS = ("query_segment_ids", "key_segment_ids")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -82,11 +127,14 @@ def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     (inputs,), (dots,) = primals, tangents
     output, residual = _attend(plan, inputs)
     named = {name: getattr(dots, name) for name in ("query", "key", "value", "bias", "scale")}
+    # What `_tangent` calls the arrays of functions of positions.
+    arrays = jax.tree.leaves(dots.bias_fns, is_leaf=lambda x: isinstance(x, SymbolicZero))
+    named |= {_array_name(index): dot for index, dot in enumerate(arrays)}
     dots = {
         # The backward pass sums cotangents over blocks in this dtype.
         name: dot.astype(inputs.dtype)
         for name, dot in named.items()
-        if dot is not None and not isinstance(dot, SymbolicZero)
+        if dot is not None and not isinstance(dot, SymbolicZero) and dot.dtype != jax.dtypes.float0
     }
     # jax.jvp of a linear map, because JAX 0.8 cannot transpose a loop that a custom rule binds.
     tangent = functools.partial(_tangent, plan, inputs, output, residual)
@@ -114,7 +162,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
 
             def visit(carry: Any) -> Any:
                 total, maximum, weighted = carry
-                logits = _logits(plan, inputs, block, i, j)
+                logits, _ = _logits(plan, inputs, block, i, j)
                 new_maximum = jnp.maximum(maximum, logits.max(-1))
                 shift = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
                 weights = jnp.exp(logits - shift[..., None])
@@ -128,7 +176,8 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
                     products += _surplus(weights, block["surplus"])
                 return total, new_maximum, weighted * decay[..., None] + products
 
-            return where_needed(plan, inputs, i, j, visit, lambda carry: carry, carry), None
+            needed = block.get("visited")
+            return where_needed(needed, visit, lambda carry: carry, carry), None
 
         start = (
             jnp.zeros(row_shape, inputs.dtype) + zero,
@@ -139,7 +188,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         (total, maximum, weighted), _ = lax.scan(column, start, columns)
         some = total > 0
         total = jnp.where(some, total, 1)
-        output = weighted * (_dropout_scale(inputs) / total)[..., None]
+        output = weighted * (_dropout_scale(plan, inputs) / total)[..., None]
         residual = jnp.where(some, maximum + jnp.log(total), -jnp.inf)
         return None, (output.astype(inputs.query.dtype), residual)
 
@@ -171,6 +220,8 @@ def _tangent(
     )
     linear_product = functools.partial(_linear_product, plan=plan, dtype=inputs.query.dtype)
     clean = _finite if drops_keys(plan, inputs) else lambda x: x
+    cut_up = dot_tiles.rows | dot_tiles.columns | dot_tiles.cells
+    not_cut = {name: dot for name, dot in dots.items() if name not in cut_up}
 
     @_remade
     def row(xs: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
@@ -180,10 +231,10 @@ def _tangent(
         def column(xs: Any, in_row: Any, dots_in_row: Any) -> tuple[jax.Array, jax.Array]:
             j, in_column, in_cell, dots_in_column, dots_in_cell = xs
             block = in_row | in_column | in_cell
-            dot = dots_in_row | dots_in_column | dots_in_cell | {"scale": dots.get("scale")}
+            dot = dots_in_row | dots_in_column | dots_in_cell | not_cut
 
             def visit(dot: Any) -> tuple[jax.Array, jax.Array]:
-                logits = _logits(plan, inputs, block, i, j)
+                logits, slope = _logits(plan, inputs, block, i, j)
                 shift = jnp.where(block["residual"] == -jnp.inf, 0, block["residual"])
                 weights = jnp.exp(logits - shift[..., None])
                 logits_dot = jnp.zeros_like(weights)
@@ -195,8 +246,12 @@ def _tangent(
                     logits_dot += product * inputs.scale
                 if "bias" in dot:
                     logits_dot += dot["bias"]
-                if dot["scale"] is not None:
+                if "scale" in dot:
                     logits_dot += dot["scale"] * clean(_query_key(plan, inputs, block))
+                if inputs.bias_fns:
+                    logits_dot += _biases_dot(inputs, positions(plan, inputs, i, j), dot)
+                if slope is not None:
+                    logits_dot *= slope
                 weights_dot = weights * logits_dot
                 total_dot = weights_dot.sum(-1)
                 weights_dot = _drop(plan, inputs, i, j, weights_dot)
@@ -207,14 +262,14 @@ def _tangent(
                     output_dot += linear_product("bkgts,bkvs->bkgtv", weights, dot["value"])
                 return output_dot, total_dot
 
-            return where_needed(plan, inputs, i, j, visit, lambda dot: nothing, dot)
+            return where_needed(block.get("visited"), visit, lambda dot: nothing, dot)
 
         def add(carry: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, column(xs, in_row, dots_in_row)), None
 
         xs = (indices(plan.columns), columns[0], in_cells, columns[1], dots_in_cells)
         (output_dot, total_dot), _ = lax.scan(add, nothing, xs)
-        output_dot = output_dot * _dropout_scale(inputs)
+        output_dot = output_dot * _dropout_scale(plan, inputs)
         output_dot -= in_row["output"].astype(inputs.dtype) * total_dot[..., None]
         return output_dot.astype(inputs.query.dtype), total_dot
 
@@ -231,18 +286,52 @@ def _tangent(
 _remade = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-def _logits(plan: Plan, inputs: Inputs, block: dict[str, jax.Array], i: Any, j: Any) -> jax.Array:
-    """Logits of a block, -inf where a query may not attend."""
+def _logits(
+    plan: Plan, inputs: Inputs, block: dict[str, jax.Array], i: Any, j: Any
+) -> tuple[jax.Array, Any]:
+    """Logits of a block, -inf where a query may not attend, and their slope by the soft cap."""
     logits = _query_key(plan, inputs, block) * inputs.scale
     if "bias" in block:
         logits = logits + block["bias"].astype(inputs.dtype)
-    conditions = allowed(plan, inputs, i, j)
-    if "mask" in block:
-        conditions.append(block["mask"])
-    if not conditions:
-        return logits
-    together = functools.reduce(jnp.logical_and, conditions)
-    return jnp.where(together, logits, -jnp.inf)
+    if inputs.bias_fns:
+        logits = logits + _biases(inputs, positions(plan, inputs, i, j), {})
+    conditions = allowed(plan, inputs, block, i, j)
+    if plan.drops_logits and inputs.dropout is not None:
+        conditions.append(_keep(plan, inputs, i, j).reshape(logits.shape))
+    slope: Any = None
+    if plan.soft_cap is not None:
+        # An infinite bias forbids to attend, also through a cap.
+        conditions.append(logits != -jnp.inf)
+        capped = jnp.tanh(logits / plan.soft_cap)
+        logits, slope = plan.soft_cap * capped, 1 - capped * capped
+    if conditions:
+        together = functools.reduce(jnp.logical_and, conditions)
+        logits = jnp.where(together, logits, -jnp.inf)
+        slope = None if slope is None else jnp.where(together, slope, 0)
+    return logits, slope
+
+
+def _array_name(index: int) -> str:
+    return f"array {index} of bias_fn"
+
+
+def _biases(inputs: Inputs, at: Positions, changed: dict[str, jax.Array]) -> jax.Array:
+    """The biases by position of a block, with some of their arrays replaced."""
+    leaves, structure = jax.tree.flatten(inputs.bias_fns)
+    leaves = [changed.get(_array_name(index), leaf) for index, leaf in enumerate(leaves)]
+    biases = jax.tree.unflatten(structure, leaves)
+    values = [by_heads(bias.at(at.aligned, at.keys, at.heads), inputs) for bias in biases]
+    return functools.reduce(jnp.add, values).astype(inputs.dtype)
+
+
+def _biases_dot(inputs: Inputs, at: Positions, dot: dict[str, Any]) -> jax.Array | float:
+    """Their derivative along the tangents of arrays."""
+    leaves = {_array_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(inputs.bias_fns))}
+    moving = {name: leaf for name, leaf in leaves.items() if name in dot}
+    if not moving:
+        return 0.0
+    dots = {name: dot[name] for name in moving}
+    return jax.jvp(functools.partial(_biases, inputs, at), (moving,), (dots,))[1]
 
 
 def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.Array:
@@ -251,12 +340,18 @@ def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.A
 
 def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax.Array:
     """Applies the dropout mask, without its scale, to a block with five axes."""
-    if inputs.dropout is None:
+    if inputs.dropout is None or plan.drops_logits:
         return weights
+    return jnp.where(_keep(plan, inputs, i, j).reshape(weights.shape), weights, 0)
+
+
+def _keep(plan: Plan, inputs: Inputs, i: Any, j: Any) -> jax.Array:
+    """The dropout mask of a block, with the axes of the whole."""
+    assert inputs.dropout is not None
     lead = inputs.dropout.description.shape[:-2]
     shape = (*lead, plan.rows.block_size, plan.columns.block_size)
     tile = inputs.dropout.tile(shape, start(plan, inputs), (0,) * len(lead) + (i, j))
-    return jnp.where(tile.keep().reshape(weights.shape), weights, 0)
+    return tile.keep()
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -276,10 +371,12 @@ def _surplus(weights: jax.Array, surplus: jax.Array) -> jax.Array:
     return jnp.where(attended, total, 0)
 
 
-def _dropout_scale(inputs: Inputs) -> Any:
+def _dropout_scale(plan: Plan, inputs: Inputs) -> Any:
+    one = np.ones((), inputs.dtype)
     if inputs.dropout is None:
-        return np.ones((), inputs.dtype)
-    return inputs.dropout.nan_if_invalid(inputs.dropout.scale(inputs.dtype))
+        return one
+    scale = one if plan.drops_logits else inputs.dropout.scale(inputs.dtype)
+    return inputs.dropout.nan_if_invalid(scale)
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Array:
@@ -314,6 +411,9 @@ def _varying(inputs: Inputs) -> Inputs:
         value=inputs.value + zero.astype(inputs.value.dtype),
         bias=None if inputs.bias is None else inputs.bias + zero.astype(inputs.bias.dtype),
         scale=inputs.scale + zero,
+        bias_fns=jax.tree.map(
+            lambda x: x + zero if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs.bias_fns
+        ),
     )
 
 

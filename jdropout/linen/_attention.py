@@ -1,5 +1,6 @@
 """Attention with dropout as a Flax linen module, and as a function with Flax's signature."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.typing
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 
-from jdropout._flax import attention
+from jdropout._flax import attention, attention_call
 from jdropout._typing import Flag, Key, Rate
 
 # Taken now: users may put our classes in their place.
@@ -33,6 +34,7 @@ def dot_product_attention(
     einsum_dot_general: Callable[..., jax.Array] | None = None,
     qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
     attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
+    **options: Any,
 ) -> jax.Array:
     """`jdropout.dot_product_attention` with the signature of `flax.linen.dot_product_attention`.
 
@@ -58,11 +60,14 @@ def dot_product_attention(
       dtype: dtype of the computation; None infers it. The softmax is computed in float32 at
         least.
       precision: precision of the matrix products, as in `jax.numpy.einsum`.
-      module: must be None, since there are no weights to sow.
+      module: module that sows the weights before dropout, which are then computed at once: they
+        take memory of T x S.
       force_fp32_for_softmax: has no effect; the softmax is always computed in float32 at least.
       einsum_dot_general: must be None; the products are computed block by block.
       qk_attn_weights_einsum: must be None; the products are computed block by block.
       attn_weights_value_einsum: must be None; the products are computed block by block.
+      **options: further keyword arguments of `jdropout.dot_product_attention`, such as
+        ``logits_soft_cap``, ``bias_fn`` and ``dropout_on``; bind them with `functools.partial`.
 
     Returns:
       An array of shape (batch..., T, N, V).
@@ -113,11 +118,48 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         deterministic=deterministic,
         precision=precision,
-        module=module,
+        sow=module and functools.partial(module.sow, "intermediates", "attention_weights"),
+        **options,
     )
 
 
-class MultiHeadDotProductAttention(FlaxAttention):
+class _Call(linen.Module):
+    """Adds arguments to the call of Flax's layers."""
+
+    def __call__(
+        self,
+        *args: Any,
+        query_segment_ids: jax.Array | None = None,
+        key_value_segment_ids: jax.Array | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Applies attention, as Flax's layer does.
+
+        Args:
+          *args: arguments of Flax's layer.
+          query_segment_ids: integers of shape (batch..., length): documents packed into one row;
+            a query attends only to keys with its own number.
+          key_value_segment_ids: the same for the keys; if the lengths are equal, either of the two
+            stands for both.
+          **options: keyword arguments of Flax's layer.
+
+        Returns:
+          An array of shape (batch..., length, out_features).
+
+        Raises:
+          ValueError: if shapes do not match, or neither the call nor the constructor gave a flag
+            or a source of keys that is needed.
+        """
+        cached = self.decode and self.has_variable("cache", "cache_index")
+        with attention_call(
+            self.get_variable("cache", "cache_index") if cached else None,
+            query_segment_ids=query_segment_ids,
+            key_value_segment_ids=key_value_segment_ids,
+        ):
+            return super().__call__(*args, **options)
+
+
+class MultiHeadDotProductAttention(_Call, FlaxAttention):
     """`flax.linen.MultiHeadDotProductAttention` in blocks, with a mask per example and head.
 
     Attributes and call are Flax's own, with two different defaults.
@@ -168,7 +210,7 @@ class MultiHeadAttention(MultiHeadDotProductAttention):
     """
 
 
-class SelfAttention(FlaxSelfAttention):
+class SelfAttention(_Call, FlaxSelfAttention):
     """`flax.linen.SelfAttention` in blocks, with a mask per example and head.
 
     Attributes and call are Flax's own, with two different defaults.

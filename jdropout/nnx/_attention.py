@@ -1,5 +1,6 @@
 """Attention with dropout as a Flax nnx module, and as a function with Flax's signature."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import jax.typing
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jdropout._flax import attention, check_module_rate
+from jdropout._flax import attention, attention_call, check_module_rate
 from jdropout._typing import Flag, Key, Rate
 
 # Taken now: users may put our class in its place.
@@ -30,6 +31,7 @@ def dot_product_attention(
     module: nnx.Module | None = None,
     promote_dtype: Callable[..., Any] = promote_dtype,
     is_causal: bool = False,
+    **options: Any,
 ) -> jax.Array:
     """`jdropout.dot_product_attention` with the signature of `flax.nnx.dot_product_attention`.
 
@@ -55,18 +57,20 @@ def dot_product_attention(
       dtype: dtype of the computation; None infers it. The softmax is computed in float32 at
         least.
       precision: precision of the matrix products, as in `jax.numpy.einsum`.
-      module: must be None, since there are no weights to sow.
+      module: module that sows the weights before dropout, which are then computed at once: they
+        take memory of T x S.
       promote_dtype: function that gives query, key and value a common dtype.
       is_causal: if True, no query attends to a later key.
+      **options: further keyword arguments of `jdropout.dot_product_attention`, such as
+        ``logits_soft_cap``, ``bias_fn`` and ``dropout_on``; bind them with `functools.partial`.
 
     Returns:
       An array of shape (batch..., T, N, V).
 
     Raises:
       TypeError: if an argument has the wrong type or dtype.
-      ValueError: if shapes do not match, `module` is given, the rate is not a scalar in [0, 1]
-        (a traced one outside gives NaN, and an error under ``checkify``), or the key is missing
-        or a batch of keys.
+      ValueError: if shapes do not match, the rate is not a scalar in [0, 1] (a traced one outside
+        gives NaN, and an error under ``checkify``), or the key is missing or a batch of keys.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,8 +101,9 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         deterministic=deterministic,
         precision=precision,
-        module=module,
+        sow=module and functools.partial(module.sow, nnx.Intermediate, "attention_weights"),
         is_causal=is_causal,
+        **options,
     )
 
 
@@ -106,7 +111,9 @@ class MultiHeadAttention(FlaxAttention):
     """`flax.nnx.MultiHeadAttention` in blocks, with a mask per example and head.
 
     Constructor, call and attributes are Flax's own, with two different defaults:
-    ``attention_fn=jdropout.nnx.dot_product_attention`` and ``broadcast_dropout=False``.
+    ``attention_fn=jdropout.nnx.dot_product_attention`` and ``broadcast_dropout=False``. With a
+    cache the dropout mask of a token is the one it has in a pass over the whole length of the cache
+    with the same key.
 
     Args:
       *args: positional arguments of Flax's constructor.
@@ -158,6 +165,8 @@ class MultiHeadAttention(FlaxAttention):
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
         decode: bool | None = None,
         is_causal: bool = False,
+        query_segment_ids: jax.Array | None = None,
+        key_value_segment_ids: jax.Array | None = None,
         **options: Any,
     ) -> jax.Array:
         """Applies attention, as Flax's layer does.
@@ -170,6 +179,10 @@ class MultiHeadAttention(FlaxAttention):
             a key.
           decode: overrides the constructor's flag: one token a call, with a cache.
           is_causal: if True, no query attends to a later key. With a cache there are none.
+          query_segment_ids: integers of shape (batch..., length): documents packed into one row;
+            a query attends only to keys with its own number.
+          key_value_segment_ids: the same for the keys; if the lengths are equal, either of the two
+            stands for both.
           **options: further keyword arguments of the call of Flax's layer.
 
         Returns:
@@ -179,11 +192,19 @@ class MultiHeadAttention(FlaxAttention):
           ValueError: if shapes do not match, or neither the call nor the constructor gave a flag
             or a source of keys that is needed.
         """
-        if is_causal and not (self.decode if decode is None else decode):
-            options["is_causal"] = True  # Flax 0.12.4 has no such argument
-        # Flax calls the source; and for a cache it would place the query before all other keys.
-        source = (lambda: rngs) if isinstance(rngs, jax.Array) else rngs
-        result = super().__call__(
-            inputs_q, inputs_k, inputs_v, rngs=source, decode=decode, **options
-        )
+        decoding = self.decode if decode is None else decode
+        if is_causal and not decoding:
+            # Flax 0.12.4 has no such argument, and for a cache it would place the query before all
+            # other keys.
+            options["is_causal"] = True
+        source = (lambda: rngs) if isinstance(rngs, jax.Array) else rngs  # Flax calls it
+        cached = decoding and self.cache_index is not None
+        with attention_call(
+            self.cache_index[...] if cached else None,
+            query_segment_ids=query_segment_ids,
+            key_value_segment_ids=key_value_segment_ids,
+        ):
+            result = super().__call__(
+                inputs_q, inputs_k, inputs_v, rngs=source, decode=decode, **options
+            )
         return cast("jax.Array", result)
