@@ -74,7 +74,7 @@ class PositionFunction:
         per_example: bool = False,
     ) -> None:
         self.function = function
-        self.arrays = arrays
+        self.arrays: tuple[Any, ...] = arrays
         self.key_range = key_range
         self.per_example = _values.check_flag("per_example", per_example) and bool(arrays)
 
@@ -89,6 +89,13 @@ class PositionFunction:
         made.arrays = tuple(arrays)
         made.function, made.key_range, made.per_example = static
         return made
+
+    def for_each_example(self, batch_size: int) -> "PositionFunction":
+        """Gives every example its own copy of the arrays."""
+        if self.per_example or not self.arrays:
+            return self
+        arrays = (jnp.broadcast_to(x, (batch_size, *jnp.shape(x))) for x in self.arrays)
+        return PositionFunction(self.function, *arrays, key_range=self.key_range, per_example=True)
 
     def at(self, queries: jax.Array, keys: jax.Array, heads: jax.Array) -> jax.Array:
         """Evaluates the function at all combinations of positions.
@@ -167,7 +174,10 @@ def alibi(slopes: ArrayLike | int) -> PositionFunction:
         "slopes", slopes if number is None else alibi_slopes(number)
     )
     if array.ndim != 1:
-        raise ValueError(f"slopes must have one number per head, got shape {array.shape}.")
+        raise ValueError(
+            f"slopes must have one number per head, got shape {array.shape}. Pass an "
+            "array of one axis."
+        )
     return PositionFunction(_alibi, array)
 
 
@@ -241,13 +251,13 @@ def relative_bias(
     if array.ndim != 2 or array.shape[0] % directions or array.shape[0] < 2 * directions:
         raise ValueError(
             "table must have the axes (buckets, heads), with an even number of buckets of at least "
-            f"4, or at least 2 if not bidirectional, got shape {array.shape}."
+            f"4, or at least 2 if not bidirectional, got shape {array.shape}. Use 32 buckets."
         )
     buckets = array.shape[0] // directions
     if distance <= buckets // 2:
         raise ValueError(
             f"max_distance must be above {buckets // 2}, the number of buckets with one distance, "
-            f"got {distance}."
+            f"got {distance}. Use a larger distance or fewer buckets."
         )
     function = functools.partial(
         _relative_bias,
@@ -372,7 +382,9 @@ def document(segment_ids: ArrayLike) -> PositionFunction:
     """
     ids = _check_integers("segment_ids", segment_ids, 2)
     if ids.ndim == 0:
-        raise ValueError("segment_ids must have one number per position, got a scalar.")
+        raise ValueError(
+            "segment_ids must have one number per position, got a scalar. Pass an array."
+        )
     return PositionFunction(_in_document, ids, per_example=ids.ndim == 2)
 
 
@@ -456,7 +468,9 @@ def _as_position_function(
         )
     if not jnp.issubdtype(result.dtype, jnp.bool_ if is_mask else jnp.floating):
         expected = "a boolean, True where a query may attend" if is_mask else "a float"
-        raise TypeError(f"{name} must return {expected}, got dtype {result.dtype}.")
+        raise TypeError(
+            f"{name} must return {expected}, got dtype {result.dtype}. Convert it with .astype."
+        )
     return function
 
 

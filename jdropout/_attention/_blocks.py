@@ -198,17 +198,15 @@ def visited(plan: Plan, inputs: Inputs) -> jax.Array | None:
     row = (row + indices(plan.rows) * plan.rows.block_size)[None] + inputs.alignment[:, None]
     column = (column + indices(plan.columns) * plan.columns.block_size)[None, None]
     last_row, last_column = row + plan.rows.block_size - 1, column + plan.columns.block_size - 1
-    ranges = [mask.keys_of(row, last_row) for mask in inputs.mask_fns if mask.key_range]
+    conditions = []
     if plan.is_causal:
-        ranges.append((None, last_row))
+        conditions.append(column <= last_row[..., None])
+    ranges = [mask.keys_of(row, last_row) for mask in inputs.mask_fns if mask.key_range]
     if plan.window is not None:
         before, after = plan.window
         ranges.append((row - before, last_row + after))
-    conditions = []
     for first, last in ranges:
-        if first is not None:
-            conditions.append(last_column >= first[..., None])
-        conditions.append(column <= last[..., None])
+        conditions += [last_column >= first[..., None], column <= last[..., None]]
     if inputs.query_segment_ids is not None:
         queries, keys = _segments_of_blocks(plan, inputs)
         conditions += [queries[0] <= keys[1], keys[0] <= queries[1]]

@@ -27,6 +27,7 @@ from jdropout._attention._blocks import (
     where_needed,
 )
 from jdropout._dtypes import wide_dtype
+from jdropout.by_position import PositionFunction
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "with_weights"))
@@ -39,17 +40,17 @@ def attention(
     if not explicit:
         return attention(inputs)
     *batch, queries, heads, _ = sharding.spec
-    shardings = tuple(
+    shardings: list[Any] = [
         jax.sharding.NamedSharding(sharding.mesh, jax.P(*axes))
         for axes in (
             (*batch, queries, heads, None),
             (*batch, queries, heads),
             (*batch, heads, queries, None),
         )
-    )
+    ]
     if not with_weights:
-        shardings = (*shardings[:2], None)
-    return jax.sharding.auto_axes(attention, axes=explicit, out_sharding=shardings)(inputs)
+        shardings[2] = None
+    return jax.sharding.auto_axes(attention, axes=explicit, out_sharding=tuple(shardings))(inputs)
 
 
 def _attention_in_groups(
@@ -220,8 +221,7 @@ def _tangent(
     )
     linear_product = functools.partial(_linear_product, plan=plan, dtype=inputs.query.dtype)
     clean = _finite if drops_keys(plan, inputs) else lambda x: x
-    cut_up = dot_tiles.rows | dot_tiles.columns | dot_tiles.cells
-    not_cut = {name: dot for name, dot in dots.items() if name not in cut_up}
+    bias_fns, not_cut = _for_each_example(inputs, dots)
 
     @_remade
     def row(xs: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
@@ -248,8 +248,9 @@ def _tangent(
                     logits_dot += dot["bias"]
                 if "scale" in dot:
                     logits_dot += dot["scale"] * clean(_query_key(plan, inputs, block))
-                if inputs.bias_fns:
-                    logits_dot += _biases_dot(inputs, positions(plan, inputs, i, j), dot)
+                if any(name in dot for name in not_cut if name != "scale"):
+                    changed = inputs._replace(bias_fns=bias_fns)
+                    logits_dot += _biases_dot(changed, positions(plan, inputs, i, j), dot)
                 if slope is not None:
                     logits_dot *= slope
                 weights_dot = weights * logits_dot
@@ -324,14 +325,36 @@ def _biases(inputs: Inputs, at: Positions, changed: dict[str, jax.Array]) -> jax
     return functools.reduce(jnp.add, values).astype(inputs.dtype)
 
 
-def _biases_dot(inputs: Inputs, at: Positions, dot: dict[str, Any]) -> jax.Array | float:
+def _biases_dot(inputs: Inputs, at: Positions, dot: dict[str, Any]) -> jax.Array:
     """Their derivative along the tangents of arrays."""
     leaves = {_array_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(inputs.bias_fns))}
     moving = {name: leaf for name, leaf in leaves.items() if name in dot}
-    if not moving:
-        return 0.0
     dots = {name: dot[name] for name in moving}
     return jax.jvp(functools.partial(_biases, inputs, at), (moving,), (dots,))[1]
+
+
+def _for_each_example(
+    inputs: Inputs, dots: dict[str, jax.Array]
+) -> tuple[tuple[PositionFunction, ...], dict[str, jax.Array]]:
+    """Gives every example its own copy of what all share, with their tangents.
+
+    Else the backward pass would sum over the examples in every block, between devices if the batch
+    is sharded. So it sums once, at the end.
+    """
+    batch_shape = inputs.query.shape[:3]
+    own, leaf = [], 0
+    each = {}
+    if "scale" in dots:
+        each["scale"] = jnp.broadcast_to(dots["scale"], (*batch_shape, 1, 1))
+    for function in inputs.bias_fns:
+        spread = function.for_each_example(batch_shape[0])
+        for x in spread.arrays:
+            name = _array_name(leaf)
+            if name in dots:
+                each[name] = jnp.broadcast_to(dots[name], x.shape)
+            leaf += 1
+        own.append(spread)
+    return tuple(own), each
 
 
 def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.Array:
@@ -372,10 +395,10 @@ def _surplus(weights: jax.Array, surplus: jax.Array) -> jax.Array:
 
 
 def _dropout_scale(plan: Plan, inputs: Inputs) -> Any:
-    one = np.ones((), inputs.dtype)
     if inputs.dropout is None:
-        return one
-    scale = one if plan.drops_logits else inputs.dropout.scale(inputs.dtype)
+        return np.ones((), inputs.dtype)
+    unscaled = plan.drops_logits
+    scale = jnp.ones((), inputs.dtype) if unscaled else inputs.dropout.scale(inputs.dtype)
     return inputs.dropout.nan_if_invalid(scale)
 
 

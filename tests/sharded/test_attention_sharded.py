@@ -26,6 +26,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jdropout import by_position
+
 COLLECTIVE = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\("
 DEVICES = {"a": 2, "b": 4}
 PLACES = {
@@ -173,3 +175,110 @@ def test_shard_map_with_positions_equals_the_whole(split, check_vma, key):
     )
     ours = passes(arguments, output_bar)
     assert_close(ours, (y, only(ours[1], gradients)))
+
+
+# --- segments and functions of positions --------------------------------------------------
+
+
+def bias_of(slopes):
+    return by_position.PositionFunction(falling, slopes)
+
+
+def falling(query, key, head, slopes):
+    return slopes[head] * jnp.cos(jnp.float32(query - key))
+
+
+def in_stripes(query, key, head):
+    return (query + 2 * key + head) % 3 > 0
+
+
+def expected_in_documents(arrays, output_bar, slopes, ids, key, aligned=0):
+    """Output and gradients of the attention below, dense."""
+    (b, t, n, _), s = arrays[0].shape, arrays[1].shape[1]
+    shape = (b, n, t, s)
+    query, keys, head = np.arange(t)[:, None], np.arange(s), np.arange(n)[:, None, None]
+    waves = np.cos(np.float32(query - keys))
+    allowed = positions_allowed(shape, is_causal=True, query_segment_ids=ids) & in_stripes(
+        query, keys, head
+    )
+    (y, _), gradients = dense_results(
+        arrays,
+        (output_bar, None),
+        allowed=allowed,
+        multiplied=multiplier(key, shape),
+        bias=np.broadcast_to(slopes[:, None, None] * waves, shape),
+        soft_cap=2.0,
+    )
+    gradients["slopes"] = (gradients["bias"] * waves).sum((0, 2, 3))
+    return y, gradients
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
+def test_segments_and_functions_send_a_table_of_blocks_at_most(axis_type, key):
+    sizes = dict(b=4, t=16, s=16, n=4, k=4, h=4, v=4)
+    arrays, (output_bar, _) = operands(**sizes)
+    slopes = np.linspace(0.1, 0.4, 4, dtype=np.float32)
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (4, 16), dtype=np.int32))
+    expected = expected_in_documents(arrays, output_bar, slopes, ids, key)
+    mesh = jax.make_mesh(tuple(DEVICES.values()), tuple(DEVICES), axis_types=(axis_type,) * 2)
+    place = functools.partial(NamedSharding, mesh)
+    with jax.set_mesh(mesh):
+
+        def run(slopes, ids, **arguments):
+            options = dict(is_causal=True, logits_soft_cap=2.0, block_sizes=(8, 4))
+            return attention(
+                key, query_segment_ids=ids, bias_fn=bias_of(slopes), mask_fn=in_stripes, **options
+            )(**arguments)
+
+        passes = both_passes(run)
+        spec = place(BATCH_AND_HEADS)
+        arguments = jax.device_put(named(*arrays), spec)
+        arguments["slopes"] = jax.device_put(slopes, place(P()))
+        bar = jax.device_put(output_bar, spec)
+        placed_ids = jax.device_put(ids, place(P("a")))
+        compiled = passes.lower(arguments, bar, ids=placed_ids).compile()
+        y, gradients = compiled(arguments, bar, ids=placed_ids)
+    assert_close((y, gradients), (expected[0], only(gradients, expected[1])), 2e-5)
+    found = collectives(compiled)
+    table, of_heads, of_examples = 2 * 4, slopes.size * 2, slopes.size
+    assert found.pop("all-reduce") <= table + of_heads + of_examples
+    assert found == {}
+
+
+def test_parts_of_packed_documents_in_shard_map_equal_the_whole(key):
+    sizes = dict(b=2, t=16, s=16, n=2, k=2, h=4, v=4)
+    shape = shape_of("bnts", **sizes)
+    arrays, (output_bar, _) = operands(**sizes)
+    slopes = np.float32([0.1, 0.3])
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (2, 16), dtype=np.int32))
+    expected = expected_in_documents(arrays, output_bar, slopes, ids, key)
+
+    def local(query, keys, value, slopes, query_ids, key_ids):
+        start = (0, 0, lax.axis_index("b") * (shape[2] // DEVICES["b"]), 0)
+        ours = attention(
+            key,
+            is_causal=True,
+            logits_soft_cap=2.0,
+            block_sizes=(2, 4),
+            start=start,
+            global_shape=shape,
+            query_segment_ids=query_ids,
+            key_value_segment_ids=key_ids,
+            bias_fn=bias_of(slopes),
+            mask_fn=in_stripes,
+        )
+        return ours(query, keys, value)
+
+    sharded = jax.shard_map(
+        local,
+        mesh=jax.make_mesh(tuple(DEVICES.values()), tuple(DEVICES), axis_types=(AUTO,) * 2),
+        in_specs=(P(None, "b"), P(), P(), P(), P(None, "b"), P()),
+        out_specs=P(None, "b"),
+    )
+    passes = both_passes(
+        lambda query, key, value, slopes: sharded(query, key, value, slopes, ids, ids)
+    )
+    arguments = named(*arrays, slopes=slopes)
+    assert conditional_collectives(passes.trace(arguments, output_bar).jaxpr) == []
+    y, gradients = passes(arguments, output_bar)
+    assert_close((y, gradients), (expected[0], only(gradients, expected[1])), 2e-5)
