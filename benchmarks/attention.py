@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from common import (
     DTYPES,
     KEY,
@@ -22,6 +23,7 @@ from flax import nnx
 from harness import Plan, Row, ratio_row, time_all, timed_row
 
 import jdropout
+from jdropout import by_position
 
 HEADS, FEATURES = 8, 64
 LONGEST_MATRIX = 4096
@@ -91,6 +93,40 @@ def attention_length(plan: Plan) -> Iterator[Row]:
             times = time_all(jitted, plan)
             times["quadratic"] = times.pop("first") * (length / first) ** 2
             yield ratio_row(labels(inputs[0], name), times, columns)
+
+
+def attention_options(plan: Plan) -> Iterator[Row]:
+    """Causal attention with an option, relative to the same without: time, and temporaries."""
+    plan = plan._replace(rounds=min(plan.few_rounds, 3))
+    length = plan.lengths[-2]
+    inputs = normal_inputs(1, length)
+    documents = np.arange(length, dtype=np.int32) * 8 // length
+    window = length // 16
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "8 documents": {"query_segment_ids": documents[None]},
+        "8 documents, by position": {"mask_fn": by_position.document(documents)},
+        "window of 1/16": {"local_window_size": (window, 0)},
+        "window of 1/16, by position": {"mask_fn": by_position.sliding_window(window)},
+        "soft cap": {"logits_soft_cap": 50.0},
+        "alibi": {"bias_fn": by_position.alibi(HEADS)},
+        "relative_bias": {"bias_fn": by_position.relative_bias(normal((32, HEADS)))},
+        "dropped logits": {"dropout_on": "logits"},
+    }
+    functions = {name: ours(is_causal=True, **given) for name, given in options.items()}
+    for name, competitors in attention_passes(functions).items():
+        programs = compile_all(competitors, KEY, *inputs)
+        sizes = temporary_bytes(programs)
+        times = time_all(bind(programs, KEY, *inputs), plan)
+        for option in list(options)[1:]:
+            column = f"{option} / plain"
+            row = ratio_row(labels(inputs[0], name) | {"option": option}, times, (column,))
+            cells = {
+                "time": row.cells[column],
+                "temporaries": f"{sizes[option] / sizes['plain']:.2f}",
+            }
+            found = {key: sizes[key] for key in (option, "plain")}
+            yield row._replace(cells=cells, details=row.details | {"bytes": found})
 
 
 def attention_blocks(plan: Plan) -> Iterator[Row]:

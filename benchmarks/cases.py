@@ -10,7 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import attention, attention_blocks, attention_length, attention_memory
+from attention import (
+    attention,
+    attention_blocks,
+    attention_length,
+    attention_memory,
+    attention_options,
+)
 from common import (
     DTYPES,
     KEY,
@@ -210,6 +216,7 @@ SECTIONS = {
     "attention": attention,
     "attention_memory": attention_memory,
     "attention_length": attention_length,
+    "attention_options": attention_options,
     "attention_blocks": attention_blocks,
     "transformer": transformer,
     "fused": fused,

@@ -472,6 +472,19 @@ def test_layers_sow_the_weights_that_flax_sows(api, key):
     np.testing.assert_allclose(*map(np.asarray, (leaves[1][0], leaves[0][0])), atol=1e-6)
 
 
+def test_replaced_layers_sow_too(key):
+    x = normal_array(2, 5, 8)
+    options = dict(num_heads=2, dropout_rate=RATE, deterministic=False, kernel_init=UNIFORM)
+    theirs, ours = (
+        module.MultiHeadDotProductAttention(**options) for module in (linen, jdropout.linen)
+    )
+    variables = theirs.init({"params": key, "dropout": key}, x)
+    call = dict(rngs={"dropout": key}, sow_weights=True, mutable="intermediates")
+    with jdropout.linen.replacing():
+        replaced = theirs.apply(variables, x, **call)
+    jax.tree.map(np.testing.assert_array_equal, replaced, ours.apply(variables, x, **call))
+
+
 # --- layers: caches and packed documents --------------------------------------------------
 
 

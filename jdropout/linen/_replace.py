@@ -36,10 +36,9 @@ def replacing() -> Iterator[None]:
     `Dropout` gives for the same key. Attention of Flax that drops is computed as by
     `MultiHeadDotProductAttention`, with a mask for each example and head.
 
-    Left alone are subclasses with a call of their own, attention with another ``attention_fn``,
-    with einsums of its own or with ``sow_weights``, dropout that a model writes by hand, such as
-    with ``make_rng`` and `flax.linen.dot_product_attention_weights`, and functions that
-    `jax.jit` compiled before.
+    Left alone are subclasses with a call of their own, attention with another ``attention_fn`` or
+    with einsums of its own, dropout that a model writes by hand, such as with ``make_rng`` and
+    `flax.linen.dot_product_attention_weights`, and functions that `jax.jit` compiled before.
 
     Yields:
       None.
@@ -70,7 +69,7 @@ def _replaced(
     if context.method_name == "__call__":
         if isinstance(module, FlaxDropout) and type(module).__call__ is FlaxDropout.__call__:
             return _ours(module)(*args, **kwargs)
-        if isinstance(module, FlaxAttention) and _may_replace(module, kwargs):
+        if isinstance(module, FlaxAttention) and _may_replace(module):
             with with_attributes(
                 module, attention_fn=dot_product_attention, broadcast_dropout=False
             ):
@@ -92,13 +91,12 @@ def _ours(module: Any) -> Dropout:
     return ours
 
 
-def _may_replace(module: Any, kwargs: dict[str, Any]) -> bool:
+def _may_replace(module: Any) -> bool:
     return (
         module.dropout_rate > 0
         and module.attention_fn is flax_attention_fn
         and module.qk_attn_weights_einsum_cls is None
         and module.attn_weights_value_einsum_cls is None
-        and not kwargs.get("sow_weights")
     )
 
 
