@@ -375,6 +375,69 @@ def test_half_precision_has_sums_in_single(dtype, key):
     assert_close(*results, 0.02)
 
 
+def test_double_precision_is_kept_throughout(key):
+    with jax.enable_x64(True):
+        arrays, cotangents = jax.tree.map(lambda x: x.astype(np.float64), operands(k=2))
+        shape = shape_of("bnts")
+        slopes = np.linspace(0.1, 0.4, 4)
+        distance = abs(np.arange(shape[2])[:, None] - np.arange(shape[3]))
+        same = positions_allowed(
+            shape, query_segment_ids=MIXED, key_value_segment_ids=DOCUMENTS
+        ) & keep_mask(key, shape)
+        results, expected = dense_results(
+            arrays,
+            cotangents,
+            allowed=same,
+            multiplied=1,
+            soft_cap=2.0,
+            bias=-slopes[:, None, None] * np.broadcast_to(distance, shape),
+        )
+        expected["slopes"] = -(expected["bias"] * distance).sum((0, 2, 3))
+        options = dict(query_segment_ids=MIXED, key_value_segment_ids=DOCUMENTS)
+
+        def run(slopes, **arguments):
+            return attention(
+                key,
+                bias_fn=by_position.alibi(slopes),
+                logits_soft_cap=2.0,
+                dropout_on="logits",
+                return_residual=True,
+                **options,
+            )(**arguments)
+
+        ours, gradients = both_passes(run)(named(*arrays, slopes=slopes), cotangents)
+        assert all(x.dtype == np.float64 for x in jax.tree.leaves((ours, gradients)))
+        assert_close((ours, gradients), (results, only(gradients, expected)), 1e-13)
+
+
+def test_a_scan_over_layers_with_checkpoints_is_the_loop(key):
+    shape = shape_of("bnts", s=9, v=4)
+    (x,), (slopes,) = normal(7, shape_of("btnh")), normal(8, (3, 4))
+
+    def layer(x, slopes, index):
+        run = attention(
+            jax.random.fold_in(key, index),
+            bias_fn=lambda query, key, head: slopes[head] * jnp.float32(query - key),
+            mask_fn=by_position.prefix_lm(np.int32(3)),
+            query_segment_ids=MIXED,
+            logits_soft_cap=2.0,
+        )
+        return run(x, x, x)
+
+    def scanned(x, slopes):
+        step = jax.checkpoint(lambda x, each: (layer(x, *each), None))
+        return jax.lax.scan(step, x, (slopes, jnp.arange(3)))[0]
+
+    def looped(x, slopes):
+        for index in range(3):
+            x = layer(x, slopes[index], index)
+        return x
+
+    arguments, bar = dict(x=x, slopes=slopes), np.ones_like(x)
+    assert shape[2] == shape[3]
+    assert_close(*(both_passes(f)(arguments, bar) for f in (scanned, looped)), 3e-5)
+
+
 def test_nothing_of_the_size_of_the_matrix_is_stored(key):
     def temporaries(length):
         def loss(table, x, ids):
@@ -447,6 +510,13 @@ def test_weights_are_the_probabilities_before_their_dropout(dropout_on, key):
     )
 
 
+def sown(layer, x):
+    if hasattr(nnx, "capture"):
+        return nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)[1]
+    layer(x, sow_weights=True)  # Flax 0.12.4
+    return nnx.state(layer, nnx.Intermediate)
+
+
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_layers_sow_the_weights_that_flax_sows(api, key):
     x = normal_array(2, 5, 8)
@@ -456,12 +526,11 @@ def test_layers_sow_the_weights_that_flax_sows(api, key):
             cls(**options, in_features=8, decode=False, rngs=nnx.Rngs(0))
             for cls in (nnx.MultiHeadAttention, jdropout.nnx.MultiHeadAttention)
         ]
-        theirs, ours = (
-            nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)[1] for layer in layers
-        )
+        theirs, ours = (sown(layer, x) for layer in layers)
     else:
-        names = ("MultiHeadDotProductAttention",)
-        layers = [getattr(module, names[0])(**options) for module in (linen, jdropout.linen)]
+        layers = [
+            module.MultiHeadDotProductAttention(**options) for module in (linen, jdropout.linen)
+        ]
         variables = layers[0].init(key, x)
         theirs, ours = (
             layer.apply(variables, x, sow_weights=True, mutable="intermediates")[1]
@@ -493,18 +562,18 @@ def test_replaced_layers_sow_too(key):
 def test_a_layer_with_a_cache_equals_its_pass_over_all_tokens(api, rate, key):
     length = 6
     x = normal_array(2, length, 8)
+    causal = linen.make_causal_mask(x[..., 0])
     options = dict(num_heads=2, dropout_rate=rate, kernel_init=UNIFORM)
     if api == "nnx":
         layer = jdropout.nnx.MultiHeadAttention(
             **options, in_features=8, decode=True, rngs=nnx.Rngs(0)
         )
-        whole = layer(x, decode=False, deterministic=False, is_causal=True, rngs=key)
+        whole = layer(x, mask=causal, decode=False, deterministic=False, rngs=key)
         layer.init_cache((2, length, 8))
         tokens = [layer(x[:, i : i + 1], deterministic=False, rngs=key) for i in range(length)]
     else:
         layer = jdropout.linen.MultiHeadDotProductAttention(**options, deterministic=False)
         rngs = dict(dropout_rng=key)
-        causal = linen.make_causal_mask(x[..., 0])
         variables = layer.clone(decode=True).init({"params": key, "dropout": key}, x)
         params = {"params": variables["params"]}
         whole = layer.apply(params, x, mask=causal, **rngs)
