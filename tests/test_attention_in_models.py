@@ -69,6 +69,19 @@ CASES = {
     "segments of keys for both, window": dict(
         t=11, key_value_segment_ids=DOCUMENTS, local_window_size=2
     ),
+    "many blocks, in chunks": dict(
+        t=10,
+        s=19,
+        k=2,
+        v=5,
+        block_sizes=(1, 1),
+        is_causal=True,
+        causal_alignment="bottom-right",
+        query_segment_ids=DOCUMENTS[:, :10],
+        key_value_segment_ids=np.concatenate([DOCUMENTS[:, :9], DOCUMENTS[:, 1:]], axis=1),
+        bias="bnts",
+        bias_fn="far",
+    ),
     "segments out of order, grouped": dict(
         k=2, query_segment_ids=MIXED, key_value_segment_ids=DOCUMENTS, mask="b1t1"
     ),
@@ -234,6 +247,7 @@ ONE_HEAD = dict(b=1, t=12, s=12, n=1, k=1, v=12)
 SKIPPED = {
     "documents": dict(query_segment_ids=np.int32([[1] * 4 + [2] * 5 + [3] * 3]), is_causal=True),
     "bottom-right": dict(is_causal=True, causal_alignment="bottom-right", s=8, v=8),
+    "chunks": dict(local_window_size=2, t=18, s=18, v=18, block_sizes=(1, 1)),
     "range": dict(mask_fn=by_position.sliding_window(np.int32(2), 1)),
     "no range": dict(mask_fn=PositionFunction(near_or, np.int32(1))),
     "prefix": dict(mask_fn=by_position.prefix_lm(np.int32([5]))),
@@ -244,7 +258,7 @@ SKIPPED = {
 def test_blocks_in_which_nothing_is_allowed_are_skipped_in_both_passes(case, key):
     options = dict(SKIPPED[case])
     sizes = ONE_HEAD | {axis: options.pop(axis) for axis in SIZES if axis in options}
-    rows, columns = 4, 2
+    rows, columns = options.pop("block_sizes", (4, 2))
     arrays, (output_bar, _) = operands(**sizes)
     shape = shape_of("bnts", **sizes)
     visited = set()

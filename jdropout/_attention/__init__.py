@@ -247,7 +247,7 @@ def dot_product_attention(
     bias_fns = as_position_functions("bias_fn", bias_fn, False, examples)
     mask_fns = as_position_functions("mask_fn", mask_fn, True, examples)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
-    rows, columns = check_block_sizes(block_sizes) or default_block_sizes(query)
+    sizes = check_block_sizes(block_sizes) or default_block_sizes(query)
     draw = new_draw(
         "attention",
         dropout_key,
@@ -265,9 +265,11 @@ def dot_product_attention(
     first = first or (0,) * len(shape)
     alignment = check_alignment(causal_alignment, whole, query_seq_lengths, key_value_seq_lengths)
 
+    skips = causal or window is not None or query_segment_ids is not None or bool(mask_fns)
+    rows, columns = cut((length, key_length), sizes, skips)
     plan = Plan(
-        rows=cut(length, rows),
-        columns=cut(key_length, columns),
+        rows=rows,
+        columns=columns,
         start=tuple(None if isinstance(index, jax.Array) else int(index) for index in first),
         is_causal=causal,
         window=window,

@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,6 @@ from jdropout._dtypes import wide_dtype
 from jdropout._typing import Index
 from jdropout.by_position import PositionFunction
 
-_Carry = TypeVar("_Carry")
-
 # Queries and keys per block, measured by `benchmarks/run.py --only attention_blocks`. Blocks above
 # the largest size do not pay. Both sizes are halved, down to the smallest, until the blocks of all
 # examples and heads together have at most 2^20 elements, which stay in the cache.
@@ -25,12 +22,19 @@ _SMALLEST_BLOCK = (128, 128)
 _ELEMENTS_AT_ONCE = 2**20
 
 
+_LARGEST_CHUNK = (4, 8)
+"""Blocks of queries and keys that are skipped together, measured like their sizes. It pays for
+several chunks of both."""
+
+
 class Axis(NamedTuple):
-    """An axis of the attention matrix, cut into blocks; the last one may be padded."""
+    """An axis of the attention matrix, cut into blocks; the last ones may be padding."""
 
     length: int
     block_size: int
     num_blocks: int
+    chunk_size: int
+    """Blocks of a chunk, a divisor of their number."""
 
 
 class Plan(NamedTuple):
@@ -97,12 +101,26 @@ def default_block_sizes(query: jax.Array) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def cut(length: int, block: int) -> Axis:
-    if not isinstance(length, int):  # a symbolic length
-        return Axis(length, length, 1)
-    if length <= block:
-        return Axis(length, max(length, 1), 1)
-    return Axis(length, block, -(-length // block))
+def cut(shape: tuple[int, int], block_sizes: tuple[int, int], skips: bool) -> tuple[Axis, Axis]:
+    """Cuts queries and keys into blocks, and these into chunks if many may be skipped."""
+    counts = [_num_blocks(*pair) for pair in zip(shape, block_sizes, strict=True)]
+    many = skips and all(n > 2 * m for n, m in zip(counts, _LARGEST_CHUNK, strict=True))
+    chunks = _LARGEST_CHUNK if many else (1, counts[1])
+    rows, columns = map(_cut, shape, block_sizes, counts, chunks)
+    return rows, columns
+
+
+def _num_blocks(length: int, block: int) -> int:
+    symbolic = not isinstance(length, int)
+    return 1 if symbolic or length <= block else -(-length // block)
+
+
+def _cut(length: int, block: int, count: int, chunk: int) -> Axis:
+    if count == 1:
+        return Axis(length, length if length != 0 else 1, 1, 1)
+    num_chunks = -(-count // chunk)
+    per_chunk = -(-count // num_chunks)
+    return Axis(length, block, num_chunks * per_chunk, per_chunk)
 
 
 def start(plan: Plan, inputs: Inputs) -> tuple[Index, ...]:
@@ -216,7 +234,15 @@ def visited(plan: Plan, inputs: Inputs) -> jax.Array | None:
     unknown = [mask for mask in inputs.mask_fns if not mask.key_range]
     if unknown:
         some.append(_blocks_with_any(plan, inputs._replace(mask_fns=tuple(unknown))))
-    return functools.reduce(jnp.logical_and, some) if some else None
+    if not some:
+        return None
+    return functools.reduce(jnp.logical_and, some) & _not_padding(plan)
+
+
+def _not_padding(plan: Plan) -> jax.Array:
+    """Which blocks are more than padding of chunks."""
+    rows, columns = (indices(x) * x.block_size < x.length for x in (plan.rows, plan.columns))
+    return rows[:, None] & columns[None]
 
 
 def _segments_of_blocks(plan: Plan, inputs: Inputs) -> tuple[Any, Any]:
@@ -243,16 +269,6 @@ def _blocks_with_any(plan: Plan, inputs: Inputs) -> jax.Array:
     return lax.map(lambda i: lax.map(lambda j: any_in(i, j), columns), rows)
 
 
-def where_needed(
-    needed: jax.Array | None,
-    visit: Callable[[Any], _Carry],
-    skip: Callable[[Any], _Carry],
-    operand: Any,
-) -> _Carry:
-    """Visits a block unless all of it is masked."""
-    return visit(operand) if needed is None else lax.cond(needed, visit, skip, operand)
-
-
 class Tiles(NamedTuple):
     """Arrays cut into blocks along queries, keys or both, by name; leading axes count blocks."""
 
@@ -271,8 +287,6 @@ def tile(plan: Plan, arrays: dict[str, Any]) -> Tiles:
             tiles.rows[name] = split(plan.rows, x, 3)
         elif name in ("key", "value", "surplus"):
             tiles.columns[name] = split(plan.columns, x, 3)
-        elif name == "visited":
-            tiles.cells[name] = x
         elif name in ("bias", "mask", "key_segment_ids"):
             if x.shape[3] == 1:
                 x = jnp.broadcast_to(x, (*x.shape[:4], plan.columns.length))

@@ -14,18 +14,18 @@ from jdropout._attention._blocks import (
     Inputs,
     Plan,
     Positions,
+    Tiles,
     allowed,
     by_heads,
     cut,
     drops_keys,
-    indices,
     join,
     positions,
     start,
     tile,
     visited,
-    where_needed,
 )
+from jdropout._attention._loops import over_blocks
 from jdropout._dtypes import wide_dtype
 from jdropout.by_position import PositionFunction
 
@@ -100,10 +100,9 @@ def _widened(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def _weights(plan: Plan, inputs: Inputs, residual: jax.Array) -> jax.Array:
     """The probabilities before dropout of all queries and keys, dense: (B, K, G, T, S)."""
-    whole = plan._replace(
-        rows=cut(plan.rows.length, plan.rows.length),
-        columns=cut(plan.columns.length, plan.columns.length),
-    )
+    lengths = plan.rows.length, plan.columns.length
+    rows, columns = cut(lengths, lengths, skips=False)
+    whole = plan._replace(rows=rows, columns=columns)
     block = {
         name: x
         for name, x in inputs._asdict().items()
@@ -154,48 +153,38 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     batch_shape = inputs.query.shape[:3]
     row_shape = (*batch_shape, plan.rows.block_size)
 
-    def row(_: None, xs: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        i, in_row, in_cells = xs
+    start = (
+        jnp.zeros(row_shape, inputs.dtype) + zero,
+        jnp.full(row_shape, -jnp.inf, inputs.dtype) + zero,
+        jnp.zeros((*row_shape, inputs.value.shape[2]), inputs.dtype) + zero,
+    )
 
-        def column(carry: Any, xs: Any) -> tuple[Any, None]:
-            j, in_column, in_cell = xs
-            block = in_row | in_column | in_cell
+    def visit(carry: Any, i: Any, j: Any, in_row: Any, in_column: Any, in_cell: Any) -> Any:
+        total, maximum, weighted = carry
+        block = in_row | in_column | in_cell
+        logits, _ = _logits(plan, inputs, block, i, j)
+        new_maximum = jnp.maximum(maximum, logits.max(-1))
+        shift = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
+        weights = jnp.exp(logits - shift[..., None])
+        decay = jnp.exp(maximum - shift)
+        total = total * decay + weights.sum(-1)
+        weights = _drop(plan, inputs, i, j, weights)
+        products = _product("bkgts,bkvs->bkgtv", weights, block["value"], plan, inputs.dtype)
+        if "surplus" in block:
+            products += _surplus(weights, block["surplus"])
+        return total, new_maximum, weighted * decay[..., None] + products
 
-            def visit(carry: Any) -> Any:
-                total, maximum, weighted = carry
-                logits, _ = _logits(plan, inputs, block, i, j)
-                new_maximum = jnp.maximum(maximum, logits.max(-1))
-                shift = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
-                weights = jnp.exp(logits - shift[..., None])
-                decay = jnp.exp(maximum - shift)
-                total = total * decay + weights.sum(-1)
-                weights = _drop(plan, inputs, i, j, weights)
-                products = _product(
-                    "bkgts,bkvs->bkgtv", weights, block["value"], plan, inputs.dtype
-                )
-                if "surplus" in block:
-                    products += _surplus(weights, block["surplus"])
-                return total, new_maximum, weighted * decay[..., None] + products
-
-            needed = block.get("visited")
-            return where_needed(needed, visit, lambda carry: carry, carry), None
-
-        start = (
-            jnp.zeros(row_shape, inputs.dtype) + zero,
-            jnp.full(row_shape, -jnp.inf, inputs.dtype) + zero,
-            jnp.zeros((*row_shape, inputs.value.shape[2]), inputs.dtype) + zero,
-        )
-        columns = (indices(plan.columns), tiles.columns, in_cells)
-        (total, maximum, weighted), _ = lax.scan(column, start, columns)
+    def finish(carry: Any, _: Any) -> tuple[jax.Array, jax.Array]:
+        total, maximum, weighted = carry
         some = total > 0
         total = jnp.where(some, total, 1)
         output = weighted * (_dropout_scale(plan, inputs) / total)[..., None]
         residual = jnp.where(some, maximum + jnp.log(total), -jnp.inf)
-        return None, (output.astype(inputs.query.dtype), residual)
+        return output.astype(inputs.query.dtype), residual
 
-    rows = (indices(plan.rows), tiles.rows, tiles.cells)
-    _, (output, residual) = lax.scan(row, None, rows)
-    return join(plan.rows, output), join(plan.rows, residual)
+    results = over_blocks(plan, inputs.visited, tiles, start, visit, finish)
+    output, residual = (join(plan.rows, x) for x in results)
+    return output, residual
 
 
 def _tangent(
@@ -223,65 +212,54 @@ def _tangent(
     clean = _finite if drops_keys(plan, inputs) else lambda x: x
     bias_fns, not_cut = _for_each_example(inputs, dots)
 
-    @_remade
-    def row(xs: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
-        i, (in_row, in_cells), (dots_in_row, dots_in_cells) = xs
+    def visit(carry: Any, i: Any, j: Any, in_row: Any, in_column: Any, in_cell: Any) -> Any:
+        block, dot = (
+            row | column | cell
+            for row, column, cell in zip(in_row, in_column, in_cell, strict=True)
+        )
+        dot |= not_cut
+        logits, slope = _logits(plan, inputs, block, i, j)
+        shift = jnp.where(block["residual"] == -jnp.inf, 0, block["residual"])
+        weights = jnp.exp(logits - shift[..., None])
+        logits_dot = jnp.zeros_like(weights)
+        if "query" in dot:
+            product = linear_product("bkgth,bkhs->bkgts", dot["query"], clean(block["key"]))
+            logits_dot += product * inputs.scale
+        if "key" in dot:
+            product = linear_product("bkgth,bkhs->bkgts", clean(block["query"]), dot["key"])
+            logits_dot += product * inputs.scale
+        if "bias" in dot:
+            logits_dot += dot["bias"]
+        if "scale" in dot:
+            logits_dot += dot["scale"] * clean(_query_key(plan, inputs, block))
+        if any(name in dot for name in not_cut if name != "scale"):
+            changed = inputs._replace(bias_fns=bias_fns)
+            logits_dot += _biases_dot(changed, positions(plan, inputs, i, j), dot)
+        if slope is not None:
+            logits_dot *= slope
+        weights_dot = weights * logits_dot
+        total_dot = weights_dot.sum(-1)
+        weights_dot = _drop(plan, inputs, i, j, weights_dot)
+        output_dot = linear_product("bkgts,bkvs->bkgtv", weights_dot, clean(block["value"]))
+        if "value" in dot:
+            weights = _drop(plan, inputs, i, j, weights)
+            output_dot += linear_product("bkgts,bkvs->bkgtv", weights, dot["value"])
+        return carry[0] + output_dot, carry[1] + total_dot
 
-        @_remade
-        def column(xs: Any, in_row: Any, dots_in_row: Any) -> tuple[jax.Array, jax.Array]:
-            j, in_column, in_cell, dots_in_column, dots_in_cell = xs
-            block = in_row | in_column | in_cell
-            dot = dots_in_row | dots_in_column | dots_in_cell | not_cut
-
-            def visit(dot: Any) -> tuple[jax.Array, jax.Array]:
-                logits, slope = _logits(plan, inputs, block, i, j)
-                shift = jnp.where(block["residual"] == -jnp.inf, 0, block["residual"])
-                weights = jnp.exp(logits - shift[..., None])
-                logits_dot = jnp.zeros_like(weights)
-                if "query" in dot:
-                    product = linear_product("bkgth,bkhs->bkgts", dot["query"], clean(block["key"]))
-                    logits_dot += product * inputs.scale
-                if "key" in dot:
-                    product = linear_product("bkgth,bkhs->bkgts", clean(block["query"]), dot["key"])
-                    logits_dot += product * inputs.scale
-                if "bias" in dot:
-                    logits_dot += dot["bias"]
-                if "scale" in dot:
-                    logits_dot += dot["scale"] * clean(_query_key(plan, inputs, block))
-                if any(name in dot for name in not_cut if name != "scale"):
-                    changed = inputs._replace(bias_fns=bias_fns)
-                    logits_dot += _biases_dot(changed, positions(plan, inputs, i, j), dot)
-                if slope is not None:
-                    logits_dot *= slope
-                weights_dot = weights * logits_dot
-                total_dot = weights_dot.sum(-1)
-                weights_dot = _drop(plan, inputs, i, j, weights_dot)
-                value = clean(block["value"])
-                output_dot = linear_product("bkgts,bkvs->bkgtv", weights_dot, value)
-                if "value" in dot:
-                    weights = _drop(plan, inputs, i, j, weights)
-                    output_dot += linear_product("bkgts,bkvs->bkgtv", weights, dot["value"])
-                return output_dot, total_dot
-
-            return where_needed(block.get("visited"), visit, lambda dot: nothing, dot)
-
-        def add(carry: Any, xs: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, column(xs, in_row, dots_in_row)), None
-
-        xs = (indices(plan.columns), columns[0], in_cells, columns[1], dots_in_cells)
-        (output_dot, total_dot), _ = lax.scan(add, nothing, xs)
+    def finish(carry: Any, in_row: Any) -> tuple[jax.Array, jax.Array]:
+        output_dot, total_dot = carry
         output_dot = output_dot * _dropout_scale(plan, inputs)
-        output_dot -= in_row["output"].astype(inputs.dtype) * total_dot[..., None]
+        output_dot -= in_row[0]["output"].astype(inputs.dtype) * total_dot[..., None]
         return output_dot.astype(inputs.query.dtype), total_dot
 
-    columns = (tiles.columns, dot_tiles.columns)
-    rows = (
-        indices(plan.rows),
-        (tiles.rows, tiles.cells),
-        (dot_tiles.rows, dot_tiles.cells),
-    )
-    _, (output_dot, residual_dot) = lax.scan(lambda _, xs: (None, row(xs, columns)), None, rows)
-    return join(plan.rows, output_dot), join(plan.rows, residual_dot)
+    both = Tiles(*map(_pair, tiles, dot_tiles))
+    results = over_blocks(plan, inputs.visited, both, nothing, visit, finish, _remade)
+    output_dot, residual_dot = (join(plan.rows, x) for x in results)
+    return output_dot, residual_dot
+
+
+def _pair(*both: Any) -> Any:
+    return both
 
 
 _remade = functools.partial(jax.checkpoint, prevent_cse=False)
