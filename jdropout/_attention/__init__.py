@@ -22,11 +22,12 @@ from jdropout._attention._arguments import (
     check_window,
 )
 from jdropout._attention._blocks import Inputs, Plan, cut, default_block_sizes
+from jdropout._attention._positions import as_position_functions
 from jdropout._attention._softmax import attention
 from jdropout._draw import Outcome
 from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
-from jdropout.by_position import PositionFunction, as_position_functions
+from jdropout.by_position import PositionFunction
 
 Alignment = Literal["top-left", "bottom-right"]
 DropoutOn = Literal["probabilities", "logits"]

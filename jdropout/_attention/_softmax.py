@@ -10,24 +10,16 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jdropout._attention._blocks import (
-    Inputs,
-    Plan,
-    Positions,
-    Tiles,
+from jdropout._attention._biases import array_name, biases, biases_dot, of_each_example
+from jdropout._attention._blocks import Inputs, Plan, Tiles, cut, join, start, tile
+from jdropout._attention._loops import over_blocks
+from jdropout._attention._masks import (
     allowed,
-    by_heads,
-    cut,
     drops_keys,
-    join,
     positions,
-    start,
-    tile,
     visited,
 )
-from jdropout._attention._loops import over_blocks
 from jdropout._dtypes import wide_dtype
-from jdropout.by_position import PositionFunction
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "with_weights"))
@@ -129,7 +121,7 @@ def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     named = {name: getattr(dots, name) for name in ("query", "key", "value", "bias", "scale")}
     # What `_tangent` calls the arrays of functions of positions.
     arrays = jax.tree.leaves(dots.bias_fns, is_leaf=lambda x: isinstance(x, SymbolicZero))
-    named |= {_array_name(index): dot for index, dot in enumerate(arrays)}
+    named |= {array_name(index): dot for index, dot in enumerate(arrays)}
     dots = {
         # The backward pass sums cotangents over blocks in this dtype.
         name: dot.astype(inputs.dtype)
@@ -210,7 +202,7 @@ def _tangent(
     )
     linear_product = functools.partial(_linear_product, plan=plan, dtype=inputs.query.dtype)
     clean = _finite if drops_keys(plan, inputs) else lambda x: x
-    bias_fns, not_cut = _for_each_example(inputs, dots)
+    bias_fns, not_cut = of_each_example(inputs, dots)
 
     def visit(carry: Any, i: Any, j: Any, in_row: Any, in_column: Any, in_cell: Any) -> Any:
         block, dot = (
@@ -234,7 +226,7 @@ def _tangent(
             logits_dot += dot["scale"] * clean(_query_key(plan, inputs, block))
         if any(name in dot for name in not_cut if name != "scale"):
             changed = inputs._replace(bias_fns=bias_fns)
-            logits_dot += _biases_dot(changed, positions(plan, inputs, i, j), dot)
+            logits_dot += biases_dot(changed, positions(plan, inputs, i, j), dot)
         if slope is not None:
             logits_dot *= slope
         weights_dot = weights * logits_dot
@@ -273,7 +265,7 @@ def _logits(
     if "bias" in block:
         logits = logits + block["bias"].astype(inputs.dtype)
     if inputs.bias_fns:
-        logits = logits + _biases(inputs, positions(plan, inputs, i, j), {})
+        logits = logits + biases(inputs, positions(plan, inputs, i, j), {})
     conditions = allowed(plan, inputs, block, i, j)
     if plan.drops_logits and inputs.dropout is not None:
         conditions.append(_keep(plan, inputs, i, j).reshape(logits.shape))
@@ -288,51 +280,6 @@ def _logits(
         logits = jnp.where(together, logits, -jnp.inf)
         slope = None if slope is None else jnp.where(together, slope, 0)
     return logits, slope
-
-
-def _array_name(index: int) -> str:
-    return f"array {index} of bias_fn"
-
-
-def _biases(inputs: Inputs, at: Positions, changed: dict[str, jax.Array]) -> jax.Array:
-    """The biases by position of a block, with some of their arrays replaced."""
-    leaves, structure = jax.tree.flatten(inputs.bias_fns)
-    leaves = [changed.get(_array_name(index), leaf) for index, leaf in enumerate(leaves)]
-    biases = jax.tree.unflatten(structure, leaves)
-    values = [by_heads(bias.at(at.aligned, at.keys, at.heads), inputs) for bias in biases]
-    return functools.reduce(jnp.add, values).astype(inputs.dtype)
-
-
-def _biases_dot(inputs: Inputs, at: Positions, dot: dict[str, Any]) -> jax.Array:
-    """Their derivative along the tangents of arrays."""
-    leaves = {_array_name(i): leaf for i, leaf in enumerate(jax.tree.leaves(inputs.bias_fns))}
-    moving = {name: leaf for name, leaf in leaves.items() if name in dot}
-    dots = {name: dot[name] for name in moving}
-    return jax.jvp(functools.partial(_biases, inputs, at), (moving,), (dots,))[1]
-
-
-def _for_each_example(
-    inputs: Inputs, dots: dict[str, jax.Array]
-) -> tuple[tuple[PositionFunction, ...], dict[str, jax.Array]]:
-    """Gives every example its own copy of what all share, with their tangents.
-
-    Else the backward pass would sum over the examples in every block, between devices if the batch
-    is sharded. So it sums once, at the end.
-    """
-    batch_shape = inputs.query.shape[:3]
-    own, leaf = [], 0
-    each = {}
-    if "scale" in dots:
-        each["scale"] = jnp.broadcast_to(dots["scale"], (*batch_shape, 1, 1))
-    for function in inputs.bias_fns:
-        spread = function.for_each_example(batch_shape[0])
-        for x in spread.arrays:
-            name = _array_name(leaf)
-            if name in dots:
-                each[name] = jnp.broadcast_to(dots[name], x.shape)
-            leaf += 1
-        own.append(spread)
-    return tuple(own), each
 
 
 def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.Array:
