@@ -95,17 +95,12 @@ def _weights(plan: Plan, inputs: Inputs, residual: jax.Array) -> jax.Array:
     lengths = plan.rows.length, plan.columns.length
     rows, columns = cut(lengths, lengths, skips=False)
     whole = plan._replace(rows=rows, columns=columns)
-    block = {
-        name: x
-        for name, x in inputs._asdict().items()
-        if x is not None and name in ("query", "key", "bias", "mask", *_SEGMENT_IDS)
-    }
+    names = ("query", "key", "bias", "mask", "query_segment_ids", "key_segment_ids")
+    given = {name: getattr(inputs, name) for name in names}
+    block = {name: x for name, x in given.items() if x is not None}
     logits = _logits(whole, inputs, block, 0, 0)[0]
     shift = jnp.where(residual == -jnp.inf, 0, residual)
     return jnp.exp(logits - shift[..., None]).astype(inputs.query.dtype)
-
-
-_SEGMENT_IDS = ("query_segment_ids", "key_segment_ids")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
