@@ -1,6 +1,7 @@
 """Attention with dropout, computed in blocks: memory is linear in the lengths."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, overload
@@ -21,7 +22,7 @@ from jdropout._attention._arguments import (
     check_soft_cap,
     check_window,
 )
-from jdropout._attention._blocks import Inputs, Plan, cut, default_block_sizes
+from jdropout._attention._blocks import Inputs, Plan, Plans, cut, default_block_sizes
 from jdropout._attention._positions import as_position_functions
 from jdropout._attention._softmax import attention
 from jdropout._draw import Outcome
@@ -248,7 +249,7 @@ def dot_product_attention(
     bias_fns = as_position_functions("bias_fn", bias_fn, False, examples)
     mask_fns = as_position_functions("mask_fn", mask_fn, True, examples)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
-    sizes = check_block_sizes(block_sizes) or default_block_sizes(query)
+    sizes = check_block_sizes(block_sizes)
     draw = new_draw(
         "attention",
         dropout_key,
@@ -267,10 +268,8 @@ def dot_product_attention(
     alignment = check_alignment(causal_alignment, whole, query_seq_lengths, key_value_seq_lengths)
 
     skips = causal or window is not None or query_segment_ids is not None or bool(mask_fns)
-    rows, columns = cut((length, key_length), sizes, skips)
-    plan = Plan(
-        rows=rows,
-        columns=columns,
+    plan_of = functools.partial(
+        Plan,
         start=tuple(None if isinstance(index, jax.Array) else int(index) for index in first),
         is_causal=causal,
         window=window,
@@ -278,6 +277,12 @@ def dot_product_attention(
         drops_logits=dropout_on == "logits",
         precision=precision,
     )
+
+    def plan_for(platform: str) -> Plan:
+        used = sizes or default_block_sizes(query, platform)
+        return plan_of(*cut((length, key_length), used, skips))
+
+    plans = Plans(*map(plan_for, Plans._fields))
     inputs = Inputs(
         query=query,
         key=key,
@@ -299,12 +304,11 @@ def dot_product_attention(
         start=tuple(index if isinstance(index, jax.Array) else None for index in first),
         # `Draw.tile` gives every block its own origin.
         dropout=None,
-        visited=None,
     )
     if draw.outcome is Outcome.DRAWN:
         dropout = dataclasses.replace(draw.marked(), origin=None)
         inputs = inputs._replace(dropout=dropout.eager(inputs))
-    output, residual, weights = attention(inputs, plan, with_weights)
+    output, residual, weights = attention(inputs, plans, with_weights)
     if draw.outcome is Outcome.DROPPED:
         output = jnp.zeros_like(output)
     output = cast("jax.Array", draw.result(output))

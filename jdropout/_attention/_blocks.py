@@ -1,6 +1,8 @@
 """The attention matrix cut into blocks."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +15,26 @@ from jdropout._dtypes import wide_dtype
 from jdropout._typing import Index
 from jdropout.by_position import PositionFunction
 
-# Queries and keys per block, measured by `benchmarks/run.py --only attention_blocks`. Blocks above
-# the largest size do not pay. Both sizes are halved, down to the smallest, until the blocks of all
-# examples and heads together have at most 2^20 elements, which stay in the cache.
-_LARGEST_BLOCK = (512, 256)
-_SMALLEST_BLOCK = (128, 128)
-_ELEMENTS_AT_ONCE = 2**20
 
+class BlockRule(NamedTuple):
+    """How large the blocks of a platform are by default."""
+
+    largest: tuple[int, int]
+    """Queries and keys of a block; larger ones do not pay."""
+    elements: int
+    """Both sizes are halved until the blocks of all examples and heads have at most so many."""
+
+
+_SMALLEST_BLOCK = (128, 128)
+_RULES = {
+    # Measured by `benchmarks/run.py --only attention_blocks`: blocks that stay in the cache.
+    "cpu": BlockRule((512, 256), 2**20),
+    # Estimated by `benchmarks/tpu_estimates.py`. A block takes up to 256 MB in float32.
+    "tpu": BlockRule((512, 1024), 2**26),
+    # Counted in launches of kernels. A block takes up to 512 MB in float32.
+    "cuda": BlockRule((1024, 1024), 2**27),
+}
+_RULES["rocm"] = _RULES["cuda"]
 
 _LARGEST_CHUNK = (4, 8)
 """Blocks of queries and keys that are skipped together, measured like their sizes. It pays for
@@ -76,9 +91,6 @@ class Inputs(NamedTuple):
     start: tuple[Any, ...]
     """The traced indices of `Plan.start`; None for static ones."""
     dropout: Draw | None
-    visited: jax.Array | None
-    """Whether a block has anything to attend to: (blocks of queries, blocks of keys); None if all
-    have. Made in `_attend`'s caller, once for all passes."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -86,18 +98,40 @@ class Inputs(NamedTuple):
         return wide_dtype(self.query.dtype)
 
 
-def default_block_sizes(query: jax.Array) -> tuple[int, int]:
+def default_block_sizes(query: jax.Array, platform: str) -> tuple[int, int]:
     *batch, length, heads, _ = query.shape
-    sizes = list(_LARGEST_BLOCK)
+    rule = _RULES[platform]
+    sizes = list(rule.largest)
     examples = math.prod(size for size in batch if isinstance(size, int))  # not symbolic ones
     for axis, smallest in enumerate(_SMALLEST_BLOCK):
         elements = examples * heads * math.prod(sizes)
-        halvings = max(0, math.ceil(math.log2(max(elements, 1) / _ELEMENTS_AT_ONCE)))
+        halvings = max(0, math.ceil(math.log2(max(elements, 1) / rule.elements)))
         sizes[axis] = max(smallest, sizes[axis] >> halvings)
     spec = jax.typeof(query).sharding.spec
     if len(spec) == query.ndim and spec[-3] is not None:  # explicitly sharded queries
         sizes[0] = length
     return sizes[0], sizes[1]
+
+
+class Plans(NamedTuple):
+    """A plan for each platform, so that one program can be compiled or exported for all."""
+
+    cpu: Plan
+    tpu: Plan
+    cuda: Plan
+    rocm: Plan
+
+
+def by_platform(function: Callable[..., Any], plans: Plans, *args: Any) -> Any:
+    """Calls ``function(plan, *args)`` with the plan of the platform that it is compiled for."""
+    if len(set(plans)) == 1:
+        return function(plans.cpu, *args)
+    # Else the backward pass would keep what it needs of the blocks of every platform.
+    branches = {
+        platform: jax.checkpoint(functools.partial(function, plan), prevent_cse=False)
+        for platform, plan in plans._asdict().items()
+    }
+    return lax.platform_dependent(*args, default=branches.pop("cpu"), **branches)
 
 
 def cut(shape: tuple[int, int], block_sizes: tuple[int, int], skips: bool) -> tuple[Axis, Axis]:

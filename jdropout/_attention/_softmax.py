@@ -11,7 +11,17 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jdropout._attention._biases import array_name, biases, biases_dot, of_each_example
-from jdropout._attention._blocks import Inputs, Plan, Tiles, cut, join, start, tile
+from jdropout._attention._blocks import (
+    Inputs,
+    Plan,
+    Plans,
+    Tiles,
+    by_platform,
+    cut,
+    join,
+    start,
+    tile,
+)
 from jdropout._attention._loops import over_blocks
 from jdropout._attention._masks import (
     allowed,
@@ -22,13 +32,13 @@ from jdropout._attention._masks import (
 from jdropout._dtypes import wide_dtype
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "with_weights"))
+@functools.partial(jax.jit, static_argnames=("plans", "with_weights"))
 def attention(
-    inputs: Inputs, plan: Plan, with_weights: bool
+    inputs: Inputs, plans: Plans, with_weights: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     sharding = jax.typeof(inputs.query).sharding
     explicit = sharding.mesh.explicit_axes
-    attention = functools.partial(_attention_in_groups, plan=plan, with_weights=with_weights)
+    attention = functools.partial(_attention_in_groups, plans=plans, with_weights=with_weights)
     if not explicit:
         return attention(inputs)
     *batch, queries, heads, _ = sharding.spec
@@ -46,7 +56,7 @@ def attention(
 
 
 def _attention_in_groups(
-    inputs: Inputs, plan: Plan, with_weights: bool
+    inputs: Inputs, plans: Plans, with_weights: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Brings the axes into the order of `_attend`, and back."""
     *batch, length, heads, features = inputs.query.shape
@@ -74,11 +84,11 @@ def _attention_in_groups(
         bias_fns=jax.tree.map(lambda x: _widened(x, inputs.dtype), inputs.bias_fns),
         dropout=None if inputs.dropout is None else inputs.dropout.with_words(),
     )
-    inputs = _varying(inputs._replace(visited=visited(plan, inputs)))
-    output, residual = _attend(plan, inputs)
+    inputs = _varying(inputs)
+    output, residual = _attend(plans, inputs)
     weights = None
     if with_weights:
-        weights = _weights(plan, inputs, residual)
+        weights = _weights(plans.cpu, inputs, residual)
         weights = weights.reshape(*batch, heads, length, key_length)
     output, residual = (jnp.moveaxis(x, 3, 1) for x in (output, residual))
     shape = (*batch, length, heads)
@@ -104,15 +114,16 @@ def _weights(plan: Plan, inputs: Inputs, residual: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+def _attend(plans: Plans, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """Returns the output (B, K, G, T, V) and the log-sum-exp (B, K, G, T)."""
-    return _forward(plan, inputs)
+    results: tuple[jax.Array, jax.Array] = by_platform(_forward, plans, inputs)
+    return results
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
+def _attend_jvp(plans: Plans, primals: Any, tangents: Any) -> Any:
     (inputs,), (dots,) = primals, tangents
-    output, residual = _attend(plan, inputs)
+    output, residual = _attend(plans, inputs)
     named = {name: getattr(dots, name) for name in ("query", "key", "value", "bias", "scale")}
     # What `_tangent` calls the arrays of functions of positions.
     arrays = jax.tree.leaves(dots.bias_fns, is_leaf=lambda x: isinstance(x, SymbolicZero))
@@ -124,7 +135,7 @@ def _attend_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         if dot is not None and not isinstance(dot, SymbolicZero) and dot.dtype != jax.dtypes.float0
     }
     # jax.jvp of a linear map, because JAX 0.8 cannot transpose a loop that a custom rule binds.
-    tangent = functools.partial(_tangent, plan, inputs, output, residual)
+    tangent = functools.partial(by_platform, _tangent, plans, inputs, output, residual)
     zeros = jax.tree.map(jnp.zeros_like, dots)
     return (output, residual), jax.jvp(tangent, (zeros,), (dots,))[1]
 
@@ -169,7 +180,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         residual = jnp.where(some, maximum + jnp.log(total), -jnp.inf)
         return output.astype(inputs.query.dtype), residual
 
-    results = over_blocks(plan, inputs.visited, tiles, start, visit, finish)
+    results = over_blocks(plan, visited(plan, inputs), tiles, start, visit, finish)
     output, residual = (join(plan.rows, x) for x in results)
     return output, residual
 
@@ -240,7 +251,7 @@ def _tangent(
         return output_dot.astype(inputs.query.dtype), total_dot
 
     both = Tiles(*map(_pair, tiles, dot_tiles))
-    results = over_blocks(plan, inputs.visited, both, nothing, visit, finish, _remade)
+    results = over_blocks(plan, visited(plan, inputs), both, nothing, visit, finish, _remade)
     output_dot, residual_dot = (join(plan.rows, x) for x in results)
     return output_dot, residual_dot
 
