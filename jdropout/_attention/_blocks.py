@@ -29,9 +29,9 @@ _SMALLEST_BLOCK = (128, 128)
 _RULES = {
     # Measured by `benchmarks/run.py --only attention_blocks`: blocks that stay in the cache.
     "cpu": BlockRule((512, 256), 2**20),
-    # Estimated by `benchmarks/tpu_estimates.py`. A block takes up to 256 MB in float32.
-    "tpu": BlockRule((512, 1024), 2**26),
-    # Counted in launches of kernels. A block takes up to 512 MB in float32.
+    # Estimated by `benchmarks/tpu_estimates.py`. A block takes up to 512 MB in float32.
+    "tpu": BlockRule((512, 2048), 2**27),
+    # By the number of kernels that are launched. A block takes up to 512 MB in float32.
     "cuda": BlockRule((1024, 1024), 2**27),
 }
 _RULES["rocm"] = _RULES["cuda"]
@@ -126,11 +126,12 @@ def by_platform(function: Callable[..., Any], plans: Plans, *args: Any) -> Any:
     """Calls ``function(plan, *args)`` with the plan of the platform that it is compiled for."""
     if len(set(plans)) == 1:
         return function(plans.cpu, *args)
-    # Else the backward pass would keep what it needs of the blocks of every platform.
-    branches = {
-        platform: jax.checkpoint(functools.partial(function, plan), prevent_cse=False)
-        for platform, plan in plans._asdict().items()
+    # Remade: else the backward pass would keep what it needs of the blocks of every platform.
+    functions = {
+        plan: jax.checkpoint(functools.partial(function, plan), prevent_cse=False)
+        for plan in set(plans)
     }
+    branches = {platform: functions[plan] for platform, plan in plans._asdict().items()}
     return lax.platform_dependent(*args, default=branches.pop("cpu"), **branches)
 
 
