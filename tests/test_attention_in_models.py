@@ -604,6 +604,25 @@ def test_a_layer_with_a_cache_equals_its_pass_over_all_tokens(api, rate, key):
     np.testing.assert_allclose(jnp.concatenate(tokens, 1), whole, atol=1e-5)
 
 
+def test_with_a_cache_causality_is_not_passed_on():
+    """The attention of Flax would place the one query before all keys but the first."""
+    outputs = []
+    for is_causal in (False, True):
+        layer = jdropout.nnx.MultiHeadAttention(
+            2,
+            8,
+            decode=True,
+            kernel_init=UNIFORM,
+            rngs=nnx.Rngs(0),
+            attention_fn=nnx.dot_product_attention,
+        )
+        layer.init_cache((2, 3, 8))
+        for seed in range(2):
+            y = layer(normal_array(2, 1, 8, seed=seed), is_causal=is_causal)
+        outputs.append(y)
+    np.testing.assert_array_equal(*outputs)
+
+
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_layers_keep_packed_documents_apart(api, key):
     x, ids = normal_array(2, 3, 11, 8), np.stack([DOCUMENTS] * 3, axis=1)
