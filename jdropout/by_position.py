@@ -4,7 +4,6 @@ Pass them to `jdropout.dot_product_attention` as ``bias_fn`` and ``mask_fn``. No
 the attention matrix is stored, and blocks that a mask leaves empty are skipped.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -210,41 +209,38 @@ def relative_bias(
             f"max_distance must be above {buckets // 2}, the number of buckets with one distance, "
             f"got {distance}. Use a larger distance or fewer buckets."
         )
-    function = functools.partial(
-        _relative_bias,
-        starts=_bucket_starts(buckets, distance),
-        bidirectional=directions == 2,
-    )
-    return PositionFunction(function, array)
+    function = _bias_of_two_directions if directions == 2 else _bias_of_one_direction
+    return PositionFunction(function, array, _bucket_starts(buckets, distance))
 
 
 def _alibi(query: jax.Array, key: jax.Array, head: jax.Array, slopes: jax.Array) -> jax.Array:
     return -slopes[head] * abs(query - key).astype(slopes.dtype)
 
 
-def _relative_bias(
-    query: jax.Array,
-    key: jax.Array,
-    head: jax.Array,
-    table: jax.Array,
-    *,
-    starts: tuple[int, ...],
-    bidirectional: bool,
+def _bias_of_one_direction(
+    query: jax.Array, key: jax.Array, head: jax.Array, table: jax.Array, starts: jax.Array
 ) -> jax.Array:
-    distance = abs(query - key) if bidirectional else jnp.maximum(query - key, 0)
-    bucket = (distance >= jnp.asarray(starts, jnp.int32)).sum(dtype=jnp.int32)
-    if bidirectional:
-        bucket += jnp.where(key > query, len(starts) + 1, 0)
-    return table[bucket, head]
+    return table[_bucket(jnp.maximum(query - key, 0), starts), head]
 
 
-def _bucket_starts(buckets: int, max_distance: int) -> tuple[int, ...]:
+def _bias_of_two_directions(
+    query: jax.Array, key: jax.Array, head: jax.Array, table: jax.Array, starts: jax.Array
+) -> jax.Array:
+    bucket = _bucket(abs(query - key), starts)
+    return table[bucket + jnp.where(key > query, table.shape[0] // 2, 0), head]
+
+
+def _bucket(distance: jax.Array, starts: jax.Array) -> jax.Array:
+    return (distance >= starts).sum(dtype=jnp.int32)
+
+
+def _bucket_starts(buckets: int, max_distance: int) -> np.ndarray:
     """The smallest distance of every bucket but the first."""
     exact = buckets // 2
     growth = (max_distance / exact) ** (1 / (buckets - exact)) if exact else 0.0
     # A little less than the exact power, so that a whole number is not rounded up to the next.
     grown = [math.ceil(exact * growth**i - 1e-6) for i in range(1, buckets - exact)]
-    return (*range(1, exact + 1), *grown)
+    return np.array([*range(1, exact + 1), *grown], np.int32)
 
 
 # --- masks --------------------------------------------------------------------------------

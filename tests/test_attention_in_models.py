@@ -339,6 +339,18 @@ def test_derivatives_of_every_mode_and_order(key):
         assert_close(*(jax.jit(derivative(f))(strength) for f in (ours, dense)), 2e-5)
 
 
+def test_ready_made_functions_made_again_are_the_same_program():
+    """Static parts that compared by identity would compile every call of a training loop."""
+    for make in (
+        lambda: by_position.alibi(4),
+        lambda: by_position.relative_bias(np.ones((8, 4), np.float32)),
+        lambda: by_position.sliding_window(3),
+        lambda: by_position.prefix_lm(3),
+        lambda: by_position.document(DOCUMENTS),
+    ):
+        assert jax.tree.structure(make()) == jax.tree.structure(make())
+
+
 def test_buckets_are_those_of_t5():
     """By the formula of section 2.1 of the paper and its code, at all distances."""
     for buckets, distance, both in [(32, 128, True), (32, 128, False), (6, 20, True)]:
