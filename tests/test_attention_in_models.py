@@ -488,7 +488,7 @@ def test_nothing_of_the_size_of_the_matrix_is_stored(key):
 
     short, long = temporaries(2048), temporaries(4096)
     assert long <= 2.2 * short
-    assert long <= 4096**2 / 2  # half a byte for each probability
+    assert long <= 4096**2  # a byte for each probability, where one float would be four
 
 
 def test_the_gradient_exports_with_all_options(key):
