@@ -1,5 +1,5 @@
 """What models need of attention, exact against the dense reference: packed documents, soft caps,
-biases and masks by position, alignment, dropped logits, weights, and caches."""
+biases and masks by position, alignment, dropped logits and weights."""
 
 import functools
 import re
@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import UNIFORM
-from cheap import normal as normal_array
 from dense_attention import (
-    RATE,
     SIZES,
     assert_close,
     attention,
@@ -26,12 +23,9 @@ from dense_attention import (
     positions_allowed,
     shape_of,
 )
-from flax import linen, nnx
 from jax import export
 
 import jdropout
-import jdropout.linen
-import jdropout.nnx
 from jdropout import by_position
 from jdropout.by_position import PositionFunction
 
@@ -537,135 +531,6 @@ def test_weights_are_the_probabilities_before_their_dropout(dropout_on, key):
         9,
         11,
     )
-
-
-def sown(layer, x):
-    if hasattr(nnx, "capture"):
-        return nnx.capture(layer, nnx.Intermediate)(x, sow_weights=True)[1]
-    layer(x, sow_weights=True)  # Flax 0.12.4
-    return nnx.state(layer, nnx.Intermediate)
-
-
-@pytest.mark.parametrize("api", ["nnx", "linen"])
-def test_layers_sow_the_weights_that_flax_sows(api, key):
-    x = normal_array(2, 5, 8)
-    options = dict(num_heads=2, kernel_init=UNIFORM)
-    if api == "nnx":
-        layers = [
-            cls(**options, in_features=8, decode=False, rngs=nnx.Rngs(0))
-            for cls in (nnx.MultiHeadAttention, jdropout.nnx.MultiHeadAttention)
-        ]
-        theirs, ours = (sown(layer, x) for layer in layers)
-    else:
-        layers = [
-            module.MultiHeadDotProductAttention(**options) for module in (linen, jdropout.linen)
-        ]
-        variables = layers[0].init(key, x)
-        theirs, ours = (
-            layer.apply(variables, x, sow_weights=True, mutable="intermediates")[1]
-            for layer in layers
-        )
-    leaves = [jax.tree.leaves(state) for state in (theirs, ours)]
-    assert [x.shape for x in leaves[1]] == [(2, 2, 5, 5)]
-    np.testing.assert_allclose(*map(np.asarray, (leaves[1][0], leaves[0][0])), atol=1e-6)
-
-
-def test_replaced_layers_sow_too(key):
-    x = normal_array(2, 5, 8)
-    options = dict(num_heads=2, dropout_rate=RATE, deterministic=False, kernel_init=UNIFORM)
-    theirs, ours = (
-        module.MultiHeadDotProductAttention(**options) for module in (linen, jdropout.linen)
-    )
-    variables = theirs.init({"params": key, "dropout": key}, x)
-    call = dict(rngs={"dropout": key}, sow_weights=True, mutable="intermediates")
-    with jdropout.linen.replacing():
-        replaced = theirs.apply(variables, x, **call)
-    jax.tree.map(np.testing.assert_array_equal, replaced, ours.apply(variables, x, **call))
-
-
-# --- layers: caches and packed documents --------------------------------------------------
-
-
-@pytest.mark.parametrize("rate", [0.0, RATE])
-@pytest.mark.parametrize("api", ["nnx", "linen"])
-def test_a_layer_with_a_cache_equals_its_pass_over_all_tokens(api, rate, key):
-    length = 6
-    x = normal_array(2, length, 8)
-    causal = linen.make_causal_mask(x[..., 0])
-    options = dict(num_heads=2, dropout_rate=rate, kernel_init=UNIFORM)
-    if api == "nnx":
-        layer = jdropout.nnx.MultiHeadAttention(
-            **options, in_features=8, decode=True, rngs=nnx.Rngs(0)
-        )
-        whole = layer(x, mask=causal, decode=False, deterministic=False, rngs=key)
-        layer.init_cache((2, length, 8))
-        tokens = [layer(x[:, i : i + 1], deterministic=False, rngs=key) for i in range(length)]
-    else:
-        layer = jdropout.linen.MultiHeadDotProductAttention(**options, deterministic=False)
-        rngs = dict(dropout_rng=key)
-        variables = layer.clone(decode=True).init({"params": key, "dropout": key}, x)
-        params = {"params": variables["params"]}
-        whole = layer.apply(params, x, mask=causal, **rngs)
-        cache, tokens = variables["cache"], []
-        for i in range(length):
-            token, changed = layer.clone(decode=True).apply(
-                params | {"cache": cache}, x[:, i : i + 1], mutable="cache", **rngs
-            )
-            cache = changed["cache"]
-            tokens.append(token)
-    np.testing.assert_allclose(jnp.concatenate(tokens, 1), whole, atol=1e-5)
-
-
-def test_with_a_cache_causality_is_not_passed_on():
-    """The attention of Flax would place the one query before all keys but the first."""
-    outputs = []
-    for is_causal in (False, True):
-        layer = jdropout.nnx.MultiHeadAttention(
-            2,
-            8,
-            decode=True,
-            kernel_init=UNIFORM,
-            rngs=nnx.Rngs(0),
-            attention_fn=nnx.dot_product_attention,
-        )
-        layer.init_cache((2, 3, 8))
-        for seed in range(2):
-            y = layer(normal_array(2, 1, 8, seed=seed), is_causal=is_causal)
-        outputs.append(y)
-    np.testing.assert_array_equal(*outputs)
-
-
-@pytest.mark.parametrize("api", ["nnx", "linen"])
-def test_layers_keep_packed_documents_apart(api, key):
-    x, ids = normal_array(2, 3, 11, 8), np.stack([DOCUMENTS] * 3, axis=1)
-    options = dict(num_heads=2, kernel_init=UNIFORM)
-    same = ids[..., None, :, None] == ids[..., None, None, :]
-    if api == "nnx":
-        layer = jdropout.nnx.MultiHeadAttention(
-            **options, in_features=8, decode=False, rngs=nnx.Rngs(0)
-        )
-    else:
-        unbound = jdropout.linen.MultiHeadDotProductAttention(**options)
-        layer = unbound.bind(unbound.init(key, x))
-    np.testing.assert_allclose(layer(x, query_segment_ids=ids), layer(x, mask=same), atol=1e-6)
-
-
-def test_segments_need_an_attention_fn_of_ours():
-    layer = jdropout.nnx.MultiHeadAttention(
-        2, 8, decode=False, rngs=nnx.Rngs(0), attention_fn=nnx.dot_product_attention
-    )
-    with pytest.raises(ValueError, match="query_segment_ids can only be used with an attention_fn"):
-        layer(jnp.ones((2, 3, 8)), query_segment_ids=jnp.ones((2, 3), int))
-
-
-def test_options_reach_the_attention_of_a_flax_layer():
-    attention_fn = functools.partial(jdropout.nnx.dot_product_attention, logits_soft_cap=0.1)
-    layers = [
-        nnx.MultiHeadAttention(2, 8, decode=False, kernel_init=UNIFORM, rngs=nnx.Rngs(0), **options)
-        for options in ({}, dict(attention_fn=attention_fn))
-    ]
-    plain, capped = (layer(5 * normal_array(2, 3, 8)) for layer in layers)
-    assert not np.allclose(plain, capped)
 
 
 # --- errors -------------------------------------------------------------------------------
