@@ -42,7 +42,7 @@ class PositionFunction:
       key_range: for a mask, the keys that some of several neighbouring queries may attend to:
         ``key_range(first_query, last_query, *arrays)`` returns the first and the last one, and
         blocks outside are skipped. None finds the blocks to skip by evaluating the mask at all
-        positions, once a call.
+        positions, once more in each pass.
       per_example: if True, every array has a leading batch axis, and the functions get the
         arrays of their example.
 

@@ -150,9 +150,9 @@ def everywhere(function, shape, start, aligned):
     rows = []
     for i in range(b):
         arrays = [x[i] if function.per_example else x for x in function.arrays]
-        one = lambda q, k, h, arrays=arrays: function.function(q, k, h, *arrays)  # noqa: E731
         grid = jnp.broadcast_arrays(queries[i], keys, heads)
-        rows.append(jax.vmap(one)(*(x.ravel() for x in grid)).reshape(n, t, s))
+        over_grid = jax.vmap(function.function, (0, 0, 0) + (None,) * len(arrays))
+        rows.append(over_grid(*(x.ravel() for x in grid), *arrays).reshape(n, t, s))
     return jnp.stack(rows)
 
 
@@ -290,9 +290,12 @@ def test_what_a_function_closes_over_has_gradients(key):
     strength, shift = normal(3, (8,))[0], np.float32(0.2)
 
     def closed(strength, shift, **arguments):
-        bias = lambda query, key, head: far(query, key, head, strength, shift)  # noqa: E731
-        mask = lambda query, key, head: (shift < 1) & in_stripes(query, key, head)  # noqa: E731
-        return attention(key, bias_fn=bias, mask_fn=mask)(**arguments)
+        run = attention(
+            key,
+            bias_fn=lambda query, key, head: far(query, key, head, strength, shift),
+            mask_fn=lambda query, key, head: (shift < 1) & in_stripes(query, key, head),
+        )
+        return run(**arguments)
 
     def given(strength, shift, **arguments):
         bias = PositionFunction(far, strength, shift)
@@ -501,6 +504,17 @@ def test_the_gradient_exports_with_all_options(key):
     export.export(jax.jit(passes.__wrapped__), platforms=("cpu", "cuda", "tpu"))(
         named(*arrays), output_bar
     )
+
+
+def test_blocks_are_those_of_the_platform_that_a_program_is_compiled_for(key):
+    x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+    run = jax.jit(lambda x: attention(key, block_sizes=None)(x, x, x))
+    blocks = {"cpu": "512x256", "tpu": "512x2048", "cuda": "1024x1024"}
+    for platform in blocks:
+        text = export.export(run, platforms=(platform,))(x).mlir_module()
+        assert {name: f"x{block}x" in text for name, block in blocks.items()} == {
+            name: name == platform for name in blocks
+        }
 
 
 # --- weights ------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ _RULES = {
     "cpu": BlockRule((512, 256), 2**20),
     # Estimated by `benchmarks/tpu_estimates.py`. A block takes up to 512 MB in float32.
     "tpu": BlockRule((512, 2048), 2**27),
-    # By the number of kernels that are launched. A block takes up to 512 MB in float32.
+    # Not measured: larger blocks launch fewer kernels. A block takes up to 512 MB in float32.
     "cuda": BlockRule((1024, 1024), 2**27),
 }
 _RULES["rocm"] = _RULES["cuda"]

@@ -90,13 +90,13 @@ def as_position_functions(
 def _as_position_function(
     name: str, function: Any, is_mask: bool, batch_size: int
 ) -> PositionFunction:
-    if not callable(function) and not isinstance(function, PositionFunction):
+    if callable(function):
+        function = _lift(function)
+    elif not isinstance(function, PositionFunction):
         raise TypeError(
             f"{name} must be a function of (query_position, key_position, head), got "
             f"{function!r}. Pass an array of logits as bias, and one of booleans as mask."
         )
-    if not isinstance(function, PositionFunction):
-        function = _lift(function)
     arrays = [_values.as_array(f"an array of {name}", x) for x in function.arrays]
     if function.per_example:
         for x in arrays:

@@ -40,7 +40,7 @@ class Layer:
             linen.merge_param("deterministic", self.deterministic, deterministic)
         )
         if rng is None and self._draws(flag):
-            rng = self.make_rng(self.rng_collection)  # type: ignore[attr-defined]
+            rng = self.make_rng(self.rng_collection)  # type: ignore[attr-defined]  # so too
         return flag, rng
 
     def _draws(self, flag: bool | jax.Array) -> bool:
