@@ -28,6 +28,9 @@ MASK_TAG = 0x6A64726F  # "jdro": the high word of counters that only mask keys u
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
 
+TILE_ROWS = 8 * _LANES
+"""Rows of a TPU's tile of eight groups."""
+
 
 class Layout(NamedTuple):
     """Where a block of mask lies in the counter space; static."""
@@ -112,6 +115,11 @@ def locate(
         if isinstance(index, jax.Array):
             pair = _add64(pair, _multiply64(index, stride))
     return Layout(tuple(block), strides, phase, wide), Origin(*pair, traced_phase)
+
+
+def moved(origin: Origin, high: jax.Array, low: jax.Array) -> Origin:
+    """The origin that is (high, low) cipher blocks further on."""
+    return Origin(*_add64((origin.high, origin.low), (high, low)), origin.phase)
 
 
 def _block_index(layout: Layout, origin: Origin | None, group: jax.Array) -> WordPair:
@@ -311,10 +319,8 @@ def _packed(
 
     def pack(block: WordPair, test: Callable[[jax.Array], jax.Array]) -> jax.Array:
         def bit(lane: int) -> jax.Array:
-            word = block[lane // 2]
-            digit = word >> np.uint32(DIGIT_BITS) if lane % 2 else word & _DIGIT_MASK
             weight = np.uint8(1 << lane) << first_bit
-            return lax.select(test(digit), weight, jnp.zeros_like(weight))
+            return lax.select(test(_lane(block, lane)), weight, jnp.zeros_like(weight))
 
         bits = bit(0) | bit(1) | bit(2) | bit(3)
         return lax.reduce(bits, np.uint8(0), lax.bitwise_or, (slot_axis,))
@@ -335,6 +341,51 @@ def _packed(
     if layout.phase is None:
         return lax.dynamic_slice_in_dim(mask, _phase(layout, origin), rows, axis=len(lead))
     return lax.slice_in_dim(mask, layout.phase, layout.phase + rows, axis=len(lead))
+
+
+def in_registers(
+    keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin
+) -> jax.Array:
+    """The mask of a tile inside a Pallas TPU kernel: every block is hashed once and never stored.
+
+    The four lanes of a group of rows become four bits of its word, and a gather over sublanes brings
+    the word to its four rows.
+
+    Args:
+      keys: the cipher keys of the digits, of scalars.
+      threshold: threshold of the rate.
+      layout: layout of the tile, of phase 0, with ``TILE_ROWS`` rows or a multiple.
+      origin: origin of the tile, of scalars.
+
+    Returns:
+      Booleans of the layout's rows and columns.
+    """
+    rows, columns = layout.shape[-2:]
+    flat = layout._replace(shape=(rows, columns), strides=layout.strides[-2:])
+    shape = (TILE_ROWS // _LANES, columns)
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+
+    def bits_of(group: int) -> jax.Array:
+        index = _block_index(flat, origin, _iota((shape[0], 1), 0) + np.uint32(group))
+        blocks = [threefry2x32(key, index) for key in keys]
+        bits = jnp.zeros(shape, jnp.int32)
+        for lane in range(_LANES):
+            kept = below(threshold, [_lane(block, lane) for block in blocks])
+            bits |= jnp.where(kept, np.int32(1 << lane), np.int32(0))
+        return bits
+
+    parts = []
+    for group in range(0, rows // _LANES, shape[0]):
+        bits = bits_of(group)
+        for first in range(0, shape[0], shape[0] // _LANES):
+            word = jnp.take_along_axis(bits, first + row // _LANES, axis=0)
+            parts.append((word >> (row % _LANES)) & 1)
+    return jnp.concatenate(parts, axis=0) != 0
+
+
+def _lane(block: WordPair, lane: int) -> jax.Array:
+    word = block[lane // 2]
+    return word >> np.uint32(DIGIT_BITS) if lane % 2 else word & _DIGIT_MASK
 
 
 def _phase(layout: Layout, origin: Origin | None) -> np.uint32 | jax.Array:

@@ -23,6 +23,7 @@ from jdropout._attention._arguments import (
     check_window,
 )
 from jdropout._attention._blocks import Inputs, Plan, Plans, cut, default_block_sizes
+from jdropout._attention._kernels import tiles
 from jdropout._attention._positions import as_position_functions
 from jdropout._attention._softmax import attention
 from jdropout._draw import Outcome
@@ -32,6 +33,7 @@ from jdropout.by_position import PositionFunction
 
 Alignment = Literal["top-left", "bottom-right"]
 DropoutOn = Literal["probabilities", "logits"]
+Implementation = Literal["xla", "pallas"]
 ByPosition = Callable[..., Any] | PositionFunction | Sequence[Any] | None
 
 
@@ -64,6 +66,7 @@ def dot_product_attention(
     global_shape: Sequence[int] | None = ...,
     precision: jax.lax.PrecisionLike = ...,
     block_sizes: tuple[int, int] | None = ...,
+    implementation: Implementation | None = ...,
     return_residual: Literal[False] = ...,
     return_weights: Literal[False] = ...,
 ) -> jax.Array: ...
@@ -96,6 +99,7 @@ def dot_product_attention(
     global_shape: Sequence[int] | None = ...,
     precision: jax.lax.PrecisionLike = ...,
     block_sizes: tuple[int, int] | None = ...,
+    implementation: Implementation | None = ...,
     return_residual: bool = ...,
     return_weights: bool = ...,
 ) -> Any: ...
@@ -127,6 +131,7 @@ def dot_product_attention(
     global_shape: Sequence[int] | None = None,
     precision: jax.lax.PrecisionLike = None,
     block_sizes: tuple[int, int] | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
     return_weights: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
@@ -250,6 +255,8 @@ def dot_product_attention(
     mask_fns = as_position_functions("mask_fn", mask_fn, True, examples)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
     sizes = check_block_sizes(block_sizes)
+    _values.check_option("implementation", implementation, (None, "xla", "pallas"))
+    kernel = implementation == "pallas"
     draw = new_draw(
         "attention",
         dropout_key,
@@ -279,6 +286,8 @@ def dot_product_attention(
     )
 
     def plan_for(platform: str) -> Plan:
+        if kernel:
+            return plan_of(*tiles((length, key_length), sizes, features))
         used = sizes or default_block_sizes(query, platform)
         return plan_of(*cut((length, key_length), used, skips))
 
@@ -308,7 +317,7 @@ def dot_product_attention(
     if draw.outcome is Outcome.DRAWN:
         dropout = dataclasses.replace(draw.marked(), origin=None)
         inputs = inputs._replace(dropout=dropout.eager(inputs))
-    output, residual, weights = attention(inputs, plans, with_weights)
+    output, residual, weights = attention(inputs, plans, kernel, with_weights)
     if draw.outcome is Outcome.DROPPED:
         output = jnp.zeros_like(output)
     output = cast("jax.Array", draw.result(output))

@@ -56,25 +56,19 @@ def allowed(
 ) -> list[jax.Array]:
     """Which keys the queries of a block may attend to: conditions with five axes each."""
     at = positions(plan, inputs, i, j)
-    row = at.queries.reshape(1, 1, 1, -1, 1)
-    aligned = at.aligned[:, None, None, :, None]
-    column = at.keys.reshape(1, 1, 1, 1, -1)
     *_, first_row, first_column = start(plan, inputs)
-    allowed = []
-    if plan.columns.block_size * plan.columns.num_blocks > plan.columns.length:
-        allowed.append(column < plan.columns.length + first_column)
-    if plan.rows.block_size * plan.rows.num_blocks > plan.rows.length:
-        # Else a large bias could make exp overflow in the padding.
-        allowed.append(row < plan.rows.length + first_row)
-    if plan.is_causal:
-        allowed.append(column <= aligned)
-    if plan.window is not None:
-        before, after = plan.window
-        allowed += [column >= aligned - before, column <= aligned + after]
-    if inputs.query_lengths is not None:
-        allowed.append(row < inputs.query_lengths.reshape(-1, 1, 1, 1, 1))
-    if inputs.key_lengths is not None:
-        allowed.append(column < inputs.key_lengths.reshape(-1, 1, 1, 1, 1))
+    lengths = (
+        None if x is None else x.reshape(-1, 1, 1, 1, 1)
+        for x in (inputs.query_lengths, inputs.key_lengths)
+    )
+    allowed = within_limits(
+        plan,
+        (first_row, first_column),
+        at.queries.reshape(1, 1, 1, -1, 1),
+        at.aligned[:, None, None, :, None],
+        at.keys.reshape(1, 1, 1, 1, -1),
+        *lengths,
+    )
     if "query_segment_ids" in block:
         allowed.append(block["query_segment_ids"] == block["key_segment_ids"])
     if "mask" in block:
@@ -82,6 +76,34 @@ def allowed(
     for mask in inputs.mask_fns:
         allowed.append(in_block(mask, at, inputs))
     return allowed
+
+
+def within_limits(
+    plan: Plan,
+    first: tuple[Any, Any],
+    row: jax.Array,
+    aligned: jax.Array,
+    column: jax.Array,
+    query_lengths: Any,
+    key_lengths: Any,
+) -> list[jax.Array]:
+    """Conditions of position and length, for arrays of positions that broadcast together."""
+    conditions = []
+    if plan.columns.block_size * plan.columns.num_blocks > plan.columns.length:
+        conditions.append(column < plan.columns.length + first[1])
+    if plan.rows.block_size * plan.rows.num_blocks > plan.rows.length:
+        # Else a large bias could make exp overflow in the padding.
+        conditions.append(row < plan.rows.length + first[0])
+    if plan.is_causal:
+        conditions.append(column <= aligned)
+    if plan.window is not None:
+        before, after = plan.window
+        conditions += [column >= aligned - before, column <= aligned + after]
+    if query_lengths is not None:
+        conditions.append(row < query_lengths)
+    if key_lengths is not None:
+        conditions.append(column < key_lengths)
+    return conditions
 
 
 def in_block(function: PositionFunction, at: Positions, inputs: Inputs) -> jax.Array:
@@ -95,6 +117,33 @@ def visited(plan: Plan, inputs: Inputs) -> jax.Array | None:
     one_block = plan.rows.num_blocks == plan.columns.num_blocks == 1
     if one_block or plan.rows.length == 0 or plan.columns.length == 0:
         return None
+    conditions = _conditions_of_blocks(plan, inputs)
+    some = []
+    if conditions:
+        some.append(functools.reduce(jnp.logical_and, conditions).any(0))
+    unknown = [mask for mask in inputs.mask_fns if not mask.key_range]
+    if unknown:
+        some.append(_blocks_with_any(plan, inputs._replace(mask_fns=tuple(unknown))))
+    if not some:
+        return None
+    return functools.reduce(jnp.logical_and, some) & _not_padding(plan)
+
+
+def visited_by_example(plan: Plan, inputs: Inputs) -> jax.Array:
+    """Which blocks of which examples are needed, (1 or B, rows, columns); also by the lengths."""
+    *_, row, column = start(plan, inputs)
+    conditions = [_not_padding(plan)[None], *_conditions_of_blocks(plan, inputs)]
+    if inputs.query_lengths is not None:
+        rows = row + indices(plan.rows)[:, None] * plan.rows.block_size
+        conditions.append(rows < inputs.query_lengths[:, None, None])
+    if inputs.key_lengths is not None:
+        columns = column + indices(plan.columns) * plan.columns.block_size
+        conditions.append(columns < inputs.key_lengths[:, None, None])
+    return functools.reduce(jnp.logical_and, conditions)
+
+
+def _conditions_of_blocks(plan: Plan, inputs: Inputs) -> list[jax.Array]:
+    """Conditions for a block to have a query that may attend to a key: (1 or B, rows, columns)."""
     *_, row, column = start(plan, inputs)
     row = (row + indices(plan.rows) * plan.rows.block_size)[None] + inputs.alignment[:, None]
     column = (column + indices(plan.columns) * plan.columns.block_size)[None, None]
@@ -111,15 +160,7 @@ def visited(plan: Plan, inputs: Inputs) -> jax.Array | None:
     if inputs.query_segment_ids is not None:
         queries, keys = _segments_of_blocks(plan, inputs)
         conditions += [queries[0] <= keys[1], keys[0] <= queries[1]]
-    some = []
-    if conditions:
-        some.append(functools.reduce(jnp.logical_and, conditions).any(0))
-    unknown = [mask for mask in inputs.mask_fns if not mask.key_range]
-    if unknown:
-        some.append(_blocks_with_any(plan, inputs._replace(mask_fns=tuple(unknown))))
-    if not some:
-        return None
-    return functools.reduce(jnp.logical_and, some) & _not_padding(plan)
+    return conditions
 
 
 def _not_padding(plan: Plan) -> jax.Array:

@@ -22,6 +22,8 @@ from jdropout._attention._blocks import (
     start,
     tile,
 )
+from jdropout._attention._dropout import drop, dropout_scale, keep
+from jdropout._attention._kernels import attend
 from jdropout._attention._loops import over_blocks
 from jdropout._attention._masks import (
     allowed,
@@ -32,13 +34,15 @@ from jdropout._attention._masks import (
 from jdropout._dtypes import wide_dtype
 
 
-@functools.partial(jax.jit, static_argnames=("plans", "with_weights"))
+@functools.partial(jax.jit, static_argnames=("plans", "kernel", "with_weights"))
 def attention(
-    inputs: Inputs, plans: Plans, with_weights: bool
+    inputs: Inputs, plans: Plans, kernel: bool, with_weights: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     sharding = jax.typeof(inputs.query).sharding
     explicit = sharding.mesh.explicit_axes
-    attention = functools.partial(_attention_in_groups, plans=plans, with_weights=with_weights)
+    attention = functools.partial(
+        _attention_in_groups, plans=plans, kernel=kernel, with_weights=with_weights
+    )
     if not explicit:
         return attention(inputs)
     *batch, queries, heads, _ = sharding.spec
@@ -56,7 +60,7 @@ def attention(
 
 
 def _attention_in_groups(
-    inputs: Inputs, plans: Plans, with_weights: bool
+    inputs: Inputs, plans: Plans, kernel: bool, with_weights: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Brings the axes into the order of `_attend`, and back."""
     *batch, length, heads, features = inputs.query.shape
@@ -85,7 +89,7 @@ def _attention_in_groups(
         dropout=None if inputs.dropout is None else inputs.dropout.with_words(),
     )
     inputs = _varying(inputs)
-    output, residual = _attend(plans, inputs)
+    output, residual = attend(plans.tpu, inputs) if kernel else _attend(plans, inputs)
     weights = None
     if with_weights:
         weights = _weights(plans.cpu, inputs, residual)
@@ -166,7 +170,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         weights = jnp.exp(logits - shift[..., None])
         decay = jnp.exp(maximum - shift)
         total = total * decay + weights.sum(-1)
-        weights = _drop(plan, inputs, i, j, weights)
+        weights = drop(plan, inputs, i, j, weights)
         products = _product("bkgts,bkvs->bkgtv", weights, block["value"], plan, inputs.dtype)
         if "surplus" in block:
             products += _surplus(weights, block["surplus"])
@@ -176,7 +180,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         total, maximum, weighted = carry
         some = total > 0
         total = jnp.where(some, total, 1)
-        output = weighted * (_dropout_scale(plan, inputs) / total)[..., None]
+        output = weighted * (dropout_scale(plan, inputs) / total)[..., None]
         residual = jnp.where(some, maximum + jnp.log(total), -jnp.inf)
         return output.astype(inputs.query.dtype), residual
 
@@ -237,16 +241,16 @@ def _tangent(
             logits_dot *= slope
         weights_dot = weights * logits_dot
         total_dot = weights_dot.sum(-1)
-        weights_dot = _drop(plan, inputs, i, j, weights_dot)
+        weights_dot = drop(plan, inputs, i, j, weights_dot)
         output_dot = linear_product("bkgts,bkvs->bkgtv", weights_dot, clean(block["value"]))
         if "value" in dot:
-            weights = _drop(plan, inputs, i, j, weights)
+            weights = drop(plan, inputs, i, j, weights)
             output_dot += linear_product("bkgts,bkvs->bkgtv", weights, dot["value"])
         return carry[0] + output_dot, carry[1] + total_dot
 
     def finish(carry: Any, in_row: Any) -> tuple[jax.Array, jax.Array]:
         output_dot, total_dot = carry
-        output_dot = output_dot * _dropout_scale(plan, inputs)
+        output_dot = output_dot * dropout_scale(plan, inputs)
         output_dot -= in_row[0]["output"].astype(inputs.dtype) * total_dot[..., None]
         return output_dot.astype(inputs.query.dtype), total_dot
 
@@ -274,7 +278,7 @@ def _logits(
         logits = logits + biases(inputs, positions(plan, inputs, i, j), {})
     conditions = allowed(plan, inputs, block, i, j)
     if plan.drops_logits and inputs.dropout is not None:
-        conditions.append(_keep(plan, inputs, i, j).reshape(logits.shape))
+        conditions.append(keep(plan, inputs, i, j).reshape(logits.shape))
     slope: Any = None
     if plan.soft_cap is not None:
         # An infinite bias forbids to attend, also through a cap.
@@ -292,22 +296,6 @@ def _query_key(plan: Plan, inputs: Inputs, block: dict[str, jax.Array]) -> jax.A
     return _product("bkgth,bkhs->bkgts", block["query"], block["key"], plan, inputs.dtype)
 
 
-def _drop(plan: Plan, inputs: Inputs, i: Any, j: Any, weights: jax.Array) -> jax.Array:
-    """Applies the dropout mask, without its scale, to a block with five axes."""
-    if inputs.dropout is None or plan.drops_logits:
-        return weights
-    return jnp.where(_keep(plan, inputs, i, j).reshape(weights.shape), weights, 0)
-
-
-def _keep(plan: Plan, inputs: Inputs, i: Any, j: Any) -> jax.Array:
-    """The dropout mask of a block, with the axes of the whole."""
-    assert inputs.dropout is not None
-    lead = inputs.dropout.description.shape[:-2]
-    shape = (*lead, plan.rows.block_size, plan.columns.block_size)
-    tile = inputs.dropout.tile(shape, start(plan, inputs), (0,) * len(lead) + (i, j))
-    return tile.keep()
-
-
 def _finite(x: jax.Array) -> jax.Array:
     """Replaces NaN and infinity by 0: times a weight of 0 they would be NaN."""
     return jnp.where(jnp.isfinite(x), x, 0)
@@ -323,14 +311,6 @@ def _surplus(weights: jax.Array, surplus: jax.Array) -> jax.Array:
     attended = ((weights != 0) & found).any(-1, keepdims=True)
     total = surplus.sum(-1).astype(weights.dtype)[:, :, None, None, :]
     return jnp.where(attended, total, 0)
-
-
-def _dropout_scale(plan: Plan, inputs: Inputs) -> Any:
-    if inputs.dropout is None:
-        return np.ones((), inputs.dtype)
-    unscaled = plan.drops_logits
-    scale = jnp.ones((), inputs.dtype) if unscaled else inputs.dropout.scale(inputs.dtype)
-    return inputs.dropout.nan_if_invalid(scale)
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Array:

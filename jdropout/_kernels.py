@@ -1,0 +1,56 @@
+"""What the Pallas TPU kernels share: the mask of a tile, and how a kernel is called."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jdropout import _law, _threshold
+from jdropout._draw import Description, Draw
+
+SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
+"""An operand of numbers that all tiles need."""
+
+
+def operand(draw: Draw) -> jax.Array:
+    """All that a kernel needs of a draw besides its description, as one uint32 array."""
+    threshold = draw.threshold()
+    if draw.deterministic is not None:
+        threshold = _threshold.keep_all_if(draw.deterministic, threshold)
+    low = 0 if threshold.low is None else threshold.low
+    assert isinstance(draw.key, jax.Array)  # its words, see with_words()
+    keys = _law.mask_keys(draw.key, threshold.digits)
+    origin = (0, 0) if draw.origin is None else draw.origin[:2]
+    words = [*(word for key in keys for word in key), threshold.high, low, *origin]
+    return jnp.stack([jnp.asarray(word, jnp.uint32) for word in words])
+
+
+def keep_tile(
+    description: Description, operand: Any, shape: tuple[int, ...], index: tuple[Any, ...]
+) -> jax.Array:
+    """The mask of the tile of ``shape`` at ``index * shape`` in a draw, two-dimensional.
+
+    Args:
+      description: description of the draw.
+      operand: reference to the draw's `operand`.
+      shape: shape of a tile; all but the last two sizes are 1.
+      index: number of the tile along every axis.
+    """
+    *keys, high, low, first_high, first_low = (operand[k] for k in range(operand.shape[0]))
+    threshold = _threshold.Threshold(high, low if len(keys) > 2 else None)
+    tile = tuple(1 if n == 1 else size for n, size in zip(description.whole, shape, strict=True))
+    layout, origin = _law.locate(description.whole, tile, None, index)
+    assert origin is not None
+    origin = _law.moved(origin, first_high, first_low)
+    return _law.in_registers([*zip(keys[::2], keys[1::2], strict=True)], threshold, layout, origin)
+
+
+def call(kernel: Callable[..., None], *operands: Any, **options: Any) -> Any:
+    """Runs a kernel: compiled on a TPU, and interpreted, slowly, on other platforms."""
+    run = functools.partial(pl.pallas_call, kernel, **options)
+    return lax.platform_dependent(*operands, tpu=run(), default=run(interpret=True))
