@@ -12,6 +12,7 @@ from jax import lax
 from jdropout import _checks, _threshold, _values
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
+from jdropout._implementation import Implementation, check_implementation, check_supported
 from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
@@ -26,6 +27,7 @@ def dropout(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Zeroes elements at random and scales up the rest, keeping the mean.
 
@@ -53,6 +55,11 @@ def dropout(
       global_shape: shape of the whole array; required with `start`.
       precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
         rate by more than 0.1 %. More bits never reshuffle a mask.
+      implementation: "pallas" runs a Pallas kernel, written for a TPU; other platforms interpret
+        it, slowly, with the same result. It has derivatives in reverse mode only; needs float32 or
+        bfloat16, two last axes that do not share a mask; and a compiler that shards arrays cannot
+        cut it: call it on one device, or in a `shard_map` with ``check_vma=False``. "xla" and None
+        leave the loop to the compiler, which can fuse it with its neighbours.
 
     Returns:
       An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate
@@ -85,6 +92,7 @@ def dropout(
         start=start,
         global_shape=global_shape,
         precision=precision,
+        kernel=check_implementation(implementation),
     )
 
 
@@ -102,6 +110,7 @@ def masked(
     site: tuple[str | int, ...] = (),
     scaled: bool = True,
     batch_axis: int | None = 0,
+    kernel: bool = False,
 ) -> jax.Array:
     """`dropout` with the options of its relatives; ``kind`` is their name in an audit."""
     x = _checks.check_input(x)
@@ -119,6 +128,11 @@ def masked(
         site=site,
         batch_axis=batch_axis,
     )
+    if kernel:
+        from jdropout._dropout_kernel import kernel_formula
+
+        check_supported({"x": jnp.asarray(x)}, draw)
+        return cast("jax.Array", draw.apply(kernel_formula, x))
     return cast("jax.Array", draw.apply(_masked_scale, x, scaled=scaled))
 
 

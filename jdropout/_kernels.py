@@ -42,7 +42,8 @@ def keep_tile(
       index: number of the tile along every axis.
     """
     *keys, high, low, first_high, first_low = (operand[k] for k in range(operand.shape[0]))
-    threshold = _threshold.Threshold(high, low if len(keys) > 2 else None)
+    # A constant is cheaper than a number in a register.
+    threshold = description.threshold or _threshold.Threshold(high, low if len(keys) > 2 else None)
     tile = tuple(1 if n == 1 else size for n, size in zip(description.whole, shape, strict=True))
     layout, origin = _law.locate(description.whole, tile, None, index)
     assert origin is not None

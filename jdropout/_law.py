@@ -7,7 +7,7 @@ changing one bit requires a new `LAW_VERSION`.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def locate(
     return Layout(tuple(block), strides, phase, wide), Origin(*pair, traced_phase)
 
 
-def moved(origin: Origin, high: jax.Array, low: jax.Array) -> Origin:
+def moved(origin: Origin, high: Any, low: Any) -> Origin:
     """The origin that is (high, low) cipher blocks further on."""
     return Origin(*_add64((origin.high, origin.low), (high, low)), origin.phase)
 
@@ -348,8 +348,8 @@ def in_registers(
 ) -> jax.Array:
     """The mask of a tile inside a Pallas TPU kernel: every block is hashed once and never stored.
 
-    The four lanes of a group of rows become four bits of its word, and a gather over sublanes brings
-    the word to its four rows.
+    The four lanes of a group of rows become four bits of its word, and a gather over sublanes
+    brings the word to its four rows.
 
     Args:
       keys: the cipher keys of the digits, of scalars.
@@ -364,9 +364,17 @@ def in_registers(
     flat = layout._replace(shape=(rows, columns), strides=layout.strides[-2:])
     shape = (TILE_ROWS // _LANES, columns)
     row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    # By bits: kernels have no cheap division.
+    lane, part = row & (_LANES - 1), row >> (_LANES.bit_length() - 1)
+
+    from_first = _block_index(flat, None, _iota(shape, 0))
 
     def bits_of(group: int) -> jax.Array:
-        index = _block_index(flat, origin, _iota((shape[0], 1), 0) + np.uint32(group))
+        high, low = divmod(group * flat.strides[0], 2**32)
+        first = moved(origin, np.uint32(high), np.uint32(low))
+        index = (from_first[0], from_first[1] + first.low)
+        if flat.wide:
+            index = _add64(from_first, (first.high, first.low))
         blocks = [threefry2x32(key, index) for key in keys]
         bits = jnp.zeros(shape, jnp.int32)
         for lane in range(_LANES):
@@ -378,8 +386,8 @@ def in_registers(
     for group in range(0, rows // _LANES, shape[0]):
         bits = bits_of(group)
         for first in range(0, shape[0], shape[0] // _LANES):
-            word = jnp.take_along_axis(bits, first + row // _LANES, axis=0)
-            parts.append((word >> (row % _LANES)) & 1)
+            word = jnp.take_along_axis(bits, first + part, axis=0)
+            parts.append((word >> lane) & 1)
     return jnp.concatenate(parts, axis=0) != 0
 
 

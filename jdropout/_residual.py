@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jdropout import _values
+from jdropout._draw import Draw
 from jdropout._dropout import dropout
 from jdropout._dtypes import wide_dtype
+from jdropout._implementation import Implementation, check_implementation, check_supported
+from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 
 
@@ -25,6 +28,7 @@ def bias_dropout_add(
     start: Sequence[Index] | None = None,
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Computes ``residual + dropout(x + bias)``, the end of an attention or feed-forward layer.
 
@@ -45,6 +49,8 @@ def bias_dropout_add(
       global_shape: shape of the whole array; required with `start`.
       precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
         rate by more than 0.1 %.
+      implementation: "pallas" runs one Pallas kernel, with the limits that `dropout` states; "xla"
+        and None leave it to the compiler.
 
     Returns:
       An array with the shape and dtype of `residual`.
@@ -70,6 +76,23 @@ def bias_dropout_add(
     """
     x, residual = _check_same_shape(x, residual)
     bias = _check_features("bias", bias, x)
+    if check_implementation(implementation):
+        from jdropout._dropout_kernel import kernel_formula
+
+        draw = new_draw(
+            "dropout",
+            key,
+            rate,
+            deterministic,
+            jnp.shape(x),
+            broadcast_dims=broadcast_dims,
+            start=start,
+            global_shape=global_shape,
+            precision=precision,
+        )
+        check_supported({"x": x, "residual": residual, "bias": bias}, draw)
+        y = draw.apply(kernel_formula, x, bias, residual, kept=_without_dropout, dropped=_residual)
+        return cast("jax.Array", y)
     if bias is not None:
         x = x + bias.astype(x.dtype)
     dropped = dropout(
@@ -169,6 +192,19 @@ def dropout_add_norm(
     )
     normalise = jax.checkpoint(_normalise, prevent_cse=False, static_argnums=(3, 4))
     return normalise(total, scale, bias, norm, checked_epsilon).astype(x.dtype), total
+
+
+def _without_dropout(
+    draw: Draw, x: jax.Array, bias: jax.Array | None, residual: jax.Array
+) -> jax.Array:
+    del draw
+    biased = x if bias is None else x + bias.astype(x.dtype)
+    return residual + biased.astype(residual.dtype)
+
+
+def _residual(draw: Draw, x: jax.Array, bias: jax.Array | None, residual: jax.Array) -> jax.Array:
+    del draw, x, bias
+    return residual
 
 
 def _normalise(

@@ -14,6 +14,7 @@ from jdropout._attention._arguments import (
     check_alignment,
     check_attention_inputs,
     check_block_sizes,
+    check_kernel_arguments,
     check_lengths,
     check_logits_operand,
     check_positions,
@@ -23,17 +24,16 @@ from jdropout._attention._arguments import (
     check_window,
 )
 from jdropout._attention._blocks import Inputs, Plan, Plans, cut, default_block_sizes
-from jdropout._attention._kernels import tiles
 from jdropout._attention._positions import as_position_functions
 from jdropout._attention._softmax import attention
 from jdropout._draw import Outcome
+from jdropout._implementation import Implementation, check_implementation
 from jdropout._new_draw import new_draw
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
 from jdropout.by_position import PositionFunction
 
 Alignment = Literal["top-left", "bottom-right"]
 DropoutOn = Literal["probabilities", "logits"]
-Implementation = Literal["xla", "pallas"]
 ByPosition = Callable[..., Any] | PositionFunction | Sequence[Any] | None
 
 
@@ -199,6 +199,11 @@ def dot_product_attention(
       precision: precision of the matrix products, as in `jax.numpy.einsum`.
       block_sizes: number of queries and keys in a block; None chooses them by measurement.
         Where the compiler shards the queries, pass the whole T as the first.
+      implementation: "pallas" runs Pallas kernels, written for a TPU; other platforms interpret
+        them, slowly, with the same result up to rounding. They have first derivatives in reverse
+        mode only; do not support `bias`, `mask`, their functions, float16 and float64; and a
+        compiler that shards arrays cannot cut them: call them on one device, or in a `shard_map`
+        with ``check_vma=False``. "xla" and None do all that is written here.
       return_residual: if True, also return the log-sum-exp of the logits.
       return_weights: if True, also return all probabilities, which takes memory of T x S.
 
@@ -255,8 +260,7 @@ def dot_product_attention(
     mask_fns = as_position_functions("mask_fn", mask_fn, True, examples)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
     sizes = check_block_sizes(block_sizes)
-    _values.check_option("implementation", implementation, (None, "xla", "pallas"))
-    kernel = implementation == "pallas"
+    kernel = check_implementation(implementation)
     draw = new_draw(
         "attention",
         dropout_key,
@@ -269,6 +273,17 @@ def dot_product_attention(
         precision=dropout_precision,
         prefix="dropout_",
     )
+    if kernel:
+        check_kernel_arguments(
+            query,
+            query_segment_ids,
+            sizes,
+            draw,
+            bias=bias,
+            mask=mask,
+            bias_fn=bias_fn,
+            mask_fn=mask_fn,
+        )
     first, whole = _checks.check_block(start, global_shape, shape)
     check_positions(whole)
     first = first or (0,) * len(shape)
@@ -287,6 +302,8 @@ def dot_product_attention(
 
     def plan_for(platform: str) -> Plan:
         if kernel:
+            from jdropout._attention._kernels import tiles
+
             return plan_of(*tiles((length, key_length), sizes, features))
         used = sizes or default_block_sizes(query, platform)
         return plan_of(*cut((length, key_length), used, skips))

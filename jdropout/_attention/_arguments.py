@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdropout._draw import Draw
+from jdropout._implementation import LANES, check_supported, unsupported
 from jdropout._values import (
     as_array,
     as_float,
@@ -248,3 +250,23 @@ def check_block_sizes(block_sizes: Any) -> tuple[int, int] | None:
             "such as (512, 256)."
         )
     return rows, columns
+
+
+def check_kernel_arguments(
+    query: jax.Array,
+    segment_ids: jax.Array | None,
+    block_sizes: tuple[int, int] | None,
+    draw: Draw,
+    **others: Any,
+) -> None:
+    """Raises if the kernels do not support an argument; ``others`` must be missing."""
+    check_supported({"query, key and value": query}, draw)
+    for name, x in others.items():
+        if x is not None:
+            raise unsupported(name, "", "Leave it out")
+    if segment_ids is not None and segment_ids.dtype.itemsize > 4:
+        dtype = segment_ids.dtype
+        raise unsupported("segment ids", f"of dtype {dtype}", "Convert them to int32")
+    if block_sizes is not None and any(size % LANES for size in block_sizes):
+        fix = f"Write multiples of {LANES}"
+        raise unsupported("block_sizes", f"of {block_sizes}", fix)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -20,22 +21,24 @@ from jdropout._attention._blocks import Axis, Inputs, Plan, start
 from jdropout._attention._dropout import dropout_scale
 from jdropout._attention._masks import drops_keys, visited_by_example, within_limits
 from jdropout._draw import Description
-
-_LANES = 128
-
+from jdropout._implementation import LANES
 
 _LARGEST_TILE = (512, 1024)
 """Queries and keys, estimated by `benchmarks/compiled.py`."""
 _CHUNK_BYTES = 2**22
 """Gradients of the queries of a chunk, in float32."""
+_ON_CHIP_BYTES = 48 * 2**20
+"""Less than a v5e, v6e or v7x has."""
 
 
-def tiles(shape: tuple[int, int], sizes: tuple[int, int] | None, features: int) -> tuple[Axis, Axis]:
+def tiles(
+    shape: tuple[int, int], sizes: tuple[int, int] | None, features: int
+) -> tuple[Axis, Axis]:
     """Cuts queries and keys into tiles, and queries into chunks whose gradients fit on the chip."""
     rows, columns = (
-        _whole_lanes(min(pair)) for pair in zip(shape, sizes or _LARGEST_TILE, strict=True)
+        _whole_lanes(max(1, min(pair))) for pair in zip(shape, sizes or _LARGEST_TILE, strict=True)
     )
-    counts = [pl.cdiv(length, size) for length, size in zip(shape, (rows, columns), strict=True)]
+    counts = [max(1, pl.cdiv(*pair)) for pair in zip(shape, (rows, columns), strict=True)]
     chunks = pl.cdiv(4 * features * rows * counts[0], _CHUNK_BYTES)
     per_chunk = pl.cdiv(counts[0], chunks)
     return (
@@ -45,7 +48,7 @@ def tiles(shape: tuple[int, int], sizes: tuple[int, int] | None, features: int) 
 
 
 def _whole_lanes(size: int) -> int:
-    return pl.cdiv(size, _LANES) * _LANES
+    return pl.cdiv(size, LANES) * LANES
 
 
 class _Static(NamedTuple):
@@ -76,8 +79,8 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct((batch, key_heads * groups, 1, padded), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((rows.block_size, _LANES), jnp.float32),
-            pltpu.VMEM((rows.block_size, _LANES), jnp.float32),
+            pltpu.VMEM((rows.block_size, LANES), jnp.float32),
+            pltpu.VMEM((rows.block_size, LANES), jnp.float32),
             pltpu.VMEM((rows.block_size, features), jnp.float32),
         ],
         compiler_params=_compiler_params("parallel", "parallel", "parallel", "arbitrary"),
@@ -119,9 +122,9 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries and keys, without the scale of the logits, and of values.
 
-    With logits s, probabilities P, the unscaled dropout mask M, its scale c and the cotangents do of
-    the output and dr of the log-sum-exp: dv = c (M P)^T do, and ds = c P (M (do v^T) - offset) with
-    offset = (rowsum(o do) - dr) / c.
+    With logits s, probabilities P, the unscaled dropout mask M, its scale c and the cotangents do
+    of the output and dr of the log-sum-exp: dv = c (M P)^T do, and ds = c P (M (do v^T) - offset)
+    with offset = (rowsum(o do) - dr) / c.
     """
     batch, key_heads, groups, length, features = inputs.query.shape
     rows, columns = plan.rows, plan.columns
@@ -168,7 +171,9 @@ def _backward(
             ),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((*shape, rows.num_blocks * rows.block_size, features), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (*shape, rows.num_blocks * rows.block_size, features), jnp.float32
+            ),
             *sums,
         ],
         compiler_params=_compiler_params(
@@ -192,7 +197,7 @@ def _static(plan: Plan, inputs: Inputs) -> _Static:
 
 
 def _operands(plan: Plan, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What both kernels need, by name: arrays, and how the tile (b, n, i, j) of the grid sees them."""
+    """What both kernels need by name: arrays, and what the tile (b, n, i, j) sees of them."""
     rows, columns = plan.rows, plan.columns
     groups = inputs.query.shape[2]
     *_, first_row, first_column = start(plan, inputs)
@@ -215,15 +220,16 @@ def _operands(plan: Plan, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any
         operands[name] = _padded(columns, x, 2)
         specs[name] = pl.BlockSpec(
             (None, None, columns.block_size, x.shape[-1]),
-            lambda b, n, i, j: (b, n // groups, j, 0),
+            lambda b, n, i, j: (b, lax.div(n, np.int32(groups)), j, 0),
         )
     if inputs.query_segment_ids is not None:
         assert inputs.key_segment_ids is not None
-        operands["query_segment_ids"] = _padded(rows, inputs.query_segment_ids[:, :, 0, :, 0], 2)
+        queries, keys = inputs.query_segment_ids[:, :, 0, :, 0], inputs.key_segment_ids[:, :, 0, 0]
+        for name, x, axis in (("query", queries, rows), ("key", keys, columns)):
+            operands[f"{name}_segment_ids"] = _padded(axis, x.astype(jnp.int32), 2)
         specs["query_segment_ids"] = pl.BlockSpec(
             (None, 1, rows.block_size), lambda b, n, i, j: (b, 0, i)
         )
-        operands["key_segment_ids"] = _padded(columns, inputs.key_segment_ids[:, :, 0, 0], 2)
         specs["key_segment_ids"] = pl.BlockSpec(
             (None, 1, columns.block_size), lambda b, n, i, j: (b, 0, j)
         )
@@ -256,7 +262,7 @@ def _of_query_numbers(rows: Axis) -> pl.BlockSpec:
 
 
 def _compiler_params(*semantics: Any) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_ON_CHIP_BYTES)
 
 
 # --- kernels ------------------------------------------------------------------------------
@@ -371,9 +377,7 @@ def _logits(
     return logits, slope
 
 
-def _conditions(
-    static: _Static, inputs: dict[str, Any], b: Any, i: Any, j: Any
-) -> list[jax.Array]:
+def _conditions(static: _Static, inputs: dict[str, Any], b: Any, i: Any, j: Any) -> list[jax.Array]:
     plan = static.plan
     first_row, first_column = inputs["first"][0], inputs["first"][1]
     shape = (plan.rows.block_size, 1), (1, plan.columns.block_size)
@@ -443,8 +447,8 @@ def _add_surplus(weights: jax.Array, value: jax.Array, finite: jax.Array, weight
 
 
 def _as_row(column: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
 def _as_column(row: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(row, (_LANES, row.shape[1])).T[:, :1]
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]

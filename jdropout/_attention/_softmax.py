@@ -19,11 +19,9 @@ from jdropout._attention._blocks import (
     by_platform,
     cut,
     join,
-    start,
     tile,
 )
 from jdropout._attention._dropout import drop, dropout_scale, keep
-from jdropout._attention._kernels import attend
 from jdropout._attention._loops import over_blocks
 from jdropout._attention._masks import (
     allowed,
@@ -89,7 +87,12 @@ def _attention_in_groups(
         dropout=None if inputs.dropout is None else inputs.dropout.with_words(),
     )
     inputs = _varying(inputs)
-    output, residual = attend(plans.tpu, inputs) if kernel else _attend(plans, inputs)
+    if kernel:
+        from jdropout._attention._kernels import attend
+
+        output, residual = attend(plans.tpu, inputs)
+    else:
+        output, residual = _attend(plans, inputs)
     weights = None
     if with_weights:
         weights = _weights(plans.cpu, inputs, residual)
