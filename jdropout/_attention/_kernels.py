@@ -112,6 +112,7 @@ def _attend_backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[Inputs]:
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(
     plan: Plan,
     inputs: Inputs,
@@ -186,6 +187,13 @@ def _backward(
     )
     query_bar = query_bar[:, :, :length].reshape(inputs.query.shape)
     return query_bar * scale, key_bar.swapaxes(2, 3) * scale, value_bar.swapaxes(2, 3) * scale
+
+
+@_backward.defjvp
+def _no_second_derivative(*_: Any) -> Any:
+    raise NotImplementedError(
+        "implementation='pallas' has no second derivatives. Pass implementation='xla'."
+    )
 
 
 # --- operands -----------------------------------------------------------------------------
