@@ -104,7 +104,7 @@ def _attend_backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[Inputs]:
             query=(query_bar * inputs.scale).astype(inputs.query.dtype),
             key=(key_bar * inputs.scale).astype(inputs.key.dtype),
             value=value_bar.astype(inputs.value.dtype),
-            scale=(query_bar * inputs.query).sum(dtype=inputs.dtype),
+            scale=(query_bar * inputs.query.astype(inputs.dtype)).sum(),
         ),
     )
 
@@ -257,7 +257,7 @@ def _padded(blocks: Axis, x: jax.Array, axis: int) -> jax.Array:
 
 def _heads_joined(x: jax.Array) -> jax.Array:
     """From (B, K, G, ...) to (B, N, ...)."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
 def _of_queries(rows: Axis, features: int) -> pl.BlockSpec:

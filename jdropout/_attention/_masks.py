@@ -134,10 +134,10 @@ def visited_by_example(plan: Plan, inputs: Inputs) -> jax.Array:
     *_, row, column = start(plan, inputs)
     conditions = [_not_padding(plan)[None], *_conditions_of_blocks(plan, inputs)]
     if inputs.query_lengths is not None:
-        rows = row + indices(plan.rows)[:, None] * plan.rows.block_size
+        rows = (row + indices(plan.rows) * plan.rows.block_size)[None, :, None]
         conditions.append(rows < inputs.query_lengths[:, None, None])
     if inputs.key_lengths is not None:
-        columns = column + indices(plan.columns) * plan.columns.block_size
+        columns = (column + indices(plan.columns) * plan.columns.block_size)[None, None]
         conditions.append(columns < inputs.key_lengths[:, None, None])
     return functools.reduce(jnp.logical_and, conditions)
 
