@@ -355,8 +355,8 @@ def _packed(
     shape = (*packed.shape[:-1], _GROUPS_PER_BYTE * _LANES, columns)
     dimensions = [axis for axis in range(len(shape)) if axis != slot_axis]
     byte = lax.broadcast_in_dim(packed, shape, dimensions)
-    row_bit = np.uint8(1) << lax.broadcasted_iota(jnp.uint8, shape, slot_axis)
-    mask = (byte & row_bit) != 0
+    row = lax.broadcasted_iota(jnp.uint8, shape, slot_axis)
+    mask = (byte >> row) & np.uint8(1) != 0
     mask = lax.reshape(mask, (*lead, shape[slot_axis - 1] * shape[slot_axis], columns))
     if layout.phase is None:
         return lax.dynamic_slice_in_dim(mask, _phase(layout, origin), rows, axis=len(lead))
