@@ -190,7 +190,7 @@ def networks(device: Device) -> Rows:
 
 
 def attention(device: Device) -> Rows:
-    """Attention, (B, T, N, H) = (8, 2048, 16, 128), bfloat16, rate 0.1, by size of the blocks"""
+    """Attention, (B, T, N, H) = (8, 2048, 16, 128), bfloat16, rate 0.1, by block size (T, S)"""
     cycles = ("millions of cycles",) if device.platform == "tpu" else ()
     columns = ("launches", "GB accessed", "MB of temporaries", *cycles)
     yield from header("forward, gradient", *columns)
@@ -239,6 +239,7 @@ def subsets(device: Device) -> Rows:
 
 
 SECTIONS = (dropout, networks, attention, subsets)
+"""A section is a generator of rows; its docstring is the title."""
 
 
 if __name__ == "__main__":
