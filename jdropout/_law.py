@@ -149,6 +149,33 @@ def _block_index(layout: Layout, origin: Origin | None, group: jax.Array) -> Wor
     return _add64(row_pair, (jnp.zeros_like(column), column))
 
 
+def _packed_index(layout: Layout, origin: Origin | None, shape: tuple[int, ...]) -> WordPair:
+    """Index of the cipher block of every group, where ``shape`` cuts the groups in slots of bytes.
+
+    XLA:GPU computes small arrays, like the product of the groups and their stride, in a kernel of
+    their own. If several masks share one, it also joins the kernels of all, and compiles for long.
+    An iota of several axes avoids them.
+    """
+    *lead_strides, row_stride, _ = layout.strides
+    slot_axis = len(shape) - 2
+    if layout.wide:
+        one_column = (*shape[:-1], 1)
+        group = _iota(one_column, slot_axis - 1) * np.uint32(_GROUPS_PER_BYTE)
+        return _block_index(layout, origin, group + _iota(one_column, slot_axis))
+
+    strides = (*lead_strides, row_stride * _GROUPS_PER_BYTE, row_stride, 1)
+    low = jnp.zeros(shape, jnp.uint32) if origin is None else jnp.broadcast_to(origin.low, shape)
+    end = len(shape)
+    while end > 0:
+        first = end - 1
+        while first > 0 and strides[first - 1] == strides[first] * shape[first]:
+            first -= 1
+        run = _iota((math.prod(shape[first:end]),), 0) * np.uint32(strides[end - 1])
+        low += lax.broadcast_in_dim(run.reshape(shape[first:end]), shape, range(first, end))
+        end = first
+    return jnp.zeros_like(low), low
+
+
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.uint32, shape, axis)
 
@@ -308,21 +335,20 @@ def _packed(
     *lead, rows, columns = layout.shape
     last_lane = _LANES - 1 if layout.phase is None else layout.phase
     groups = -(-(rows + last_lane) // _LANES)
-    one_column = (*lead, -(-groups // _GROUPS_PER_BYTE), _GROUPS_PER_BYTE, 1)
+    in_slots = (*lead, -(-groups // _GROUPS_PER_BYTE), _GROUPS_PER_BYTE, columns)
     slot_axis = len(lead) + 1
 
-    slot = _iota(one_column, slot_axis)
-    group = _iota(one_column, slot_axis - 1) * np.uint32(_GROUPS_PER_BYTE) + slot
-    index = _block_index(layout, origin, group)
+    index = _packed_index(layout, origin, in_slots)
     blocks = [threefry2x32(key, index) for key in keys]
-    first_bit = jnp.broadcast_to((slot * np.uint32(_LANES)).astype(jnp.uint8), index[1].shape)
+    slot = lax.broadcasted_iota(jnp.uint8, in_slots, slot_axis)
 
     def pack(block: WordPair, test: Callable[[jax.Array], jax.Array]) -> jax.Array:
         def bit(lane: int) -> jax.Array:
-            weight = np.uint8(1 << lane) << first_bit
-            return lax.select(test(_lane(block, lane)), weight, jnp.zeros_like(weight))
+            return jnp.where(test(_lane(block, lane)), np.uint8(1 << lane), np.uint8(0))
 
         bits = bit(0) | bit(1) | bit(2) | bit(3)
+        for _ in range(_LANES):
+            bits = bits << slot  # not << 4 * slot, another small array that XLA:GPU would share
         return lax.reduce(bits, np.uint8(0), lax.bitwise_or, (slot_axis,))
 
     high = jnp.uint32(threshold.high)
@@ -335,8 +361,8 @@ def _packed(
     shape = (*packed.shape[:-1], _GROUPS_PER_BYTE * _LANES, columns)
     dimensions = [axis for axis in range(len(shape)) if axis != slot_axis]
     byte = lax.broadcast_in_dim(packed, shape, dimensions)
-    row_bit = np.uint8(1) << lax.broadcasted_iota(jnp.uint8, shape, slot_axis)
-    mask = (byte & row_bit) != 0
+    row = lax.broadcasted_iota(jnp.uint8, shape, slot_axis)
+    mask = (byte >> row) & np.uint8(1) != 0
     mask = lax.reshape(mask, (*lead, shape[slot_axis - 1] * shape[slot_axis], columns))
     if layout.phase is None:
         return lax.dynamic_slice_in_dim(mask, _phase(layout, origin), rows, axis=len(lead))
