@@ -28,6 +28,9 @@ MASK_TAG = 0x6A64726F  # "jdro": the high word of counters that only mask keys u
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
 
+_TPU_TILE = (8, 128)
+"""To unpack the rows of other masks, a TPU moves them between its tiles: slower than to hash them."""
+
 TILE_ROWS = 8 * _LANES
 """Rows of a TPU's tile of eight groups."""
 
@@ -269,10 +272,20 @@ def keep(
       Booleans of ``layout.shape``.
     """
     keys = mask_keys(key_words, threshold.digits)
-    if layout.shape[-2] > _LANES:
+
+    def packed() -> jax.Array:
         return _packed(keys, threshold, layout, origin)
-    kept = _elementwise(keys, threshold, layout, origin)
-    return _apart(kept) if threshold.digits > 1 else kept
+
+    def elementwise() -> jax.Array:
+        kept = _elementwise(keys, threshold, layout, origin)
+        return _apart(kept) if threshold.digits > 1 else kept
+
+    if layout.shape[-2] <= _LANES:
+        return elementwise()
+    if all(size % part == 0 for size, part in zip(layout.shape[-2:], _TPU_TILE, strict=True)):
+        return packed()
+    kept: jax.Array = lax.platform_dependent(tpu=elementwise, default=packed)
+    return kept
 
 
 def uniform(key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.Array:
