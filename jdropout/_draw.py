@@ -65,7 +65,7 @@ class Draw:
     """A pytree whose leaves are all that may be traced. Fields that are None leave no residual."""
 
     key: Key | None
-    """The PRNG key; inside a formula, its words (see `with_words`)."""
+    """The PRNG key; inside a formula, the words of its mask keys (see `with_mask_keys`)."""
     rate: jax.Array | None
     """A traced rate, also where nothing is drawn: the formula of an evaluation may need it."""
     deterministic: jax.Array | None
@@ -105,7 +105,7 @@ class Draw:
         and the operands that the derivative needs.
 
         Args:
-          formula: a module-level function; its draw has the words of the key, and no flag.
+          formula: a module-level function; its draw has the words of its mask keys, and no flag.
           *operands: pytrees of arrays.
           kept: the formula if nothing is dropped. None returns the first operand itself, without
             converting it to a JAX array.
@@ -163,15 +163,25 @@ class Draw:
         first = _record.mark(leaves[0], self.call, kind)
         return jax.tree.unflatten(structure, [first, *leaves[1:]])
 
-    def with_words(self) -> "Draw":
-        """The draw with its key replaced by the key's words, for use inside compiled functions.
+    def with_mask_keys(self) -> "Draw":
+        """The draw with its key replaced by the words of its mask keys, for use in formulas.
 
-        The key itself would do from JAX 0.10 on; before, a key among the residuals of one branch
-        breaks `jax.lax.cond`.
+        The backward pass evaluates the cipher of the mask, but not again the one of its keys, a
+        fifth of the operations that XLA has to compile. The key itself as a residual of one branch
+        also breaks `jax.lax.cond` before JAX 0.10.
         """
         if self.key is None:
             return self
-        return dataclasses.replace(self, key=_law.spent_key_words(self.key))
+        return dataclasses.replace(self, key=_mask_key_words(self.key, self.digits))
+
+    @property
+    def digits(self) -> int:
+        """How many digits of its numbers the draw needs."""
+        description = self.description
+        if description.threshold is not None:
+            return description.threshold.digits
+        rated = self.rate is not None or self.numbers is not None
+        return 1 if rated and description.precision != 32 else 2
 
     # --- inside a formula -----------------------------------------------------------------
 
@@ -195,7 +205,7 @@ class Draw:
         description = self.description
         if 0 in description.shape:
             return jnp.zeros(description.shape, dtype)
-        assert isinstance(self.key, jax.Array)  # its words, see with_words()
+        assert isinstance(self.key, jax.Array)  # see with_mask_keys()
         block = law(self.key, layout=description.layout, origin=self.origin)
         return jnp.broadcast_to(lax.reshape(block, description.block), description.shape)
 
@@ -293,6 +303,11 @@ def _without_threshold(description: Description) -> tuple[Description, jax.Array
     return described, _threshold.static_numbers(threshold)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _mask_key_words(key: Key, digits: int) -> jax.Array:
+    return _law.mask_key_words(_law.spent_key_words(key), digits)
+
+
 @functools.partial(jax.jit, static_argnames=("formula", "kept", "remake", "options"))
 def _applied(
     draw: Draw,
@@ -317,4 +332,4 @@ def _applied(
             evaluated = operands[0]
         return jax.tree.map(functools.partial(lax.select, flag), evaluated, y)
 
-    return applied(draw.with_words(), operands)
+    return applied(draw.with_mask_keys(), operands)

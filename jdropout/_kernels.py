@@ -23,11 +23,10 @@ def operand(draw: Draw) -> jax.Array:
     if draw.deterministic is not None:
         threshold = _threshold.keep_all_if(draw.deterministic, threshold)
     low = 0 if threshold.low is None else threshold.low
-    assert isinstance(draw.key, jax.Array)  # its words, see with_words()
-    keys = _law.mask_keys(draw.key, threshold.digits)
+    assert isinstance(draw.key, jax.Array)  # see with_mask_keys()
     origin = (0, 0) if draw.origin is None else draw.origin[:2]
-    words = [*(word for key in keys for word in key), threshold.high, low, *origin]
-    return jnp.stack([jnp.asarray(word, jnp.uint32) for word in words])
+    numbers = [jnp.asarray(x, jnp.uint32) for x in (threshold.high, low, *origin)]
+    return jnp.concatenate([draw.key, jnp.stack(numbers)])
 
 
 def keep_tile(

@@ -254,16 +254,26 @@ def mask_keys(key_words: jax.Array, digits: int) -> list[WordPair]:
     ]
 
 
+def mask_key_words(key_words: jax.Array, digits: int) -> jax.Array:
+    """`mask_keys` in one array, of two words a digit."""
+    return jnp.stack([word for key in mask_keys(key_words, digits) for word in key])
+
+
+def _pairs(words: jax.Array) -> list[WordPair]:
+    parts = [lax.index_in_dim(words, i, keepdims=False) for i in range(words.shape[0])]
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
 # --- the law ------------------------------------------------------------------------------
 
 
 def keep(
-    key_words: jax.Array, threshold: Threshold, layout: Layout, origin: Origin | None
+    mask_key_words: jax.Array, threshold: Threshold, layout: Layout, origin: Origin | None
 ) -> jax.Array:
     """The mask of a block: True where the element is kept.
 
     Args:
-      key_words: words of a single PRNG key.
+      mask_key_words: words of the mask keys of the threshold's digits.
       threshold: threshold of the rate.
       layout: layout of the block.
       origin: origin of the block.
@@ -271,7 +281,7 @@ def keep(
     Returns:
       Booleans of ``layout.shape``.
     """
-    keys = mask_keys(key_words, threshold.digits)
+    keys = _pairs(mask_key_words)
 
     def packed() -> jax.Array:
         return _packed(keys, threshold, layout, origin)
@@ -288,18 +298,18 @@ def keep(
     return kept
 
 
-def uniform(key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.Array:
+def uniform(mask_key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.Array:
     """The uniform numbers of a block, of two digits each: ``uniform < t`` is the mask.
 
     Args:
-      key_words: words of a single PRNG key.
+      mask_key_words: words of the mask keys of two digits.
       layout: layout of the block.
       origin: origin of the block.
 
     Returns:
       uint32 of ``layout.shape``, in units of 2^-32.
     """
-    high, low = _digits(mask_keys(key_words, 2), layout, origin)
+    high, low = _digits(_pairs(mask_key_words), layout, origin)
     return _apart((high << np.uint32(DIGIT_BITS)) | low)
 
 

@@ -1,12 +1,10 @@
 """Checks the arguments that all dropout functions share, and turns them into a `Draw`."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jdropout import _checks, _law, _record, _threshold
 from jdropout._draw import Description, Draw, Outcome
@@ -139,9 +137,8 @@ def _effective_rate(draw: Draw, reported: Rate | None, derived: bool) -> float |
 
 def _stored_bytes(draw: Draw) -> int:
     """Size of the residuals that the draw leaves."""
-    assert draw.key is not None
-    stored = jax.tree.leaves(dataclasses.replace(draw, key=_law.key_words(draw.key)))
-    total = sum(np.size(leaf) * leaf.dtype.itemsize for leaf in stored)
+    stored = jax.tree.leaves(jax.eval_shape(Draw.with_mask_keys, draw))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in stored)
     layout = draw.description.layout
     # Block indices of 32 bits leave the high word of the origin unused.
     unused = draw.origin is not None and layout is not None and not layout.wide

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import law_twin
 import numpy as np
 import pytest
 from cheap import users_jit
@@ -18,15 +19,20 @@ def residuals(function, x):
     return jax.tree.leaves(jax.vjp(function, x)[1])
 
 
+def mask_key_words(key, digits=1):
+    words = np.asarray(jax.random.key_data(key))
+    return np.stack([law_twin.mask_key(words, digit) for digit in range(digits)]).reshape(-1)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_the_only_residual_is_the_key(wrap, key):
+def test_the_only_residual_is_the_masks_key(wrap, key):
     x = jnp.ones((64, 48))
     for own in (key, jax.random.key_data(key)):
         (leaf,) = residuals(wrap(lambda x, own=own: jdropout.dropout(own, x, 0.3)), x)
-        np.testing.assert_array_equal(leaf, jax.random.key_data(key))
+        np.testing.assert_array_equal(leaf, mask_key_words(key))
 
 
-def test_the_only_residual_is_the_key_for_every_dtype_and_option(key):
+def test_the_only_residual_is_the_masks_key_for_every_dtype_and_option(key):
     dtypes = jnp.float32, jnp.bfloat16, jnp.complex64
     options = {}, {"precision": 32}, {"broadcast_dims": (0,)}
 
@@ -38,8 +44,9 @@ def test_the_only_residual_is_the_key_for_every_dtype_and_option(key):
             for own in options
         ]
 
-    for (leaf,) in all_residuals(key):
-        np.testing.assert_array_equal(leaf, jax.random.key_data(key))
+    for (leaf,), own in zip(all_residuals(key), len(dtypes) * options, strict=True):
+        digits = own.get("precision", 16) // 16
+        np.testing.assert_array_equal(leaf, mask_key_words(key, digits))
 
 
 @pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "checkpoint_dots"])

@@ -220,7 +220,7 @@ def test_counting_in_32_bits_is_found_out(key):
     layout, origin = _law.locate(shape, block, start)
     assert layout.wide
     threshold = _threshold.static_threshold(0.5, None)
-    words = _law.key_words(key)
+    words = _law.mask_key_words(_law.key_words(key), 1)
     narrow = jax.jit(
         lambda words, origin: _law.keep(words, threshold, layout._replace(wide=False), origin)
     )(words, origin)

@@ -84,7 +84,7 @@ def _attention_in_groups(
         mask=grouped(inputs.mask),
         scale=jnp.asarray(inputs.scale, inputs.dtype),
         bias_fns=jax.tree.map(lambda x: _widened(x, inputs.dtype), inputs.bias_fns),
-        dropout=None if inputs.dropout is None else inputs.dropout.with_words(),
+        dropout=None if inputs.dropout is None else inputs.dropout.with_mask_keys(),
     )
     inputs = _varying(inputs)
     if kernel:
