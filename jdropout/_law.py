@@ -28,9 +28,6 @@ MASK_TAG = 0x6A64726F  # "jdro": the high word of counters that only mask keys u
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
 
-_TPU_TILE = (8, 128)
-"""To unpack the rows of other masks, a TPU moves them between its tiles: slower than to hash them."""
-
 TILE_ROWS = 8 * _LANES
 """Rows of a TPU's tile of eight groups."""
 
@@ -282,20 +279,10 @@ def keep(
       Booleans of ``layout.shape``.
     """
     keys = _pairs(mask_key_words)
-
-    def packed() -> jax.Array:
+    if layout.shape[-2] > _LANES:
         return _packed(keys, threshold, layout, origin)
-
-    def elementwise() -> jax.Array:
-        kept = _elementwise(keys, threshold, layout, origin)
-        return _apart(kept) if threshold.digits > 1 else kept
-
-    if layout.shape[-2] <= _LANES:
-        return elementwise()
-    if all(size % part == 0 for size, part in zip(layout.shape[-2:], _TPU_TILE, strict=True)):
-        return packed()
-    kept: jax.Array = lax.platform_dependent(tpu=elementwise, default=packed)
-    return kept
+    kept = _elementwise(keys, threshold, layout, origin)
+    return _apart(kept) if threshold.digits > 1 else kept
 
 
 def uniform(mask_key_words: jax.Array, layout: Layout, origin: Origin | None) -> jax.Array:
