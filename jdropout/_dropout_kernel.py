@@ -62,6 +62,7 @@ def _apply(
     if residual is not None:
         operands["residual"], specs["residual"] = residual, whole
     y = _kernels.call(
+        "dropout",
         functools.partial(_kernel, description, len(shape)),
         operands,
         grid=grid,

@@ -25,7 +25,7 @@ def check_supported(arrays: dict[str, jax.Array | None], draw: Draw) -> None:
     """Raises if a kernel cannot do what is asked; it never does something else instead."""
     for name, x in arrays.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise unsupported(f"{name} of dtype {x.dtype}", "Convert it to float32 or bfloat16")
+            raise unsupported(f"{name} of dtype {x.dtype}. Convert it to float32 or bfloat16")
     if draw.outcome is not Outcome.DRAWN:
         return
     layout = draw.description.layout
@@ -33,15 +33,16 @@ def check_supported(arrays: dict[str, jax.Array | None], draw: Draw) -> None:
     if len(draw.description.whole) < 2 or 1 in draw.description.whole[-2:]:
         shape = draw.description.whole
         raise unsupported(
-            f"a mask of shape {shape}",
-            "Reshape the array so that its last two axes are longer than 1",
+            f"a mask of shape {shape}. Reshape the array to last two axes that are longer than 1"
         )
     if layout.phase != 0:
-        fix = "Start the rows, its second-to-last number, at a Python multiple of 4"
-        raise unsupported("a start within a group of rows", fix)
+        raise unsupported(
+            "a start within a group of rows. Start them, the second-to-last axis, at a Python "
+            "multiple of 4"
+        )
 
 
-def unsupported(what: str, fix: str) -> ValueError:
+def unsupported(what_and_fix: str) -> ValueError:
     return ValueError(
-        f"implementation='pallas' does not support {what}. {fix}, or pass implementation='xla'."
+        f"implementation='pallas' does not support {what_and_fix}, or pass implementation='xla'."
     )

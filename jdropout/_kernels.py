@@ -50,7 +50,7 @@ def keep_tile(
     return _law.in_registers([*zip(keys[::2], keys[1::2], strict=True)], threshold, layout, origin)
 
 
-def call(kernel: Callable[..., None], *operands: Any, **options: Any) -> Any:
+def call(name: str, kernel: Callable[..., None], *operands: Any, **options: Any) -> Any:
     """Runs a kernel: compiled on a TPU, and interpreted, slowly, on other platforms."""
-    run = functools.partial(pl.pallas_call, kernel, **options)
+    run = functools.partial(pl.pallas_call, kernel, name=name, **options)
     return lax.platform_dependent(*operands, tpu=run(), default=run(interpret=True))

@@ -263,10 +263,8 @@ def check_kernel_arguments(
     check_supported({"query, key and value": query}, draw)
     for name, x in others.items():
         if x is not None:
-            raise unsupported(name, "Leave it out")
+            raise unsupported(f"{name}. Leave it out")
     if segment_ids is not None and segment_ids.dtype.itemsize > 4:
-        dtype = segment_ids.dtype
-        raise unsupported(f"segment ids of dtype {dtype}", "Convert them to int32")
+        raise unsupported(f"segment ids of dtype {segment_ids.dtype}. Convert them to int32")
     if block_sizes is not None and any(size % LANES for size in block_sizes):
-        fix = f"Write multiples of {LANES}"
-        raise unsupported(f"block_sizes of {block_sizes}", fix)
+        raise unsupported(f"block_sizes of {block_sizes}. Write multiples of {LANES}")

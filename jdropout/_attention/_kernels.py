@@ -69,6 +69,7 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     operands, specs = _operands(plan, inputs)
     padded = rows.num_blocks * rows.block_size
     output, residual = _kernels.call(
+        "attention_forward",
         functools.partial(_forward_kernel, _static(plan, inputs)),
         operands,
         grid=(batch, key_heads * groups, rows.num_blocks, columns.num_blocks),
@@ -155,6 +156,7 @@ def _backward(
         for size in (features, output_bar.shape[-1])
     ]
     query_bar, *column_bars = _kernels.call(
+        "attention_backward",
         functools.partial(_backward_kernel, _static(plan, inputs)),
         operands,
         grid=(*shape, chunks, columns.num_blocks, per_chunk),
