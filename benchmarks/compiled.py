@@ -19,6 +19,8 @@ os.environ |= {
 
 import functools
 import pathlib
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -32,10 +34,14 @@ import subset
 import transformer
 from attention import attention_passes, attentions, ours
 from cases import layers
-from common import DTYPES, KEY, Function, copy, identity, libraries
+from common import DTYPES, KEY, RATE, Function, copy, identity, libraries
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+import jdropout
+
+DUMP = tempfile.TemporaryDirectory()
+"""What the TPU's compiler writes of its kernels."""
 SHAPES = ((4096, 4096), (128, 197, 768), (64, 56, 56, 64), (8, 8, 512, 512), (1024, 784))
 LAYERS, BLOCKS = 12, 2
 ATTENTION = (8, 2048, 16, 128)
@@ -85,6 +91,8 @@ def main() -> None:
     parser.add_argument("--platform", choices=DEVICES, required=True)
     parser.add_argument("--only", nargs="*", choices=[f.__name__ for f in SECTIONS])
     options = parser.parse_args()
+    if options.only == [kernels.__name__]:  # it would slow the others down
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
     device = describe(options.platform)
     device.compile(copy, KEY, jnp.ones(8))  # starts the compiler
     print(f"# Programs for {DEVICES[device.platform]}, jax {jax.__version__}\n")
@@ -238,7 +246,63 @@ def subsets(device: Device) -> Rows:
             yield name, str(rate), *cells
 
 
-SECTIONS = (dropout, networks, attention, subsets)
+def kernels(device: Device) -> Rows:
+    """Pallas kernels: final bundles, with rare branches, times steps of the grid"""
+    yield from header("kernel", "bundles of a step", "millions of bundles", "over cycles of x * 2")
+    if device.platform != "tpu" or "LIBTPU_INIT_ARGS" not in os.environ:
+        yield "for a TPU, with `--only kernels`", "-", "-", "-"
+        return
+    for dtype in DTYPES:
+        x = jax.ShapeDtypeStruct((4096, 4096), dtype)
+        copied = device.compile(copy, KEY, x).costs.cycles
+        bias = jax.ShapeDtypeStruct((4096,), dtype)
+        for name, operands in (("dropout", (x,)), ("bias_dropout_add", (x, bias, x))):
+            function = getattr(jdropout, name)
+            found = bundles(
+                device,
+                lambda key, *operands, function=function: function(
+                    key, *operands, RATE, implementation="pallas"
+                ),
+                KEY,
+                *operands,
+            )
+            total = found["dropout"] * 4096 * 4096 // (256 * 512)
+            cells = (f"{found['dropout']}", f"{total / 1e6:.3f}", f"{total / copied:.2f}")
+            yield f"{name} (4096, 4096) {x.dtype}", *cells
+
+    x = jax.ShapeDtypeStruct(ATTENTION, jnp.bfloat16)
+    batch, length, heads, _ = ATTENTION
+    steps = batch * heads * length * length // (512 * 1024)
+    for label, options in KERNEL_CASES.items():
+        function = ours(implementation="pallas", **options)
+        passes = attention_passes({"ours": function})
+        found = bundles(device, passes["gradient"]["ours"], KEY, x, x, x)
+        for name in ("attention_forward", "attention_backward"):
+            yield f"{name}, {label}", f"{found[name]}", f"{found[name] * steps / 1e6:.1f}", "-"
+
+
+KERNEL_CASES: dict[str, dict[str, Any]] = {
+    "rate 0.1": {},
+    "without": {"deterministic": True},
+    "causal, rate 0.1": {"is_causal": True},
+}
+
+
+def bundles(device: Device, function: Function, *arguments: Any) -> dict[str, int]:
+    """Compiles kernels and returns the length of each in bundles, by its name."""
+    for path in pathlib.Path(DUMP.name).iterdir():
+        path.unlink()
+    device.compile(function, *arguments)
+    found = {}
+    for path in pathlib.Path(DUMP.name).glob("*schedule-analysis_final_bundles.txt"):
+        name = path.name.split("-")[1].split(".")[0]
+        count = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
+        if count and "TLP" not in path.name:
+            found[name] = int(count[1])
+    return found
+
+
+SECTIONS = (dropout, networks, attention, kernels, subsets)
 """A section is a generator of rows; its docstring is the title."""
 
 
