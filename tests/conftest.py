@@ -1,8 +1,13 @@
 """A stricter environment than any user's: what passes here passes there."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
+
+# The threads of NumPy's matrix products wait for each other in loops, which doubles the time of
+# test_statistics.py where as many workers as cores run. Read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
@@ -50,6 +55,12 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish():
+    """Makes garbage collection cheap: tracing makes garbage fast, and imported modules are none."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 # Compiled as users' programs are. Elsewhere LLVM's optimizations would double the time of a

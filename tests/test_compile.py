@@ -13,6 +13,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import jdropout
 
@@ -144,6 +145,8 @@ def test_every_public_function_is_here():
     assert {name.partition(",")[0] for name in PROGRAMS} | OTHERS == set(jdropout.__all__)
 
 
+# Before it XLA:CPU never took long, and the child process takes half a minute.
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the limit is for JAX 0.12 or later")
 def test_every_function_compiles_within_the_limit():
     try:
         result = subprocess.run(

@@ -233,6 +233,7 @@ def collisions(words):
     return words.size - np.unique(words).size
 
 
+@pytest.mark.one_version
 def test_keys_of_a_million_dropouts_are_distinct(grid):
     """n = 804 000 keys, 3.2e11 pairs; false alarm 2e-8."""
     step_keys, site_keys = grid
@@ -243,6 +244,7 @@ def test_keys_of_a_million_dropouts_are_distinct(grid):
     assert collisions(every.astype(np.uint32)) > 20
 
 
+@pytest.mark.one_version
 def test_keys_are_none_that_jax_makes_of_the_root_or_of_step_keys(grid):
     """n = 804 000 keys and 600 000 of JAX's, 4.8e11 pairs; false alarm 3e-8."""
     step_keys, site_keys = grid

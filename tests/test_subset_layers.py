@@ -356,8 +356,9 @@ def test_a_linen_layer_has_rates_site_keys_audit_and_monte_carlo(name):
     layer = LINEN[name](rate=0.5)
     variables = linen_variables(layer, INPUT)
 
-    def run(step, key=KEY):
-        apply = jdropout.linen.with_site_keys(layer.apply, key, step=step)
+    @jax.jit
+    def run(step):
+        apply = jdropout.linen.with_site_keys(layer.apply, KEY, step=step)
         return apply(variables, INPUT, deterministic=False)
 
     first, again, next_step = (run(step) for step in (1, 1, 2))
