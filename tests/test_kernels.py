@@ -236,6 +236,22 @@ def test_no_keys_and_no_queries():
 
 
 @pytest.mark.one_version
+def test_attention_with_a_traced_rate_and_flag(key):
+    arrays, _ = operands(t=70, s=90)
+
+    @jax.jit
+    def outputs(rate, flag):
+        options = dict(dropout_rate=rate, deterministic=flag)
+        return [
+            attention(key, block_sizes=TILES, implementation=name, **options)(*arrays)
+            for name in ("pallas", "xla")
+        ]
+
+    for rate, flag in ((0.3, False), (0.0, False), (1.0, False), (0.3, True)):
+        assert_close(*outputs(rate, flag))
+
+
+@pytest.mark.one_version
 def test_keys_in_a_batch(key):
     arrays, _ = operands(t=128, s=128)
     keys = jax.random.split(key, 2)
