@@ -56,10 +56,12 @@ def dropout(
       precision: bits of the rate, 16 or 32; None uses 32 only where 16 bits would miss a static
         rate by more than 0.1 %. More bits never reshuffle a mask.
       implementation: "pallas" runs a Pallas kernel, written for a TPU; other platforms interpret
-        it, slowly, with the same result. It has derivatives in reverse mode only; needs float32 or
-        bfloat16, two last axes that do not share a mask; and a compiler that shards arrays cannot
-        cut it: call it on one device, or in a `shard_map` with ``check_vma=False``. "xla" and None
-        leave the loop to the compiler, which can fuse it with its neighbours.
+        it, slowly, with the same result. From JAX 0.10.2 on, CUDA GPUs get a kernel of their own,
+        for Hopper or later; it has been compiled and interpreted, never run. A kernel has
+        derivatives in reverse mode only; needs float32 or bfloat16, two last axes that do not
+        share a mask; and a compiler that shards arrays cannot cut it: call it on one device, or in
+        a `shard_map` with ``check_vma=False``. "xla" and None leave the loop to the compiler, which
+        can fuse it with its neighbours.
 
     Returns:
       An array of x's shape and dtype; `x` itself if `deterministic` is True or a static rate

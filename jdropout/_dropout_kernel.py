@@ -1,4 +1,7 @@
-"""Dropout, bias and residual in one pass: a Pallas TPU kernel that makes the mask in registers."""
+"""Dropout, bias and residual in one pass: a Pallas TPU kernel that makes the mask in registers.
+
+`_dropout_kernel_gpu` does the same on GPUs, without a bias.
+"""
 
 import functools
 from typing import Any
@@ -9,7 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jdropout import _kernels, _law
+from jdropout import _dropout_kernel_gpu, _kernels, _law
 from jdropout._draw import Description, Draw
 from jdropout._implementation import LANES
 
@@ -61,10 +64,15 @@ def _apply(
         specs["bias"] = pl.BlockSpec((1, tile[1]), lambda *index: (0, index[-1]))
     if residual is not None:
         operands["residual"], specs["residual"] = residual, whole
+    cuda = None
+    # Mosaic GPU finds no layout for a broadcast bias.
+    if _dropout_kernel_gpu.COMPILES and bias is None:
+        cuda = functools.partial(_dropout_kernel_gpu.run, description)
     y = _kernels.call(
         "dropout",
         functools.partial(_kernel, description, len(shape)),
         operands,
+        cuda=cuda,
         grid=grid,
         in_specs=[specs],
         out_specs=whole,

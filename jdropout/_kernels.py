@@ -30,8 +30,12 @@ def operand(draw: Draw) -> jax.Array:
 
 
 def keep_tile(
-    description: Description, operand: Any, shape: tuple[int, ...], index: tuple[Any, ...]
-) -> jax.Array:
+    description: Description,
+    operand: Any,
+    shape: tuple[int, ...],
+    index: tuple[Any, ...],
+    law: Callable[..., Any] = _law.in_registers,
+) -> Any:
     """The mask of the tile of ``shape`` at ``index * shape`` in a draw, two-dimensional.
 
     Args:
@@ -39,6 +43,7 @@ def keep_tile(
       operand: reference to the draw's `operand`.
       shape: shape of a tile; all but the last two sizes are 1.
       index: number of the tile along every axis.
+      law: what makes the mask, in its own form.
     """
     *keys, high, low, first_high, first_low = (operand[k] for k in range(operand.shape[0]))
     # A constant is cheaper than a number in a register.
@@ -47,10 +52,20 @@ def keep_tile(
     layout, origin = _law.locate(description.whole, tile, None, index)
     assert origin is not None
     origin = _law.moved(origin, first_high, first_low)
-    return _law.in_registers([*zip(keys[::2], keys[1::2], strict=True)], threshold, layout, origin)
+    return law([*zip(keys[::2], keys[1::2], strict=True)], threshold, layout, origin)
 
 
-def call(name: str, kernel: Callable[..., None], *operands: Any, **options: Any) -> Any:
-    """Runs a kernel: compiled on a TPU, and interpreted, slowly, on other platforms."""
+def call(
+    name: str,
+    kernel: Callable[..., None],
+    *operands: Any,
+    cuda: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Runs a kernel: compiled on a TPU, and interpreted, slowly, on other platforms.
+
+    ``cuda`` takes its place on CUDA GPUs.
+    """
     run = functools.partial(pl.pallas_call, kernel, name=name, **options)
-    return lax.platform_dependent(*operands, tpu=run(), default=run(interpret=True))
+    others = {} if cuda is None else {"cuda": cuda}
+    return lax.platform_dependent(*operands, tpu=run(), default=run(interpret=True), **others)

@@ -28,6 +28,9 @@ MASK_TAG = 0x6A64726F  # "jdro": the high word of counters that only mask keys u
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
 
+GROUP_ROWS = _LANES
+"""Rows of a group, which share a cipher block."""
+
 TILE_ROWS = 8 * _LANES
 """Rows of a TPU's tile of eight groups."""
 
@@ -425,6 +428,21 @@ def in_registers(
             word = jnp.take_along_axis(bits, first + part, axis=0)
             parts.append((word >> lane) & 1)
     return jnp.concatenate(parts, axis=0) != 0
+
+
+def by_lane(
+    keys: list[WordPair], threshold: Threshold, layout: Layout, origin: Origin
+) -> list[jax.Array]:
+    """The mask of a tile inside a Pallas GPU kernel, apart for every lane of the row groups.
+
+    Like `in_registers`, but the tile has any number of whole groups, and nothing moves a word
+    between rows: the kernel reads and writes one lane of the groups after the other.
+    """
+    rows, columns = layout.shape[-2:]
+    flat = layout._replace(shape=(rows, columns), strides=layout.strides[-2:])
+    index = _block_index(flat, origin, _iota((rows // _LANES, columns), 0))
+    blocks = [threefry2x32(key, index) for key in keys]
+    return [below(threshold, [_lane(block, lane) for block in blocks]) for lane in range(_LANES)]
 
 
 def _lane(block: WordPair, lane: int) -> jax.Array:

@@ -26,6 +26,8 @@ from dense_attention import (
 )
 
 import jdropout
+from jdropout import _dropout_kernel_gpu, _kernels
+from jdropout._new_draw import new_draw
 
 
 def variants(cases, *kept):
@@ -58,6 +60,23 @@ def test_the_kernel_is_dropout_bit_for_bit(case, key):
     expected = jdropout.dropout(key, x, rate, **options)
     assert 0 < (expected == 0).mean() < 1
     np.testing.assert_array_equal(kernel(key, x, rate, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CALLS)
+def test_the_gpu_kernel_is_dropout_bit_for_bit(case, dtype, key):
+    shape, rate, options = CALLS[case]
+    x = (normal(*shape) + 3).astype(dtype)
+    draw = new_draw("dropout", key, rate, False, shape, **options).with_mask_keys()
+    numbers = {"dropout": _kernels.operand(draw), "factor": draw.scale(np.dtype("float32"))[None]}
+    operands = numbers | {"x": x.reshape(-1, *shape[-2:]) if len(shape) == 2 else x}
+    y = _dropout_kernel_gpu.run(draw.description, operands, interpret=True).reshape(shape)
+    expected = jdropout.dropout(key, x, rate, **options)
+    np.testing.assert_array_equal(y.astype(jnp.float32), expected.astype(jnp.float32))
+
+    operands["residual"] = jnp.ones_like(operands["x"])
+    sums = _dropout_kernel_gpu.run(draw.description, operands, interpret=True).reshape(shape)
+    np.testing.assert_array_equal(sums.astype(jnp.float32), (y + 1).astype(jnp.float32))
 
 
 def test_the_kernel_with_traced_arguments_and_half_precision(key):
@@ -318,3 +337,16 @@ def test_both_kernels_lower_for_a_tpu(key):
 
     lowered = jax.export.export(jax.jit(jax.grad(step)), platforms=["tpu"])(x)
     assert lowered.mlir_module().count("tpu_custom_call") == 4
+
+
+@pytest.mark.skipif(not _dropout_kernel_gpu.COMPILES, reason="needs JAX 0.10.2")
+def test_the_gpu_kernel_lowers_for_a_gpu(key):
+    def step(x):
+        y = jax.vmap(
+            lambda x: jdropout.bias_dropout_add(key, x, None, x, 0.3, implementation="pallas")
+        )(x)
+        return jnp.sum(y.astype(jnp.float32))
+
+    x = jax.ShapeDtypeStruct((2, 3, 30, 130), jnp.bfloat16)
+    lowered = jax.export.export(jax.jit(jax.grad(step)), platforms=["cuda"])(x)
+    assert "mosaic_gpu" in lowered.mlir_module()
