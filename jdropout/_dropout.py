@@ -57,8 +57,9 @@ def dropout(
         rate by more than 0.1 %. More bits never reshuffle a mask.
       implementation: "pallas" runs a Pallas kernel, written for a TPU; other platforms interpret
         it, slowly, with the same result. It has derivatives in reverse mode only; needs float32 or
-        bfloat16, two last axes that do not share a mask; and a compiler that shards arrays cannot
-        cut it: call it on one device, or in a `shard_map` with ``check_vma=False``. "xla" and None
+        bfloat16, two last axes that are longer than 1 and do not share a mask, and a `start` of the
+        second-to-last one at a Python multiple of 4; and a compiler that shards arrays cannot cut
+        it: call it on one device, or in a `shard_map` with ``check_vma=False``. "xla" and None
         leave the loop to the compiler, which can fuse it with its neighbours.
 
     Returns:
