@@ -58,9 +58,10 @@ def dropout(
       implementation: "pallas" runs a Pallas kernel, written for a TPU; other platforms interpret
         it, slowly, with the same result. From JAX 0.10.2 on, CUDA GPUs get a kernel of their own,
         for Hopper or later; it has been compiled and interpreted, never run. A kernel has
-        derivatives in reverse mode only; needs float32 or bfloat16, two last axes that do not
-        share a mask; and a compiler that shards arrays cannot cut it: call it on one device, or in
-        a `shard_map` with ``check_vma=False``. "xla" and None leave the loop to the compiler, which
+        derivatives in reverse mode only; needs float32 or bfloat16, two last axes that are longer
+        than 1 and do not share a mask, and a `start` of the second-to-last one at a Python multiple
+        of 4; and a compiler that shards arrays cannot cut it: call it on one device, or in a
+        `shard_map` with ``check_vma=False``. "xla" and None leave the loop to the compiler, which
         can fuse it with its neighbours.
 
     Returns:

@@ -29,8 +29,10 @@ def kernel_formula(
     residual: jax.Array | None = None,
 ) -> jax.Array:
     """``residual + dropout(x + bias)``, where a bias and a residual may be missing."""
+    if 0 in x.shape:
+        return x if residual is None else residual
     operand, factor = _kernels.operand(draw), draw.scale(np.dtype("float32"))
-    return _apply(x.dtype, draw.description, operand, factor, x, bias, residual)
+    return _apply(x.dtype, _kernels.described(draw), operand, factor, x, bias, residual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -57,7 +59,7 @@ def _apply(
     block = (*(None for _ in lead[:-1]), together, *tile)
     grid = tuple(pl.cdiv(size, part or 1) for size, part in zip(x.shape, block, strict=True))
     whole = pl.BlockSpec(block, lambda *index: index)
-    operands = {"dropout": operand, "factor": factor.reshape(1), "x": x}
+    operands = {"dropout": operand, "factor": factor.reshape(1, 1), "x": x}
     specs = {"dropout": _kernels.SCALARS, "factor": _kernels.SCALARS, "x": whole}
     if bias is not None:
         operands["bias"] = bias.reshape(1, columns)
@@ -111,7 +113,7 @@ _apply.defvjp(_forward, _backward)
 def _kernel(description: Description, ndim: int, inputs: dict[str, Any], y: Any) -> None:
     index = tuple(pl.program_id(axis) for axis in range(max(ndim, 3)))
     together, rows, columns = inputs["x"].shape
-    factor = inputs["factor"][0]
+    factor = inputs["factor"][0, 0]
 
     def visit(k: Any, _: None) -> None:
         lead = (*index[:-3], index[-3] * together + k)[-(ndim - 2) :] if ndim > 2 else ()

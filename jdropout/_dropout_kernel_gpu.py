@@ -127,7 +127,7 @@ def _kernel(
     masks = _kernels.keep_tile(description, draw, shape, index, _law.by_lane)
     for lane, keep in enumerate(masks):
         x = x_tile[:, lane]
-        x = jnp.where(keep, x.astype(jnp.float32) * factor[0], np.float32(0)).astype(x.dtype)
+        x = jnp.where(keep, x.astype(jnp.float32) * factor[0, 0], np.float32(0)).astype(x.dtype)
         if residual_tile:
             residual = residual_tile[0][:, lane]
             x = residual + x.astype(residual.dtype)

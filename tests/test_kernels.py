@@ -62,12 +62,16 @@ def test_the_kernel_is_dropout_bit_for_bit(case, key):
     np.testing.assert_array_equal(kernel(key, x, rate, **options), expected)
 
 
-@pytest.mark.parametrize("case", variants(CALLS, "ragged"))
+@pytest.mark.one_version
+@pytest.mark.parametrize("case", ["ragged", "small, together", "two digits", "part"])
 def test_the_gpu_kernel_is_dropout_bit_for_bit(case, key):
     shape, rate, options = CALLS[case]
     x = (normal(*shape) + 3).astype(jnp.bfloat16)
     draw = new_draw("dropout", key, rate, False, shape, **options).with_mask_keys()
-    numbers = {"dropout": _kernels.operand(draw), "factor": draw.scale(np.dtype("float32"))[None]}
+    numbers = {
+        "dropout": _kernels.operand(draw),
+        "factor": draw.scale(np.dtype("float32"))[None, None],
+    }
     operands = numbers | {"x": x.reshape(-1, *shape[-2:]) if len(shape) == 2 else x}
     y = _dropout_kernel_gpu.run(draw.description, operands, interpret=True).reshape(shape)
     expected = jdropout.dropout(key, x, rate, **options)
@@ -223,6 +227,7 @@ def test_values_that_nobody_attends_to_may_be_anything(key):
     @functools.partial(jax.jit, static_argnums=0)
     def passes(implementation, *arrays):
         options = dict(block_sizes=TILES, implementation=implementation, key_value_seq_lengths=ends)
+        options |= dict(logits_soft_cap=2.0)
         call = functools.partial(attention(key, **options), query)
         y, pullback = jax.vjp(call, *arrays)
         return y, pullback(output_bar)
@@ -269,6 +274,37 @@ def test_attention_with_a_traced_rate_and_flag(key):
         assert_close(*outputs(rate, flag))
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (3, 0)])
+def test_empty_arrays(shape, key):
+    x, residual, bias = jnp.ones(shape), jnp.ones(shape, jnp.bfloat16), jnp.ones(shape[-1])
+    assert kernel(key, x, 0.3).shape == shape
+    y = jdropout.bias_dropout_add(key, x, bias, residual, 0.3, implementation="pallas")
+    assert (y.shape, y.dtype) == (shape, residual.dtype)
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize(("b", "v"), [(0, 4), (2, 0)])
+def test_no_examples_and_no_features_of_values(b, v, key):
+    arrays, _ = operands(b=b, v=v)
+    options = dict(block_sizes=TILES, return_residual=True)
+    ours, theirs = (
+        attention(key, implementation=each, **options)(*arrays) for each in ("pallas", "xla")
+    )
+    assert_close(ours, theirs)
+
+
+def test_a_traced_flag_overrules_a_static_rate(key):
+    arrays, _ = operands()
+
+    @jax.jit
+    def both(flag):
+        options = dict(block_sizes=TILES, implementation="pallas")
+        calls = dict(deterministic=flag), dict(deterministic=True)
+        return [attention(key, **options | call)(*arrays) for call in calls]
+
+    assert_close(*both(True))
+
+
 @pytest.mark.one_version
 def test_keys_in_a_batch(key):
     arrays, _ = operands(t=128, s=128)
@@ -292,6 +328,8 @@ def test_keys_in_a_batch(key):
         (dict(bias=jnp.zeros((1, 1, 1, 1))), "does not support bias. Leave it out"),
         (dict(mask_fn=lambda q, k, h: q > k), "does not support mask_fn"),
         (dict(block_sizes=(64, 128)), r"block_sizes of \(64, 128\)"),
+        (dict(precision="high"), "precision='high'. Write 'default' or 'highest'"),
+        (dict(precision=("highest", "default")), "Write 'default' or 'highest'"),
         (dict(dropout_broadcast_dims=(-1,)), "Reshape the array"),
         (dict(start=(0, 0, 2, 0), global_shape=(2, 4, 20, 20)), "multiple of 4"),
         (dict(implementation="cudnn"), "implementation must be 'xla' or 'pallas'"),
@@ -349,3 +387,47 @@ def test_the_gpu_kernel_lowers_for_a_gpu(key):
     x = jax.ShapeDtypeStruct((2, 3, 30, 130), jnp.bfloat16)
     lowered = jax.export.export(jax.jit(jax.grad(step)), platforms=["cuda"])(x)
     assert "mosaic_gpu" in lowered.mlir_module()
+
+
+@pytest.mark.one_version
+def test_batches_lower_for_a_tpu_with_64_bits(key):
+    """Mosaic has no 64-bit numbers, and takes a block of scalars only as a whole array."""
+
+    def step(key, x, lengths, first):
+        y = kernel(key, x[:, :, 0], 0.3, start=(first, 0, 0), global_shape=(9, 128, 128))
+        options = dict(block_sizes=TILES, implementation="pallas", key_value_seq_lengths=lengths)
+        y = attention(key, **options)(y[:, :, None], x, x)
+        return jnp.sum(y)
+
+    with jax.enable_x64(True):
+        batched = jax.jit(jax.vmap(jax.grad(step, argnums=1)))
+        shapes = ((4, 2), jnp.uint32), ((4, 2, 128, 1, 128), jnp.float32), ((4, 2), jnp.int32)
+        arguments = [jax.ShapeDtypeStruct(*each) for each in (*shapes, ((4,), jnp.int64))]
+        lowered = jax.export.export(batched, platforms=["tpu"])(*arguments)
+    assert lowered.mlir_module().count("tpu_custom_call") == 4
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_only_float32_takes_the_highest_precision(dtype, key):
+    x = jax.ShapeDtypeStruct((1, 4, 1, 4), dtype)
+    call = attention(key, block_sizes=TILES, implementation="pallas", precision="highest")
+    # Mosaic refuses it for bfloat16, whose products are exact.
+    assert ("HIGHEST" in str(jax.make_jaxpr(call)(x, x, x))) == (dtype == jnp.float32)
+
+
+@pytest.mark.one_version
+def test_scalar_memory_holds_the_tiles_of_one_example(key, monkeypatch):
+    seen = []
+
+    def record(name, kernel, operands, *, in_specs, **_):
+        seen.append((operands["visited"].shape, in_specs[0]["visited"].block_shape))
+        raise StopIteration
+
+    monkeypatch.setattr("jdropout._kernels.call", record)
+    arrays, _ = operands(t=300, s=200)
+    lengths = np.int32([3, 200])
+    call = attention(key, block_sizes=TILES, implementation="pallas", key_value_seq_lengths=lengths)
+    with pytest.raises(StopIteration):
+        call(*arrays)
+    assert seen == [((2, 3, 2), (1, 3, 2))]

@@ -15,6 +15,7 @@ from jdropout._attention._arguments import (
     check_attention_inputs,
     check_block_sizes,
     check_kernel_arguments,
+    check_kernel_precision,
     check_lengths,
     check_logits_operand,
     check_positions,
@@ -196,14 +197,18 @@ def dot_product_attention(
         the lengths then refer to positions in the whole.
       global_shape: shape (B, N, T, S), or (N, T, S), of the whole attention matrix; required
         with `start`.
-      precision: precision of the matrix products, as in `jax.numpy.einsum`.
+      precision: precision of the matrix products, as in `jax.numpy.einsum`. "pallas" takes the
+        default and the highest; the products of bfloat16 are always exact.
       block_sizes: number of queries and keys in a block; None chooses them by measurement.
-        Where the compiler shards the queries, pass the whole T as the first.
+        Where the compiler shards the queries, pass the whole T as the first. "pallas" takes
+        multiples of 128.
       implementation: "pallas" runs Pallas kernels, written for a TPU; other platforms interpret
         them, slowly, with the same result up to rounding. They have first derivatives in reverse
-        mode only; do not support `bias`, `mask`, their functions, float16 and float64; and a
-        compiler that shards arrays cannot cut them: call them on one device, or in a `shard_map`
-        with ``check_vma=False``. "xla" and None do all that is written here.
+        mode only; do not support `bias`, `mask`, their functions, float16 and float64, and
+        dropout masks that are shared along queries or keys, or have only one of them; need a
+        `start` of the queries at a Python multiple of 4; and a compiler that shards arrays cannot
+        cut them: call them on one device, or in a `shard_map` with ``check_vma=False``. "xla" and
+        None do all that is written here.
       return_residual: if True, also return the log-sum-exp of the logits.
       return_weights: if True, also return all probabilities, which takes memory of T x S.
 
@@ -284,6 +289,7 @@ def dot_product_attention(
             bias_fn=bias_fn,
             mask_fn=mask_fn,
         )
+        precision = check_kernel_precision(precision, query)
     first, whole = _checks.check_block(start, global_shape, shape)
     check_positions(whole)
     first = first or (0,) * len(shape)

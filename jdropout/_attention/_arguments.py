@@ -268,3 +268,18 @@ def check_kernel_arguments(
         raise unsupported(f"segment ids of dtype {segment_ids.dtype}. Convert them to int32")
     if block_sizes is not None and any(size % LANES for size in block_sizes):
         raise unsupported(f"block_sizes of {block_sizes}. Write multiples of {LANES}")
+
+
+def check_kernel_precision(precision: Any, query: jax.Array) -> jax.lax.Precision:
+    """The precision of a kernel's matrix products."""
+    if query.dtype != jnp.float32:
+        return jax.lax.Precision.DEFAULT  # exact, and Mosaic refuses to do more
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    try:
+        chosen = jax.lax.Precision(precision)
+    except ValueError:
+        chosen = None
+    if chosen not in (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST):
+        raise unsupported(f"precision={precision!r}. Write 'default' or 'highest'")
+    return chosen

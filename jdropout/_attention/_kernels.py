@@ -148,7 +148,9 @@ def _backward(
             return spec
         index_map = spec.index_map
         return pl.BlockSpec(
-            spec.block_shape, lambda b, n, c, j, i: index_map(b, n, c * per_chunk + i, j)
+            spec.block_shape,
+            lambda b, n, c, j, i: index_map(b, n, c * per_chunk + i, j),
+            memory_space=spec.memory_space,
         )
 
     sums = [
@@ -202,7 +204,7 @@ def _no_second_derivative(*_: Any) -> Any:
 
 
 def _static(plan: Plan, inputs: Inputs) -> _Static:
-    dropout = None if inputs.dropout is None else inputs.dropout.description
+    dropout = None if inputs.dropout is None else _kernels.described(inputs.dropout)
     return _Static(plan, drops_keys(plan, inputs), dropout)
 
 
@@ -212,16 +214,22 @@ def _operands(plan: Plan, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any
     groups = inputs.query.shape[2]
     *_, first_row, first_column = start(plan, inputs)
     operands: dict[str, Any] = {
-        "factors": jnp.stack([inputs.scale, jnp.asarray(dropout_scale(plan, inputs))]),
-        "first": jnp.stack([jnp.asarray(x, jnp.int32) for x in (first_row, first_column)]),
+        "factors": _kernels.numbers(inputs.scale, dropout_scale(plan, inputs), dtype=inputs.dtype),
+        "first": _kernels.numbers(first_row, first_column, dtype=jnp.int32),
         "visited": visited_by_example(plan, inputs).astype(jnp.int32),
-        "alignment": inputs.alignment,
-        "query_lengths": inputs.query_lengths,
-        "key_lengths": inputs.key_lengths,
+        "alignment": inputs.alignment[None],
+        "query_lengths": None if inputs.query_lengths is None else inputs.query_lengths[None],
+        "key_lengths": None if inputs.key_lengths is None else inputs.key_lengths[None],
         "dropout": None if inputs.dropout is None else _dropout_operand(plan, inputs),
     }
     operands = {name: x for name, x in operands.items() if x is not None}
     specs = dict.fromkeys(operands, _kernels.SCALARS)
+    examples, *tiles = operands["visited"].shape
+    if examples > 1:
+        # Those of all examples may be more than scalar memory takes.
+        specs["visited"] = pl.BlockSpec(
+            (1, *tiles), lambda b, n, i, j: (b, 0, 0), memory_space=pltpu.SMEM
+        )
 
     operands["query"] = _padded(rows, _heads_joined(inputs.query), 2)
     specs["query"] = _of_queries(rows, inputs.query.shape[-1])
@@ -295,7 +303,7 @@ def _forward_kernel(
         maximum[...] = jnp.full(maximum.shape, -jnp.inf, maximum.dtype)
         weighted[...] = jnp.zeros(weighted.shape, weighted.dtype)
 
-    @pl.when(_visited(inputs, b, i, j))
+    @pl.when(inputs["visited"][0, i, j] != 0)
     def _() -> None:
         logits, _ = _logits(static, inputs, b, n, i, j)
         old = maximum[:, :1]
@@ -318,7 +326,7 @@ def _forward_kernel(
         sums = total[:, :1]
         some = sums > 0
         sums = jnp.where(some, sums, 1)
-        output[...] = (weighted[...] * (inputs["factors"][1] / sums)).astype(output.dtype)
+        output[...] = (weighted[...] * (inputs["factors"][0, 1] / sums)).astype(output.dtype)
         residual[...] = _as_row(jnp.where(some, maximum[:, :1] + jnp.log(sums), -jnp.inf))
 
 
@@ -339,7 +347,7 @@ def _backward_kernel(
     def _() -> None:
         query_bar[rows, :] = jnp.zeros((size, query_bar.shape[-1]), query_bar.dtype)
 
-    @pl.when(_visited(inputs, b, i, j))
+    @pl.when(inputs["visited"][0, i, j] != 0)
     def _() -> None:
         logits, slope = _logits(static, inputs, b, n, i, j)
         residual = _as_column(inputs["residual"][...])
@@ -362,18 +370,13 @@ def _backward_kernel(
         key_bar[...] += _product(static, logits_bar, query, 0, 0)
 
 
-def _visited(inputs: dict[str, Any], b: Any, i: Any, j: Any) -> jax.Array:
-    visited = inputs["visited"]
-    return visited[b if visited.shape[0] > 1 else 0, i, j] != 0
-
-
 def _logits(
     static: _Static, inputs: dict[str, Any], b: Any, n: Any, i: Any, j: Any
 ) -> tuple[jax.Array, jax.Array | None]:
     """Logits of a tile, -inf where a query may not attend, and their slope by the soft cap."""
     plan = static.plan
     logits = _product(static, inputs["query"][...], inputs["key"][...], 1, 1)
-    logits *= inputs["factors"][0]
+    logits *= inputs["factors"][0, 0]
     slope = None
     if plan.soft_cap is not None:
         capped = jnp.tanh(logits / plan.soft_cap)
@@ -384,19 +387,20 @@ def _logits(
     if conditions:
         together = functools.reduce(jnp.logical_and, conditions)
         logits = jnp.where(together, logits, -jnp.inf)
+        slope = None if slope is None else jnp.where(together, slope, 0)
     return logits, slope
 
 
 def _conditions(static: _Static, inputs: dict[str, Any], b: Any, i: Any, j: Any) -> list[jax.Array]:
     plan = static.plan
-    first_row, first_column = inputs["first"][0], inputs["first"][1]
+    first_row, first_column = inputs["first"][0, 0], inputs["first"][0, 1]
     shape = (plan.rows.block_size, 1), (1, plan.columns.block_size)
     row = lax.broadcasted_iota(jnp.int32, shape[0], 0) + (i * shape[0][0] + first_row)
     column = lax.broadcasted_iota(jnp.int32, shape[1], 1) + (j * shape[1][1] + first_column)
 
     def of_example(name: str) -> Any:
         numbers = inputs.get(name)
-        return None if numbers is None else numbers[b if numbers.shape[0] > 1 else 0]
+        return None if numbers is None else numbers[0, b if numbers.shape[1] > 1 else 0]
 
     conditions = within_limits(
         plan,
@@ -446,11 +450,11 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 def _add_surplus(weights: jax.Array, value: jax.Array, finite: jax.Array, weighted: Any) -> None:
     """Adds what `_finite` took from the values, for queries with a weight on such a value."""
-    infinite = jnp.where(_is_finite(value), 0.0, 1.0)
+    infinite = jnp.where(_is_finite(value), np.float32(0), np.float32(1))
 
     @pl.when(infinite.max() > 0)
     def _() -> None:
-        attended = jnp.where(weights != 0, 1.0, 0.0)
+        attended = jnp.where(weights != 0, np.float32(1), np.float32(0))
         count = jnp.dot(attended, infinite, preferred_element_type=jnp.float32)
         surplus = (value - finite).astype(jnp.float32).sum(0, keepdims=True)
         weighted[...] += jnp.where(count > 0, surplus, 0)

@@ -87,7 +87,7 @@ def _attention_in_groups(
         dropout=None if inputs.dropout is None else inputs.dropout.with_mask_keys(),
     )
     inputs = _varying(inputs)
-    if kernel:
+    if kernel and 0 not in inputs.value.shape[:3]:  # a grid must not be empty
         from jdropout._attention._kernels import attend
 
         output, residual = attend(plans.tpu, inputs)
