@@ -26,6 +26,11 @@ def check_supported(arrays: dict[str, jax.Array | None], draw: Draw) -> None:
     for name, x in arrays.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             raise unsupported(f"{name} of dtype {x.dtype}. Convert it to float32 or bfloat16")
+        if x is not None and any(jax.typeof(x).sharding.spec):
+            raise unsupported(
+                f"{name} with the sharding {jax.typeof(x).sharding.spec}. Call it in a "
+                "jax.shard_map with check_vma=False"
+            )
     if draw.outcome is not Outcome.DRAWN:
         return
     layout = draw.description.layout

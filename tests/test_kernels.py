@@ -346,6 +346,12 @@ def test_dropout_says_what_the_kernel_does_not_support(key):
         kernel(key, jnp.ones((4, 4), jnp.float16), 0.3)
     with pytest.raises(ValueError, match=r"a mask of shape \(4,\)"):
         kernel(key, jnp.ones(4), 0.3)
+    mesh = jax.sharding.AbstractMesh((2,), "a", axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "a"))
+    with pytest.raises(ValueError, match=r"x with the sharding .*'a'.*check_vma=False"):
+        jax.eval_shape(
+            lambda x: kernel(key, x, 0.3), jax.ShapeDtypeStruct((4, 4), float, sharding=sharding)
+        )
 
 
 def test_second_derivatives_of_attention_are_refused(key):
