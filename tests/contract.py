@@ -112,8 +112,10 @@ class Row:
     """In an audit; None for x's."""
     saves_work: bool = False
     """Whether an audit says that the dropped fraction is not computed."""
-    audited_bytes: int = 8
-    """In an audit, what the backward pass stores."""
+    digits: int = 1
+    """How many digits it draws by default, for each of which it stores a key of two words."""
+    audited_bytes: int | None = None
+    """In an audit, what the backward pass stores; None for the keys."""
     key_at_one: bool = False
     """Whether a rate of 1 needs a key, which says what stays."""
     findings: tuple[str, ...] = ()
@@ -302,6 +304,7 @@ def block_row(**options):
 
     shared = options.get("shared_channels", True)
     return Row(
+        digits=2,
         function=jdropout.drop_block,
         call=functools.partial(jdropout.drop_block, **options),
         formula=formula,
@@ -673,6 +676,7 @@ ROWS = {
         array=None,
     ),
     "patch_dropout": Row(
+        digits=2,
         function=jdropout.patch_dropout,
         call=first_patches,
         formula=lambda draw, x, rate: take(x, patch_indices(draw, x.shape, rate)),
@@ -746,6 +750,7 @@ ROWS = {
         **SUBSET,
     ),
     "gaussian_dropout": Row(
+        digits=2,
         function=jdropout.gaussian_dropout,
         call=jdropout.gaussian_dropout,
         formula=gaussian_formula,
@@ -754,12 +759,14 @@ ROWS = {
         | dict(zeros=(0, 0.0), drops=False, dtypes=(jnp.bfloat16, jnp.float8_e4m3fn, jnp.float64)),
     ),
     "gaussian_noise": Row(
+        digits=2,
         function=jdropout.gaussian_noise,
         call=jdropout.gaussian_noise,
         formula=normal_formula,
         **AMOUNT,
     ),
     "uniform_noise": Row(
+        digits=2,
         function=jdropout.uniform_noise,
         call=jdropout.uniform_noise,
         formula=uniform_formula,
@@ -834,6 +841,7 @@ ROWS = {
         programs=None,
     ),
     "concrete_dropout": Row(
+        digits=2,
         function=jdropout.concrete_dropout,
         call=jdropout.concrete_dropout,
         formula=concrete_formula,
@@ -843,6 +851,7 @@ ROWS = {
         **LEARNED,
     ),
     "variational_dropout": Row(
+        digits=2,
         function=jdropout.variational_dropout,
         call=jdropout.variational_dropout,
         formula=variational_formula,
@@ -853,6 +862,7 @@ ROWS = {
         **LEARNED,
     ),
     "variational_dense": Row(
+        digits=2,
         function=jdropout.variational_dense,
         call=dense,
         formula=dense_formula,
@@ -867,6 +877,7 @@ ROWS = {
         **LEARNED | dict(dtypes=(jnp.float16, jnp.bfloat16)),
     ),
     "standout": Row(
+        digits=2,
         function=jdropout.standout,
         call=jdropout.standout,
         formula=standout_formula,

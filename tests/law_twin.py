@@ -52,6 +52,11 @@ def mask_key(key_words, digit):
     return threefry2x32(absorbed(key_words), (TAG, (1 << 16) | digit))
 
 
+def mask_keys(key_words, digits):
+    """The words of the keys of as many digits."""
+    return np.concatenate([mask_key(key_words, digit) for digit in range(digits)])
+
+
 def threshold(rate, precision=None):
     """The keep threshold t and its number of digits; exact, ties to even."""
     keep = 1 - Fraction(float(rate))

@@ -248,7 +248,7 @@ def test_no_residual_of_the_strengths_gradient_grows_with_the_input(name, key):
         return jax.tree.leaves(jax.vjp(lambda x, s: f(x, s), x, strength)[1])
 
     leaves = jax.eval_shape(residuals, key, np.ones((64, 48), jnp.bfloat16), 0.3, False)
-    assert sum(leaf.size for leaf in leaves) <= 2 + 1 + 1
+    assert sum(leaf.size for leaf in leaves) <= 4 + 1 + 1  # the keys of two digits
 
 
 def test_values_and_gradients_are_right_in_cond_in_scan_in_vmap(key):

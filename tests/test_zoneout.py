@@ -116,7 +116,7 @@ def test_gradients_go_to_the_state_that_a_unit_has_and_need_the_key_alone(states
     np.testing.assert_allclose(evaluated[0], jnp.full((37, 10), rate), rtol=1e-6)
     np.testing.assert_allclose(evaluated[1], jnp.full((37, 10), 1 - rate), rtol=1e-6)
     (leaf,) = stored
-    np.testing.assert_array_equal(leaf, words(key))
+    np.testing.assert_array_equal(leaf, law_twin.mask_keys(words(key), 1))
 
 
 def test_trees_have_a_key_and_may_have_a_rate_for_each_array(states, key):
