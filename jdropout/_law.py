@@ -190,7 +190,7 @@ def _add64(a: WordPair, b: WordPair) -> WordPair:
 
 
 def _multiply64(index: jax.Array, factor: int) -> WordPair:
-    """Low 64 bits of a product, in 16-bit halves: no backend lowers a 32-bit mulhi."""
+    """Low 64 bits of a product, in 16-bit halves: kernels and older JAX lack its high half."""
     if index.dtype.itemsize == 8:
         high_half = lax.shift_right_logical(index, lax.full_like(index, 32))
         high = high_half.astype(jnp.uint32) * np.uint32(factor & 0xFFFFFFFF)
