@@ -53,7 +53,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("case", variants(CALLS, "ragged", "two digits"))
+@pytest.mark.parametrize("case", variants(CALLS, "ragged"))
 def test_the_kernel_is_dropout_bit_for_bit(case, key):
     shape, rate, options = CALLS[case]
     x = normal(*shape) + 3
@@ -208,7 +208,9 @@ def test_values_and_gradients_are_those_of_dense_attention(case, key, monkeypatc
     assert_close((ours, gradients), (results, only(gradients, expected)), 2e-5)
 
 
-@pytest.mark.parametrize("sizes", [(128, 128), (256, 128)])
+@pytest.mark.parametrize(
+    "sizes", [(128, 128), pytest.param((256, 128), marks=pytest.mark.one_version)]
+)
 def test_the_mask_of_both_passes_is_that_of_the_law(sizes, key):
     arrays, _ = operands(t=130, s=270, v=270)
     arrays, output_bar = equal_probabilities(arrays)
@@ -217,6 +219,7 @@ def test_the_mask_of_both_passes_is_that_of_the_law(sizes, key):
     assert_reveals(output, gradients["value"], keep_mask(key, (2, 4, 130, 270)))
 
 
+@pytest.mark.one_version
 def test_values_that_nobody_attends_to_may_be_anything(key):
     (query, keys, value), (output_bar, _) = operands(t=128, s=256)
     value[0, 7, 1, 3], value[1, 9, 2, 5] = np.inf, np.nan
@@ -350,7 +353,8 @@ def test_dropout_says_what_the_kernel_does_not_support(key):
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "a"))
     with pytest.raises(ValueError, match=r"x with the sharding .*'a'.*check_vma=False"):
         jax.eval_shape(
-            lambda x: kernel(key, x, 0.3), jax.ShapeDtypeStruct((4, 4), float, sharding=sharding)
+            lambda x: kernel(key, x, 0.3),
+            jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=sharding),
         )
 
 
