@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from jdropout import _checks, _threshold, _values
+from jdropout._batch import KEYS_AXIS
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._implementation import Implementation, check_implementation, check_supported
@@ -112,7 +113,7 @@ def masked(
     precision: int | None = None,
     site: tuple[str | int, ...] = (),
     scaled: bool = True,
-    batch_axis: int | None = 0,
+    batch_axis: int | None = KEYS_AXIS,
     kernel: bool = False,
 ) -> jax.Array:
     """`dropout` with the options of its relatives; ``kind`` is their name in an audit."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks, _values
+from jdropout import _batch, _checks, _values
 from jdropout._attention import dot_product_attention
 from jdropout._typing import Key, Rate
 from jdropout._values import type_name
@@ -85,14 +85,6 @@ def check_module_flag(deterministic: Any) -> bool | jax.Array:
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
-def typed_key(key: Key) -> jax.Array:
-    """A raw key as a typed one of its width, which streams need."""
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jnp.asarray(key)
-    words = jnp.asarray(key)
-    return jax.random.wrap_key_data(words, impl="rbg" if key.shape[-1] == 4 else "threefry2x32")
-
-
 def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
     """Whether a call draws a mask and takes a key from its stream: exactly when Flax does."""
     if deterministic is True:
@@ -148,6 +140,8 @@ def attention(
             x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
         return one_batch(x)
 
+    if several:
+        dropout_rng = _batch.with_count(dropout_rng, batch[0])
     call = _layer_call.get()
     if call is not None:
         call.taken = True

@@ -132,7 +132,14 @@ def skip(
     unbiased = _values.check_flag("unbiased", unbiased)
     x = jax.tree.map(functools.partial(_values.readable, "x"), x)
     draw = new_draw(
-        "layer_drop", key, rate, deterministic, (), precision=precision, saves_work=True
+        "layer_drop",
+        key,
+        rate,
+        deterministic,
+        (),
+        precision=precision,
+        batch_axis=None,
+        saves_work=True,
     )
     if draw.outcome is Outcome.KEPT:
         y = layer(*context, x)

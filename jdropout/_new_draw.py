@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jdropout import _checks, _law, _record, _threshold
+from jdropout import _batch, _checks, _law, _record, _threshold
 from jdropout._draw import Description, Draw, Outcome
 from jdropout._typing import Flag, Index, Key, Rate
 from jdropout.keys import at_site
@@ -28,7 +28,7 @@ def new_draw(
     precision: int | None = None,
     site: tuple[str | int, ...] = (),
     off: bool = False,
-    batch_axis: int | None = 0,
+    batch_axis: int | None = _batch.KEYS_AXIS,
     reported_rate: Rate | None = None,
     kept_fraction: float | None = None,
     saves_work: bool = False,
@@ -50,7 +50,7 @@ def new_draw(
       precision: bits of the rate: 16, 32, or None to choose.
       site: path of a leaf in a tree; its key is ``at_site(key, site)``.
       off: if True, nothing is dropped whatever the rate is.
-      batch_axis: the axis of the examples, for an audit; None if there is none.
+      batch_axis: the axis of the examples; None if there is none, KEYS_AXIS if it is not known.
       reported_rate: the rate that an audit reports; None for ``rate``.
       kept_fraction: the exact fraction that a subset keeps, for an audit; None for a mask.
       saves_work: whether dropped elements are not computed, for an audit.
@@ -70,9 +70,12 @@ def new_draw(
     drawn = outcome is Outcome.DRAWN
     if outcome is not Outcome.KEPT:
         _checks.check_static_shape(shape)
-    origin = None
+    origin, part = None, None
     if drawn:
         key = _checks.check_key(key, f"{prefix}key")
+        part = _batch.part_of(key)
+        if part:
+            key, first, whole = _batch.located(key, part, shape, first, whole, batch_axis, shared)
         key = at_site(key, site) if site else key
         block = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
         whole = tuple(1 if axis in shared else size for axis, size in enumerate(whole))
@@ -89,6 +92,9 @@ def new_draw(
     )
     if not _record.recording():
         return draw
+    examples_axis = batch_axis
+    if batch_axis is _batch.KEYS_AXIS:
+        examples_axis = part.axis if part else 0
     reported = checked if reported_rate is None else reported_rate
     if kept_fraction is None or not drawn:
         effective = _effective_rate(draw, reported, derived=reported_rate is not None)
@@ -105,7 +111,7 @@ def new_draw(
         shared_axes=()
         if outcome is Outcome.KEPT
         else tuple(axis for axis in sorted(shared) if shape[axis] > 1),
-        batch_axis=batch_axis,
+        batch_axis=examples_axis,
         located=origin is not None,
         stored_bytes=stored_bytes,
         saved_work=effective if saves_work else 0.0,

@@ -327,6 +327,7 @@ def embedding_dropout(
         start=start,
         global_shape=global_shape,
         precision=precision,
+        batch_axis=None,
     )
 
 

@@ -174,6 +174,7 @@ def patch_dropout(
         (*lead, length - prefix),
         off=count == length - prefix,
         reported_rate=rate,
+        batch_axis=0 if lead else None,
         kept_fraction=count / (length - prefix),
         saves_work=True,
     )

@@ -21,7 +21,10 @@ Index: TypeAlias = int | np.integer | jax.Array
 Site: TypeAlias = str | Index | tuple[str | Index, ...]
 """A dropout's place in a model: a name, an index, or a path of them."""
 
+Batch: TypeAlias = tuple[Index, int] | tuple[Index, int, int]
+"""A part of a batch: its first example, the size of the whole, and maybe its number of examples."""
+
 WordPair: TypeAlias = tuple[jax.Array, jax.Array]
 """Two uint32 arrays: a cipher block, a cipher key, or the (high, low) halves of 64 bits."""
 
-__all__ = ["ArrayLike", "Flag", "Index", "Key", "Rate", "Site", "WordPair"]
+__all__ = ["ArrayLike", "Batch", "Flag", "Index", "Key", "Rate", "Site", "WordPair"]

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks
+from jdropout import _batch, _checks
+from jdropout._batch import in_batch
 from jdropout._law import MASK_TAG, absorb, key_words, like_key
 from jdropout._threefry import threefry2x32
 from jdropout._typing import Index, Key, Site, WordPair
 from jdropout._values import as_integer, type_name
 
-__all__ = ["at_site", "site_key", "step_key"]
+__all__ = ["at_site", "in_batch", "site_key", "step_key"]
 _INDEX_TAG = 0x6A646978  # "jdix"
 _WORDS_TAG = 0x6A647764  # "jdwd": for keys of more than two words
 _STEP_BIT = 0x80000000
@@ -165,8 +166,14 @@ def _index_counter(name: str, index: Index) -> WordPair:
     return cast("WordPair", (np.uint32(_INDEX_TAG), _check_count(name, index, bits=32)[1]))
 
 
-@jax.jit
 def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
+    if _batch.part_of(key):
+        return _batch.derived(cast("jax.Array", key), lambda key: _descended(key, counters))
+    return _descended(key, counters)
+
+
+@jax.jit
+def _descended(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
     words = key_words(key)
     for high, low in counters:
         state = threefry2x32(absorb(words), (jnp.uint32(high), jnp.uint32(low)))

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, overload
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks, _values
+from jdropout import _batch, _checks, _values
 from jdropout._attention._arguments import (
     check_alignment,
     check_attention_inputs,
@@ -266,6 +266,14 @@ def dot_product_attention(
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
     sizes = check_block_sizes(block_sizes)
     kernel = check_implementation(implementation)
+    first, whole = _checks.check_block(start, global_shape, shape)
+    part = _batch.part_of(dropout_key)
+    if part:
+        shared = _checks.check_broadcast_dims(dropout_broadcast_dims, len(shape))
+        axis = 0 if batch else None
+        dropout_key, first, whole = _batch.located(
+            cast("jax.Array", dropout_key), part, shape, first, whole, axis, shared
+        )
     draw = new_draw(
         "attention",
         dropout_key,
@@ -273,9 +281,10 @@ def dot_product_attention(
         deterministic,
         shape,
         broadcast_dims=dropout_broadcast_dims,
-        start=start,
-        global_shape=global_shape,
+        start=first,
+        global_shape=None if first is None else whole,
         precision=dropout_precision,
+        batch_axis=0 if batch else None,
         prefix="dropout_",
     )
     if kernel:
@@ -290,7 +299,6 @@ def dot_product_attention(
             mask_fn=mask_fn,
         )
         precision = check_kernel_precision(precision, query)
-    first, whole = _checks.check_block(start, global_shape, shape)
     check_positions(whole)
     first = first or (0,) * len(shape)
     alignment = check_alignment(causal_alignment, whole, query_seq_lengths, key_value_seq_lengths)

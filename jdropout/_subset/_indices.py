@@ -76,14 +76,16 @@ def keep_indices(
       plans by using sequential (item by item) selection techniques and digital computers"
       (JASA 1962), for sampling without replacement by sorting.
     """
+    lead = _values.check_shape("shape", shape)
     subset = Subset(
         "keep_indices",
         key,
         rate,
-        (*_values.check_shape("shape", shape), _values.check_positive("size", size)),
+        (*lead, _values.check_positive("size", size)),
         groups=groups,
         start=start,
         global_shape=global_shape,
+        batch_axis=0 if lead else None,
         indices_alone=True,
     )
     return cast("jax.Array", subset.draw.result(subset.indices()))
@@ -113,7 +115,7 @@ class Subset:
         deterministic: Any = False,
         start: Sequence[Index] | None = None,
         global_shape: Sequence[int] | None = None,
-        batch_axis: int | None = 0,
+        batch_axis: int | None,
         indices_alone: bool = False,
     ) -> None:
         rate = check_fixed_rate(rate)

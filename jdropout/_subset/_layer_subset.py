@@ -112,7 +112,15 @@ def scan_subset(
     params, state = _values.as_arrays("stacked_params", (params, state))
     x = _values.as_arrays("x", x)
     _, _, size = _values.check_common_axis("stacked_params", (params, state), "axis", 0)
-    subset = Subset("layer_subset", key, rate, (size,), groups=groups, deterministic=deterministic)
+    subset = Subset(
+        "layer_subset",
+        key,
+        rate,
+        (size,),
+        groups=groups,
+        deterministic=deterministic,
+        batch_axis=None,
+    )
     kept = (params, state)
     if not subset.whole:
         order = subset.order()

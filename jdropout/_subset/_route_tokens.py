@@ -100,6 +100,7 @@ def route_tokens(
         deterministic=deterministic,
         start=start,
         global_shape=global_shape,
+        batch_axis=0 if lead else None,
     )
     if subset.whole:
         y = layers(x, where)

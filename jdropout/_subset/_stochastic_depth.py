@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from jdropout import _values
+from jdropout import _batch, _checks, _values
 from jdropout._subset import _rows
 from jdropout._subset._indices import Subset
 from jdropout._typing import Index, Key
@@ -53,7 +53,8 @@ def stochastic_depth(
         examples, such as masks or conditioning, gathered along `batch_axis` too. An array with a
         single example is passed as it is.
       groups: number of groups of neighbouring examples, a divisor of the batch. If the batch is
-        sharded, a multiple of the number of shards keeps all of it local to each device.
+        sharded, a multiple of the number of shards keeps all of it local to each device. With a key
+        from `jdropout.keys.in_batch`, the groups of the whole batch, of which each part has some.
       batch_axis: axis of the examples, in all arrays.
       deterministic: if True, return ``x + branch(x)``. It must not be traced.
       start: one-element sequence, the index of the first example within a batch of
@@ -89,6 +90,9 @@ def stochastic_depth(
     _values.check_function("branch", branch)
     x, args = _values.as_arrays("x", x), _values.as_arrays("args", _check_args(args))
     first, axis, size = _values.check_common_axis("x", x, "batch_axis", batch_axis)
+    groups = _values.check_positive("groups", groups)
+    if not _checks.check_static_flag(deterministic):
+        groups = _batch.own_tiles(key, size, groups)
     subset = Subset(
         "stochastic_depth",
         key,
@@ -98,6 +102,7 @@ def stochastic_depth(
         deterministic=deterministic,
         start=start,
         global_shape=global_shape,
+        batch_axis=0,
     )
 
     def at(leaf: jax.Array) -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jdropout import _values
+from jdropout import _batch, _checks, _values
 from jdropout._subset import _rows
 from jdropout._subset._indices import Order, Subset
 from jdropout._typing import Index, Key
@@ -59,7 +59,8 @@ def unit_subset(
       outgoing_axis: axis of the units in all outgoing arrays.
       groups: number of groups of neighbouring units, a divisor of their number. If they are
         sharded, a multiple of the number of shards keeps all of it local to each device.
-      tiles: number of parts of the batch, of equal size, that drop units of their own.
+      tiles: number of parts of the batch, of equal size, that drop units of their own. With a key
+        from `jdropout.keys.in_batch`, the tiles of the whole batch, of which each part has some.
       batch_axis: axis of the examples in x and in the result; used for tiles only.
       deterministic: if True, compute all units. It must not be traced.
       start: index of the first tile and of the first unit within an array of `global_shape`, for
@@ -106,6 +107,9 @@ def unit_subset(
             f"got {taken}. Check incoming_axis and outgoing_axis."
         )
     _values.check_scalable("outgoing", outgoing)
+    tiled = tiles > 1
+    if tiled and not _checks.check_static_flag(deterministic):
+        key, tiles = _own_tiles(key, x, batch_axis, tiles)
     subset = Subset(
         "unit_subset",
         key,
@@ -115,7 +119,7 @@ def unit_subset(
         deterministic=deterministic,
         start=start,
         global_shape=global_shape,
-        batch_axis=0 if tiles > 1 else None,
+        batch_axis=0 if tiled else None,
     )
     if subset.whole:
         return cast("_Tree", subset.draw.result(block(incoming, outgoing, x)))
@@ -131,7 +135,7 @@ def unit_subset(
         sources = jax.tree.map(lambda leaf: taken(leaf, incoming_axis), incoming)
         return block(sources, jax.tree.map(taken_and_scaled, outgoing), x)
 
-    if tiles == 1:
+    if not tiled:
         order = subset.order(first, first_axis)
         y = chosen(Order(order.rows[0], order.places[0]), x)
     else:
@@ -142,6 +146,14 @@ def unit_subset(
         order = subset.order(jax.tree.leaves(incoming)[0], first_axis, around)
         y = jax.tree.map(lambda leaf: _merge(leaf, batch_axis), jax.vmap(chosen)(order, x))
     return cast("_Tree", subset.draw.result(y))
+
+
+def _own_tiles(key: Key | None, x: Any, batch_axis: int, tiles: int) -> tuple[Key | None, int]:
+    """The key for the tiles in a part of a batch, and their number."""
+    if key is None or _batch.part_of(key) is None:
+        return key, tiles
+    _, _, rows = _values.check_common_axis("x", _values.as_arrays("x", x), "batch_axis", batch_axis)
+    return _batch.for_tiles(key, rows, tiles), _batch.own_tiles(key, rows, tiles)
 
 
 def _spared(weights: Any, around: tuple[Any, ...]) -> Any:

@@ -8,8 +8,8 @@ import jax
 from flax import linen
 
 from jdropout import _values
-from jdropout._flax import typed_key
-from jdropout._typing import Index, Key
+from jdropout._batch import at_axis, in_part, typed_key
+from jdropout._typing import Batch, Index, Key, Site
 from jdropout._values import type_name
 from jdropout.keys import at_site, step_key
 from jdropout.linen._attention import FlaxAttention
@@ -22,6 +22,8 @@ def with_site_keys(
     *,
     step: Index,
     microbatch: Index = 0,
+    batch: Batch | None = None,
+    batch_axis: int | Callable[[Site], int] = 0,
     rng_collection: str = "dropout",
 ) -> Callable[..., Any]:
     """Makes every dropout of a model take its key from its path and the training step.
@@ -45,6 +47,11 @@ def with_site_keys(
       step: number of the training step, an integer or a (traced) integer scalar, at least 0.
       microbatch: number of the microbatch within the step, an integer or a (traced) integer
         scalar below 2**32.
+      batch: which part of the step's whole batch the model sees, as ``(first, size)`` or
+        ``(first, size, count)``: the arguments of `jdropout.keys.in_batch`. Masks then do not
+        depend on how a batch is cut; use it in place of `microbatch`.
+      batch_axis: with `batch`, the axis of the examples in the layers that do not know it, such as
+        1 in time-major arrays; or a function of a module's path that returns it.
       rng_collection: name of the random stream.
 
     Returns:
@@ -67,6 +74,7 @@ def with_site_keys(
       The key law, in the documentation.
     """
     key = typed_key(step_key(root, step=step, microbatch=microbatch))
+    key = in_part(key, batch, microbatch)
     _check_takes_rngs(apply)
 
     def apply_with_site_keys(*args: Any, rngs: Any = None, **kwargs: Any) -> Any:
@@ -76,7 +84,7 @@ def with_site_keys(
                 f"rngs has a key for {rng_collection!r}, which with_site_keys provides: leave it "
                 "out, or pass another rng_collection."
             )
-        with linen.intercept_methods(_KeysByPath(rng_collection)):
+        with linen.intercept_methods(_KeysByPath(rng_collection, batch_axis)):
             return apply(*args, rngs={**streams, rng_collection: key}, **kwargs)
 
     return apply_with_site_keys
@@ -100,8 +108,9 @@ def _check_takes_rngs(apply: Any) -> None:
 class _KeysByPath:
     """Intercepts modules that draw masks, and passes a key made from the stream and their path."""
 
-    def __init__(self, rng_collection: str) -> None:
+    def __init__(self, rng_collection: str, batch_axis: int | Callable[[Site], int]) -> None:
         self.rng_collection = rng_collection
+        self.batch_axis = batch_axis
 
     def __call__(
         self,
@@ -139,4 +148,5 @@ class _KeysByPath:
         calls = scope.rng_counters[self.rng_collection]
         scope.rng_counters[self.rng_collection] = calls + 1
         # The suffix is the path, or below linen.jit, whose trace serves several paths, its end.
-        return at_site(stream.rng, (*stream.suffix, calls))
+        key = at_axis(stream.rng, self.batch_axis, module.path)
+        return at_site(key, (*stream.suffix, calls))

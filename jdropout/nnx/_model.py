@@ -1,20 +1,30 @@
 """Changes a whole nnx model: its keys and its rates."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdropout._flax import check_module_rate, typed_key
-from jdropout._typing import Index, Key
+from jdropout._batch import at_axis, in_part, typed_key
+from jdropout._flax import check_module_rate
+from jdropout._typing import Batch, Index, Key, Site
 from jdropout.keys import at_site, step_key
 from jdropout.nnx._dropout import Dropout, FlaxDropout
 from jdropout.nnx._turn_on import drops
 from jdropout.nnx._wrapper import Wrapper
 
 
-def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Index = 0) -> None:
+def set_site_keys(
+    model: nnx.Module,
+    root: Key,
+    *,
+    step: Index,
+    microbatch: Index = 0,
+    batch: Batch | None = None,
+    batch_axis: int | Callable[[Site], int] = 0,
+) -> None:
     """Restarts every random stream of a model from the key of its path at this step.
 
     Call it at the start of a training step. All masks of the model are then a function of
@@ -35,6 +45,11 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
       step: number of the training step, an integer or a (traced) integer scalar, at least 0.
       microbatch: number of the microbatch within the step, an integer or a (traced) integer
         scalar below 2**32.
+      batch: which part of the step's whole batch the model sees, as ``(first, size)`` or
+        ``(first, size, count)``: the arguments of `jdropout.keys.in_batch`. Masks then do not
+        depend on how a batch is cut; use it in place of `microbatch`.
+      batch_axis: with `batch`, the axis of the examples in the layers that do not know it, such as
+        1 in time-major arrays; or a function of a stream's path that returns it.
 
     Raises:
       TypeError: if an argument has the wrong type.
@@ -58,6 +73,7 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
       The key law, in the documentation.
     """
     key = typed_key(step_key(root, step=step, microbatch=microbatch))
+    key = in_part(key, batch, microbatch)
     streams = [
         (cast("tuple[str | int, ...]", path), node)
         for path, node in nnx.iter_graph(model)
@@ -77,7 +93,8 @@ def set_site_keys(model: nnx.Module, root: Key, *, step: Index, microbatch: Inde
         )
     for path, stream in streams:
         # Not `stream.key[...] = key`, which would keep the stream's old key implementation.
-        stream.key.set_value(_keys_of_stack(at_site(key, path), stream.key.shape))
+        own = at_site(at_axis(key, batch_axis, path), path)
+        stream.key.set_value(_keys_of_stack(own, stream.key.shape))
         stream.count.set_value(jnp.zeros_like(stream.count[...]))
 
 
