@@ -6,13 +6,14 @@
 Kill it, even with ``kill -9``, and run it again: it resumes from its newest good checkpoint and
 ends with the same digest as an uninterrupted run. A checkpoint holds the parameters, the optimizer
 state and the step number, but no random state. All randomness in a step derives from the seed, the
-step, the microbatch and the name of the site: `jdropout.keys.site_key`.
+step and the name of the site: `jdropout.keys.site_key`.
 
-All devices share a batch, and the masks do not depend on their number. You can therefore resume
-with a different number of devices: the same units are dropped, and only the rounding of sums over
-the batch differs:
+The masks depend neither on the number of devices nor on the number of microbatches: those of a
+sample are a function of its place in the batch of the step (`jdropout.keys.in_batch`). You can
+therefore resume with others: the same units are dropped, and only the rounding of sums differs:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/train_resume.py
+    python examples/train_resume.py --microbatches 4
 """
 
 import argparse
@@ -36,14 +37,13 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import CheckpointManager
 
 import jdropout
-from jdropout.keys import site_key
+from jdropout.keys import in_batch, site_key
 
 SITES = ("hidden1", "hidden2")
 SETTINGS = (
     "rate",
     "width",
     "batch_size",
-    "microbatches",
     "learning_rate",
     "seed",
     "train_size",
@@ -198,19 +198,20 @@ def split_batch(training: Training, x: jax.Array) -> jax.Array:
 def accumulate(
     training: Training, params: optax.Params, step: jax.Array, batch: _digits.Samples
 ) -> tuple[jax.Array, optax.Params]:
-    """Returns the mean loss and gradient over the microbatches, each with its own masks.
+    """Returns the mean loss and gradient over the microbatches, with the masks of the whole batch.
 
-    They are defined as the sum of `loss_and_gradient` over microbatch = 0, 1, ... with the keys
-    ``site_key(root, step=step, microbatch=microbatch, site=...)``, divided by their number.
+    They are the sum of `loss_and_gradient` over the microbatches, divided by their number.
     """
 
     def add(total, numbered):
-        microbatch, samples = numbered
-        terms = loss_and_gradient(training, params, step, microbatch, samples)
+        first, samples = numbered
+        terms = loss_and_gradient(training, params, step, first, samples)
         return jax.tree.map(jnp.add, total, terms), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(training.microbatches), batch))
+    size = training.batch_size // training.microbatches
+    firsts = size * jnp.arange(training.microbatches)
+    total, _ = jax.lax.scan(add, zeros, (firsts, batch))
     return jax.tree.map(lambda x: x / training.microbatches, total)
 
 
@@ -218,10 +219,12 @@ def loss_and_gradient(
     training: Training,
     params: optax.Params,
     step: jax.Array,
-    microbatch: jax.Array,
+    first: jax.Array,
     samples: _digits.Samples,
 ) -> tuple[jax.Array, optax.Params]:
-    key_at = functools.partial(site_key, training.root, step=step, microbatch=microbatch)
+    """Returns the loss and the gradient of a microbatch whose samples are number `first`, ..."""
+    root = in_batch(training.root, first, training.batch_size)
+    key_at = functools.partial(site_key, root, step=step)
 
     def loss(params: optax.Params) -> jax.Array:
         logits = training.network.apply(params, samples.images, key_at)
@@ -246,22 +249,13 @@ def make_masks(options: argparse.Namespace, training: Training, step: jax.Array)
     """Recomputes the masks of a step, sharded over all devices as in training.
 
     Returns:
-      Booleans of shape (microbatches, layers, samples of a microbatch, width).
+      Booleans of shape (layers, samples of the batch, width).
     """
-    shape = (training.batch_size // training.microbatches, options.width)
-    masks = [
-        [
-            jdropout.keep_mask(
-                site_key(training.root, step=step, microbatch=microbatch, site=site),
-                options.rate,
-                shape,
-            )
-            for site in SITES
-        ]
-        for microbatch in range(training.microbatches)
-    ]
-    shared = NamedSharding(training.mesh, P(None, None, "data"))
-    return jax.lax.with_sharding_constraint(jnp.stack([jnp.stack(one) for one in masks]), shared)
+    shape = (training.batch_size, options.width)
+    keys = [site_key(training.root, step=step, site=site) for site in SITES]
+    masks = jnp.stack([jdropout.keep_mask(key, options.rate, shape) for key in keys])
+    shared = NamedSharding(training.mesh, P(None, "data"))
+    return jax.lax.with_sharding_constraint(masks, shared)
 
 
 def on_all_devices(training: Training, tree: Any) -> Any:

@@ -119,6 +119,8 @@ class Row:
     key_at_one: bool = False
     """Whether a rate of 1 needs a key, which says what stays."""
     findings: tuple[str, ...] = ()
+    examples: bool = True
+    """Whether the first axis counts examples, which a mask tells apart."""
     has_blocks: bool | None = None
     """Whether it takes start and global_shape; None to ask its signature."""
     array: str | None = "x"
@@ -209,7 +211,9 @@ def masked(shared=(), scaled=True):
 
 def mask_row(function, shape, shared, *, scaled=True, **options):
     row_options = {
-        name: options.pop(name) for name in ("other", "findings", "dtypes") if name in options
+        name: options.pop(name)
+        for name in ("other", "findings", "dtypes", "examples")
+        if name in options
     }
     options |= {} if scaled else {"scale_by_keep": False}
     return Row(
@@ -660,12 +664,13 @@ ROWS = {
         (0, 1),
         mode="batch",
         other=(3, 6),
+        examples=False,
         findings=("shared-over-batch",),
     ),
     "drop_path, unscaled": mask_row(
         jdropout.drop_path, (13, 2, 3), (1, 2), scaled=False, other=(9, 2, 2)
     ),
-    "embedding": mask_row(jdropout.embedding_dropout, (23, 4), (1,), other=(9, 5)),
+    "embedding": mask_row(jdropout.embedding_dropout, (23, 4), (1,), other=(9, 5), examples=False),
     "drop_block": block_row(block_size=3),
     "drop_block, realised": block_row(block_size=(2, 3), scale="realised", shared_channels=False),
     "word_dropout": Row(
@@ -790,12 +795,14 @@ ROWS = {
     "drop_connect": Row(
         function=jdropout.drop_connect,
         call=jdropout.drop_connect,
+        examples=False,
         formula=masked(),
         array="w",
     ),
     "drop_connect_tree": Row(
         function=jdropout.drop_connect_tree,
         call=connected,
+        examples=False,
         formula=masked(),
         site=("a", "w"),
         kind="drop_connect",
@@ -804,6 +811,7 @@ ROWS = {
     "targeted_dropout": Row(
         function=jdropout.targeted_dropout,
         call=functools.partial(jdropout.targeted_dropout, target_fraction=0.5),
+        examples=False,
         formula=lambda draw, w, rate: np.where(untargeted(draw, w, rate), w, 0),
         pullback=lambda draw, w, rate, w_bar: np.where(untargeted(draw, w, rate), w_bar, 0),
         dtypes=(jnp.bfloat16, jnp.float64, jnp.complex64),

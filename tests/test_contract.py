@@ -19,6 +19,7 @@ from contract import PROTECTED, RATE, ROWS, UNKNOWN, Draw
 from jax.experimental import checkify
 
 import jdropout
+from jdropout.keys import in_batch
 
 KEY = jax.random.key(20140614)
 BAD_RATES = (1.5, -0.1, np.nan)
@@ -326,7 +327,7 @@ def test_a_stored_mask_would_be_seen():
 # --- blocks, dtypes --------------------------------------------------------------------
 
 
-def test_a_block_at_a_static_or_traced_start_equals_the_block_of_the_whole(case):
+def test_a_block_or_a_part_of_a_batch_equals_that_of_the_whole(case):
     row = case.row
     if not row.blocks():
         assert row.takes("start") == row.takes("global_shape")
@@ -349,11 +350,17 @@ def test_a_block_at_a_static_or_traced_start_equals_the_block_of_the_whole(case)
     def blocks(key, x, traced_strength, traced_start, flag):
         f = functools.partial(row.call, key, x, global_shape=whole.shape)
         static = f(strength, start=start)
-        return static, f(traced_strength, start=traced_start, deterministic=flag)
+        part_key = in_batch(key, traced_start[0], row.shape[0])
+        if row.examples:  # where the block begins within the part of the batch
+            within = dict(start=[0, *start[1:]], global_shape=(len(x), *whole.shape[1:]))
+        else:
+            within = dict(start=start, global_shape=whole.shape)
+        part = row.call(part_key, x, strength, **within)
+        return static, part, f(traced_strength, start=traced_start, deterministic=flag)
 
     traced_whole = case.expected(case.x, np.float32(row.strength), **case.traced_bits)
     for y, expected in zip(
-        blocks(KEY, x, strength, start, False), (whole, traced_whole), strict=True
+        blocks(KEY, x, strength, start, False), (whole, whole, traced_whole), strict=True
     ):
         case.assert_equal(y, expected[tuple(slice(first, None) for first in start)])
 

@@ -180,6 +180,15 @@ def stop_while_it_writes(process, directory):
     pytest.fail("it ended, or took too long, before a checkpoint was seen half-written")
 
 
+def test_with_other_microbatches_the_masks_are_the_same_and_the_losses_to_rounding(
+    whole, stopped, tmp_path
+):
+    output = copy(stopped, tmp_path / "copy")
+    result = run_here("train_resume.py", *SETTINGS, "--microbatches=1", "--output", output)
+    assert masks(result) == masks(whole)
+    np.testing.assert_allclose(losses(result), losses(whole), rtol=1e-5)
+
+
 @pytest.mark.examples
 def test_on_more_devices_the_masks_are_the_same_and_the_losses_to_rounding(
     uninterrupted, killed_once, tmp_path
@@ -314,7 +323,6 @@ def contents(folder):
         ("seed", 1, "pass 0, with which the checkpoints in "),
         ("rate", 0.25, "pass 0.5, with which the checkpoints in "),
         ("width", 16, "pass 8, with which the checkpoints in "),
-        ("microbatches", 2, "pass 4, with which the checkpoints in "),
         ("steps", 1, "pass at least "),
     ],
 )
@@ -369,7 +377,7 @@ def test_the_masks_of_all_microbatches_and_layers_differ(example, accumulation):
 
 def different_masks(example, options, training):
     masks = np.asarray(jax.jit(functools.partial(example.make_masks, options, training))(STEP))
-    assert masks.shape == (COUNT, 2, SIZE, options.width)
+    assert masks.shape == (2, COUNT * SIZE, options.width)
     return {mask.tobytes() for mask in masks.reshape(2 * COUNT, -1)}
 
 
@@ -379,7 +387,7 @@ def test_accumulation_equals_its_definition_to_rounding(example, accumulation, a
     total = jax.tree.map(np.zeros_like, (np.float32(0), params))
     for microbatch in range(COUNT):
         samples = jax.tree.map(lambda x, m=microbatch: x[m], batch)
-        total = jax.tree.map(np.add, total, one(params, STEP, microbatch, samples))
+        total = jax.tree.map(np.add, total, one(params, STEP, microbatch * SIZE, samples))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, accumulated, jax.tree.map(lambda x: x / COUNT, total))
 
@@ -407,17 +415,21 @@ def test_accumulation_equals_its_definition_exactly_where_nothing_is_rounded(
     )
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
+    uncut = jax.tree.map(lambda x: x.reshape(1, COUNT * SIZE, *x.shape[2:]), batch)
+    of_whole = accumulate(example, training._replace(microbatches=1), params, uncut)
+    jax.tree.map(np.testing.assert_array_equal, (loss, gradient), of_whole)
+
 
 def linear_loss(logits, labels):
-    return logits[jnp.arange(SIZE), labels].mean()
+    return logits[jnp.arange(len(labels)), labels].mean()
 
 
 def definition(params, microbatch, samples):
     """The loss of one microbatch, as the documentation defines it, at rate 0.5: a scale of 2."""
     x = samples.images
     for site in ("hidden1", "hidden2"):
-        key = site_key(jax.random.key(0), step=STEP, microbatch=microbatch, site=site)
-        mask = jdropout.keep_mask(key, 0.5, (SIZE, 8))
+        key = site_key(jax.random.key(0), step=STEP, site=site)
+        mask = jdropout.keep_mask(key, 0.5, (COUNT * SIZE, 8)).reshape(COUNT, SIZE, 8)[microbatch]
         x = jnp.where(mask, 2 * jax.nn.relu(affine(params[site], x)), 0)
     return linear_loss(affine(params["output"], x), samples.labels)
 
@@ -430,14 +442,8 @@ def test_one_key_for_all_microbatches_would_be_noticed(
     example, accumulation, accumulated, monkeypatch
 ):
     """The control of the tests above: the mistake that they are to find."""
-    monkeypatch.setattr(
-        example,
-        "site_key",
-        lambda root, *, step, site, microbatch=0: site_key(root, step=step, site=site),
-    )
-    options, *arguments = accumulation
-    assert len(different_masks(example, options, arguments[0])) == 2
-    wrong = accumulate(example, *arguments)
+    monkeypatch.setattr(example, "in_batch", lambda key, first, size: key)
+    wrong = accumulate(example, *accumulation[1:])
     difference = jax.tree.map(lambda a, b: float(abs(a - b).max()), wrong, accumulated)
     assert min(jax.tree.leaves(difference)) > 1e-3
 
