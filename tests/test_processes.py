@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jdropout
+from jdropout.keys import in_batch
 
 SEED = 20140614
 RATE = 0.3
@@ -54,16 +55,26 @@ def both_passes(dropout, key, x, y_bar):
     return {"value": y, "gradient": pullback(y_bar)[0], "mask": y != 0}
 
 
-def train(key, inputs, put):
+def train(key, inputs, put, microbatches):
     """Some steps of gradient descent; returns their losses and masks, and the last weights."""
-    images, targets = put(inputs["images"], P(("a", "b"))), put(inputs["targets"], P(("a", "b")))
+
+    def cut(x):
+        return put(x.reshape(microbatches, -1, *x.shape[1:]), P(None, ("a", "b")))
+
+    images, targets = cut(inputs["images"]), cut(inputs["targets"])
+    firsts = SAMPLES // microbatches * jnp.arange(microbatches)
     weights = put(inputs["weights"], P())
     optimizer = optax.sgd(0.1, momentum=0.9)
 
     def loss(weights, step, images, targets):
-        hidden = jax.nn.sigmoid(images @ weights)  # never 0: what is 0 afterwards was dropped
-        hidden = jdropout.dropout(jax.random.fold_in(key, step), hidden, RATE)
-        return jnp.mean((hidden.sum(axis=1, keepdims=True) - targets) ** 2), hidden != 0
+        def of_part(first, images, targets):
+            hidden = jax.nn.sigmoid(images @ weights)  # never 0: what is 0 afterwards was dropped
+            part_key = in_batch(jax.random.fold_in(key, step), first, SAMPLES)
+            hidden = jdropout.dropout(part_key, hidden, RATE)
+            return jnp.mean((hidden.sum(axis=1, keepdims=True) - targets) ** 2), hidden != 0
+
+        losses, masks = jax.lax.map(lambda part: of_part(*part), (firsts, images, targets))
+        return losses.mean(), masks
 
     @jax.jit
     def take_steps(weights, *data):
@@ -118,12 +129,15 @@ def test_two_processes_give_the_masks_of_one_in_every_mode_and_sharding(parts):
         np.testing.assert_array_equal(assemble(parts[label]), expected[result], label)
 
 
-def test_training_in_two_processes_has_the_masks_of_one_and_its_losses_to_rounding(parts):
+def test_microbatches_in_two_processes_have_the_masks_of_one_batch_and_its_losses_to_rounding(
+    parts,
+):
     keys = jnp.stack([jax.random.key(SEED), jax.random.key(SEED + 1)])
-    both = jax.vmap(lambda key: train(key, make_inputs(), lambda x, spec: x))(keys)
+    both = jax.vmap(lambda key: train(key, make_inputs(), lambda x, spec: x, 1))(keys)
     expected, other = ({name: values[i] for name, values in both.items()} for i in range(2))
     ours = {result: assemble(parts[f"train {result}"]) for result in expected}
-    np.testing.assert_array_equal(ours["masks"], expected["masks"])
+    masks = ours["masks"].reshape(expected["masks"].shape)
+    np.testing.assert_array_equal(masks, expected["masks"])
     # The gradient's sum over the samples is taken in another order: 2^-24 for each addition.
     np.testing.assert_allclose(ours["losses"], expected["losses"], rtol=1e-5)
     np.testing.assert_allclose(ours["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
@@ -196,7 +210,7 @@ def work():
             }
             results |= in_every_sharding(key, placed)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    for result, array in train(key, inputs, put(mesh)).items():
+    for result, array in train(key, inputs, put(mesh), microbatches=3).items():
         results[f"train {result}"] = array
 
     parts = {}

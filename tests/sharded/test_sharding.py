@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jdropout
+from jdropout.keys import in_batch
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 SIZES = {"a": 2, "b": 4}
@@ -221,6 +222,24 @@ def test_shard_map_without_positions_repeats_the_mask_and_with_folded_keys_does_
     results = [np.asarray(y).reshape(4, 8, 16) for y in jax.jit(both)(key, x)]
     assert all((results[0][0] == results[0][i]).all() for i in range(1, 4))
     assert all((results[1][0] != results[1][i]).any() for i in range(1, 4))
+
+
+@pytest.mark.parametrize("shape", [(64, 24), (32, 8, 16)])
+def test_microbatches_on_eight_devices_have_the_masks_of_the_whole_batch(shape, key):
+    count, size = 4, shape[0]
+    x = np.ones(shape, np.float32)
+
+    def of_part(part):
+        return jdropout.dropout(in_batch(key, part[0], size), part[1], 0.3)
+
+    firsts = size // count * np.arange(count)
+    sharding = NamedSharding(mesh(AxisType.Auto), P(None, ("a", "b")))
+    parts = jax.device_put(x.reshape(count, -1, *shape[1:]), sharding)
+    compiled = jax.jit(functools.partial(jax.lax.map, of_part)).lower((firsts, parts)).compile()
+    np.testing.assert_array_equal(
+        compiled((firsts, parts)).reshape(shape), jdropout.dropout(key, x, 0.3)
+    )
+    assert not collectives(compiled)
 
 
 def test_the_mask_does_not_depend_on_the_number_of_devices(key):
