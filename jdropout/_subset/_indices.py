@@ -115,7 +115,7 @@ class Subset:
         deterministic: Any = False,
         start: Sequence[Index] | None = None,
         global_shape: Sequence[int] | None = None,
-        batch_axis: int | None,
+        batch_axis: int | None = 0,
         indices_alone: bool = False,
     ) -> None:
         rate = check_fixed_rate(rate)
