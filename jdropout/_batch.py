@@ -329,7 +329,8 @@ def _original(data: jax.Array, impl: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _key_shape(impl: Any) -> tuple[int, ...]:
-    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
+    words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+    return words.shape
 
 
 @functools.cache  # the dtypes of all keys that exist must stay known
@@ -356,8 +357,9 @@ def _implementation(part: Part) -> Any:
         key, first = _original(data, part.impl)
         return jax.random.bits(jax.random.fold_in(key, first), shape, f"uint{width}")
 
+    count = int(np.prod(_key_shape(part.impl))) + 1
     made = jax.extend.random.define_prng_impl(
-        key_shape=(int(np.prod(_key_shape(part.impl))) + 1,),
+        key_shape=(count,),
         seed=seed,
         split=split,
         random_bits=random_bits,
@@ -365,10 +367,7 @@ def _implementation(part: Part) -> Any:
         name=f"jdropout.{part.impl}.batch{part.size}.{part.examples}.{part.axis}",
         tag=f"batch{part.size}",
     )
-    example = jax.eval_shape(
-        lambda: jax.random.wrap_key_data(
-            jnp.zeros(int(np.prod(_key_shape(part.impl))) + 1, jnp.uint32), impl=made
-        )
-    )
+    data = jax.ShapeDtypeStruct((count,), jnp.uint32)
+    example = jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=made), data)
     _parts[example.dtype] = part
     return made

@@ -114,7 +114,7 @@ def step_key(root: Key, *, step: Index, microbatch: Index = 0) -> jax.Array:
     root = _checks.check_parent_key(root, "root")
     high, low = _check_count("step", step, bits=63)
     index = _index_counter("microbatch", microbatch)
-    return _descend(root, ((high | np.uint32(_STEP_BIT), low), index))
+    return _below(root, ((high | np.uint32(_STEP_BIT), low), index))
 
 
 def at_site(key: Key, site: Site) -> jax.Array:
@@ -151,7 +151,7 @@ def at_site(key: Key, site: Site) -> jax.Array:
         _name_counter(part) if isinstance(part, str) else _index_counter("site", part)
         for part in _check_site(site)
     )
-    return _descend(_checks.check_parent_key(key, "key"), counters)
+    return _below(_checks.check_parent_key(key, "key"), counters)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -166,14 +166,14 @@ def _index_counter(name: str, index: Index) -> WordPair:
     return cast("WordPair", (np.uint32(_INDEX_TAG), _check_count(name, index, bits=32)[1]))
 
 
-def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
+def _below(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
     if _batch.part_of(key):
-        return _batch.derived(cast("jax.Array", key), lambda key: _descended(key, counters))
-    return _descended(key, counters)
+        return _batch.derived(cast("jax.Array", key), lambda key: _descend(key, counters))
+    return _descend(key, counters)
 
 
 @jax.jit
-def _descended(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
+def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
     words = key_words(key)
     for high, low in counters:
         state = threefry2x32(absorb(words), (jnp.uint32(high), jnp.uint32(low)))
