@@ -44,7 +44,7 @@ def keep_mask(key_words, rate, shape, broadcast_dims=(), start=None, whole=None,
 def uniform(key_words, shape, broadcast_dims=(), start=None, whole=None):
     """The uniform numbers that noise is made of: both digits, in units of 2^-32."""
     numbers = port.uniform_numbers(key_words, 2, shape, broadcast_dims, start, whole)
-    return numbers.astype(np.uint64)
+    return np.broadcast_to(numbers.astype(np.uint64), shape)
 
 
 def keep_indices(key_words, rate, size, groups=1, shape=(), start=None, whole=None):

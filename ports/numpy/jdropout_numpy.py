@@ -147,7 +147,8 @@ def keep_mask(
     """The mask that `dropout` applies: True where an element is kept; see `jdropout.keep_mask`."""
     number, digits = threshold(rate, precision)
     drawn = uniform_numbers(key, digits, shape, broadcast_dims, start, global_shape)
-    return drawn < np.uint64(number)  # which may be 2**32
+    kept = drawn < np.uint64(number)  # which may be 2**32
+    return np.broadcast_to(kept, tuple(shape))
 
 
 def uniform_numbers(
@@ -163,8 +164,8 @@ def uniform_numbers(
     Args:
       key: the words of a key.
       digits: 1 or 2. Noise and subsets are made of numbers of two.
-      shape: shape of the result.
-      broadcast_dims: axes along which the numbers are the same.
+      shape: shape of the numbers.
+      broadcast_dims: axes along which they are the same, which have size 1 in the result.
       start: index of the first element within an array of `global_shape`.
       global_shape: shape of the whole; None for `shape`.
     """
@@ -202,8 +203,7 @@ def uniform_numbers(
     *lead_counts, _, _, column_count = numbers.shape
     numbers = numbers.reshape(*lead_counts, num_groups * _LANES, column_count)
     numbers = numbers[..., phase : phase + counts[rows], :]
-    numbers = numbers.reshape([1 if w == 1 else n for w, n in zip(whole, shape, strict=True)])
-    return np.broadcast_to(numbers, tuple(shape))
+    return numbers.reshape([1 if w == 1 else n for w, n in zip(whole, shape, strict=True)])
 
 
 # --- dropout ------------------------------------------------------------------------------
