@@ -1,6 +1,6 @@
 """The port's known answers, and its numbers against the library's.
 
-Run by `pip install torch` and `pytest tests/ports -m ports`.
+Run by `pip install -e ".[test,ports]"` and `pytest tests/ports -m ports`.
 """
 
 import jax
