@@ -10,36 +10,81 @@ import law_twin
 import numpy as np
 
 CASES = [
-    # key words, rate, precision, shape, broadcast_dims, start, global_shape
-    ([0, 0], 0.5, None, [8, 16], [], None, None),
-    ([0, 42], 0.1, None, [33, 31], [], None, None),
-    ([0, 42], 0.1, 32, [33, 31], [], None, None),
-    ([0xFFFFFFFF, 0xFFFFFFFF], 0.25, None, [197], [], None, None),
-    ([0x13198A2E, 0x03707344], 0.3, None, [2, 3, 5, 7], [], None, None),
-    ([0x13198A2E, 0x03707344], 0.3, None, [2, 3, 5, 7], [1, -2], None, None),
-    ([1, 2, 3, 4], 0.6, None, [12, 10], [], None, None),
-    ([1, 2], 1e-4, None, [256, 128], [], None, None),
-    ([1, 2], 0.9, None, [1, 40, 1, 6], [], None, None),
-    ([1, 2], 0.5, None, [], [], None, None),
-    ([7, 9], 0.5, None, [3, 5], [], [2**20 - 4, 2**20 - 6], [2**20, 2**20]),
-    ([7, 9], 0.5, None, [6, 8], [], [2**18 + 3, 2**17 + 1], [2**19, 2**18]),
-    ([7, 9], 0.2, None, [2, 5, 4], [], [511, 8187, 16380], [1024, 8192, 16384]),
-    ([7, 9], 0.2, None, [64], [], [2**34 + 5], [2**35]),
+    # what it checks, key words, rate, precision, shape, broadcast_dims, start, global_shape
+    ("one digit, whole blocks", [0, 0], 0.5, None, [8, 16], [], None, None),
+    ("a last block that is not full", [0, 42], 0.1, None, [33, 31], [], None, None),
+    ("two digits", [0, 42], 0.1, 32, [33, 31], [], None, None),
+    ("one axis", [0xFFFFFFFF, 0xFFFFFFFF], 0.25, None, [197], [], None, None),
+    ("leading axes", [0x13198A2E, 0x03707344], 0.3, None, [2, 3, 5, 7], [], None, None),
+    ("shared axes", [0x13198A2E, 0x03707344], 0.3, None, [2, 3, 5, 7], [1, -2], None, None),
+    ("a key of four words", [1, 2, 3, 4], 0.6, None, [12, 10], [], None, None),
+    ("a very small rate", [1, 2], 1e-4, None, [256, 128], [], None, None),
+    ("axes of size 1", [1, 2], 0.9, None, [1, 40, 1, 6], [], None, None),
+    ("no axes", [1, 2], 0.5, None, [], [], None, None),
+    (
+        "a start whose positions need 39 bits",
+        [7, 9],
+        0.5,
+        None,
+        [3, 5],
+        [],
+        [2**20 - 4, 2**20 - 6],
+        [2**20, 2**20],
+    ),
+    (
+        "a start in the middle of a block",
+        [7, 9],
+        0.5,
+        None,
+        [6, 8],
+        [],
+        [2**18 + 3, 2**17 + 1],
+        [2**19, 2**18],
+    ),
+    (
+        "a start on three axes",
+        [7, 9],
+        0.2,
+        None,
+        [2, 5, 4],
+        [],
+        [511, 8187, 16380],
+        [1024, 8192, 16384],
+    ),
+    ("an index beyond 32 bits on one axis", [7, 9], 0.2, None, [64], [], [2**34 + 5], [2**35]),
 ]
 
 SUBSETS = [
-    # key words, rate, size, groups, shape, start, global_shape
-    ([0, 0], 0.5, 16, 1, [], None, None),
-    ([0, 42], 0.4, 32, 1, [], None, None),
-    ([0, 42], 0.4, 32, 8, [], None, None),
-    ([0xFFFFFFFF, 0xFFFFFFFF], 0.1, 12, 1, [3], None, None),
-    ([0x13198A2E, 0x03707344], 0.25, 10, 5, [2, 4], None, None),  # 1.5 of 2
-    ([0x13198A2E, 0x03707344], 0.5, 10, 2, [2], None, None),  # 2.5 of 5
-    ([1, 2, 3, 4], 0.7, 21, 3, [5], None, None),
-    ([1, 2], 0.95, 10, 1, [4], None, None),  # 0.5 of 10
-    ([1, 2], 1.0, 9, 3, [], None, None),
-    ([7, 9], 0.5, 8, 2, [2], [2**20 + 1, 2**18 - 8], [2**21, 2**18]),
-    ([7, 9], 0.3, 16, 1, [], [2**34], [2**35]),
+    # what it checks, key words, rate, size, groups, shape, start, global_shape
+    ("one group", [0, 0], 0.5, 16, 1, [], None, None),
+    ("a fractional count, rounded", [0, 42], 0.4, 32, 1, [], None, None),
+    ("eight groups", [0, 42], 0.4, 32, 8, [], None, None),
+    ("a row of subsets", [0xFFFFFFFF, 0xFFFFFFFF], 0.1, 12, 1, [3], None, None),
+    ("1.5 of 2 are kept: to even", [0x13198A2E, 0x03707344], 0.25, 10, 5, [2, 4], None, None),
+    ("2.5 of 5 are kept: to even", [0x13198A2E, 0x03707344], 0.5, 10, 2, [2], None, None),
+    ("a key of four words", [1, 2, 3, 4], 0.7, 21, 3, [5], None, None),
+    ("0.5 of 10 at a rate that no double equals", [1, 2], 0.95, 10, 1, [4], None, None),
+    ("at least one is kept", [1, 2], 1.0, 9, 3, [], None, None),
+    ("a start", [7, 9], 0.5, 8, 2, [2], [2**20 + 1, 2**18 - 8], [2**21, 2**18]),
+    ("an index beyond 32 bits", [7, 9], 0.3, 16, 1, [], [2**34], [2**35]),
+]
+
+THRESHOLDS = [
+    # what it checks, rate, precision
+    ("nothing is dropped", 0.0, None),
+    ("everything is dropped", 1.0, None),
+    ("a rate that is exact", 0.5, None),
+    ("a threshold that is rounded down", 0.1, None),
+    ("a threshold that is rounded up", 0.2, None),
+    ("16 bits miss by less than 0.1 %", 0.0079, None),
+    ("16 bits miss by more than 0.1 %", 0.0078, None),
+    ("two digits on request", 0.1, 32),
+    ("one digit on request", 1e-4, 16),
+    ("a tie of one digit: up to even", 2**-17, 16),
+    ("a tie of one digit: down to even", 3 * 2**-17, 16),
+    ("a tie of two digits: up to even", 2**-33, None),
+    ("a tie of two digits: down to even", 3 * 2**-33, 32),
+    ("almost everything is dropped", 1 - 2**-20, None),
 ]
 
 ROOTS = [
@@ -74,8 +119,10 @@ POINTS = [
 def main() -> None:
     masks = (
         "mask: hex of the bits in row-major order, 1 = kept, the first element in the highest "
-        "bit of the first byte, zeros at the end"
+        "bit of the first byte, zeros at the end; first_numbers: those of the first 8 elements"
     )
+    thresholds = "rate: a double, of which the decimal digits are the shortest"
+    write("golden_thresholds.json", thresholds, [threshold_vector(*case) for case in THRESHOLDS])
     write("golden_masks.json", masks, [mask_vector(*case) for case in CASES])
     subsets = "indices: of the kept elements, an array of shape (*shape, kept)"
     write("golden_subsets.json", subsets, [subset_vector(*case) for case in SUBSETS])
@@ -85,9 +132,10 @@ def main() -> None:
     )
 
 
-def subset_vector(words, rate, size, groups, shape, start, whole) -> dict:
+def subset_vector(checks, words, rate, size, groups, shape, start, whole) -> dict:
     indices = law_twin.keep_indices(words, rate, size, groups, shape, start, whole)
     return {
+        "checks": checks,
         "key_words": in_hex(words),
         "rate": rate,
         "size": size,
@@ -99,10 +147,24 @@ def subset_vector(words, rate, size, groups, shape, start, whole) -> dict:
     }
 
 
-def mask_vector(words, rate, precision, shape, broadcast_dims, start, whole) -> dict:
+def threshold_vector(checks, rate, precision) -> dict:
+    number, digits = law_twin.threshold(rate, precision)
+    return {
+        "checks": checks,
+        "rate": rate,
+        "precision": precision,
+        "threshold": number,
+        "digits": digits,
+    }
+
+
+def mask_vector(checks, words, rate, precision, shape, broadcast_dims, start, whole) -> dict:
     mask = law_twin.keep_mask(words, rate, shape, broadcast_dims, start, whole, precision)
     t, digits = law_twin.threshold(rate, precision)
+    numbers = law_twin.port.uniform_numbers(words, digits, shape, broadcast_dims, start, whole)
+    numbers = np.broadcast_to(numbers, shape)
     return {
+        "checks": checks,
         "key_words": in_hex(words),
         "rate": rate,
         "precision": precision,
@@ -112,6 +174,8 @@ def mask_vector(words, rate, precision, shape, broadcast_dims, start, whole) -> 
         "broadcast_dims": broadcast_dims,
         "start": start,
         "global_shape": whole,
+        "mask_keys": [in_hex(law_twin.port.mask_key(words, digit)) for digit in range(digits)],
+        "first_numbers": numbers.reshape(-1)[:8].tolist(),
         "mask": np.packbits(mask.reshape(-1)).tobytes().hex(),
     }
 

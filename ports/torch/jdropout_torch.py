@@ -1,4 +1,4 @@
-"""jdropout's masks in PyTorch, bit for bit: copy this file into your project.
+"""jdropout's masks, keys and subsets in PyTorch, bit for bit: copy this file into your project.
 
     key = site_key((0, 42), step=7, site="encoder")    # (0, 42) are the words of jax.random.key(42)
     y = dropout(key, x, 0.1, training=model.training)
@@ -26,51 +26,8 @@ _MASK_TAG, _INDEX_TAG, _WORDS_TAG = 0x6A64726F, 0x6A646978, 0x6A647764
 _LANES = 4
 
 
-# --- keys ---------------------------------------------------------------------------------
-
-
-def site_key(root: Key, *, step: int, site: str | int | Sequence, microbatch: int = 0) -> Key:
-    """The key of a site in a microbatch of a step; see `jdropout.keys.site_key`."""
-    key = _child(root, (0x80000000 | step >> 32, step & _WORD))
-    return at_site(_child(key, (_INDEX_TAG, microbatch)), site)
-
-
-def at_site(key: Key, site: str | int | Sequence) -> Key:
-    """The key at a path of names and indices below a key; see `jdropout.keys.at_site`."""
-    for part in [site] if isinstance(site, str | int) else site:
-        key = _child(key, _name_counter(part) if isinstance(part, str) else (_INDEX_TAG, part))
-    return key
-
-
-def _name_counter(name: str) -> tuple[int, int]:
-    digest = hashlib.sha256(name.encode("utf-8")).digest()
-    words = [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)]
-    pairs = zip(words[::2], words[1::2], strict=True)
-    reserved = (0, _MASK_TAG, _INDEX_TAG, _WORDS_TAG)
-    return next(pair for pair in pairs if pair[0] not in reserved)
-
-
-def _child(key: Key, counter: tuple[int, int]) -> Key:
-    state = _threefry2x32(_absorbed(key), counter)
-    words = [*state]
-    for number in range(1, (len(key) + 1) // 2):
-        words += _threefry2x32(state, (_WORDS_TAG, number))
-    return tuple(words[: len(key)])
-
-
-def _absorbed(key: Key) -> tuple[int, int]:
-    words = [int(word) for word in key]
-    if len(words) == 2:
-        return words[0], words[1]
-    state: Words = (_MASK_TAG, len(words))
-    words += [0] * (len(words) % 2)
-    for pair in zip(words[::2], words[1::2], strict=True):
-        state = _threefry2x32(state, pair)
-    return state
-
-
-def _threefry2x32(key: Words, counter: Words) -> Words:
-    """Threefry-2x32-20, of integers or of int64 tensors that hold 32-bit words."""
+def threefry2x32(key: Words, counter: Words) -> Words:
+    """The cipher, Threefry-2x32-20; words are integers or int64 tensors of 32-bit words."""
     schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
     x0, x1 = (counter[0] + schedule[0]) & _WORD, (counter[1] + schedule[1]) & _WORD
     for step in range(20):
@@ -84,30 +41,90 @@ def _threefry2x32(key: Words, counter: Words) -> Words:
     return x0, x1
 
 
+# --- keys ---------------------------------------------------------------------------------
+
+
+def site_key(root: Key, *, step: int, site: str | int | Sequence, microbatch: int = 0) -> Key:
+    """The key of a site in a microbatch of a step; see `jdropout.keys.site_key`."""
+    key = child_key(root, (0x80000000 | step >> 32, step & _WORD))
+    return at_site(child_key(key, (_INDEX_TAG, microbatch)), site)
+
+
+def at_site(key: Key, site: str | int | Sequence) -> Key:
+    """The key at a path of names and indices below a key; see `jdropout.keys.at_site`."""
+    for part in [site] if isinstance(site, str | int) else site:
+        key = child_key(key, name_counter(part) if isinstance(part, str) else (_INDEX_TAG, part))
+    return key
+
+
+def name_counter(name: str) -> tuple[int, int]:
+    """The counter of a name: step 4 of the key law."""
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    words = [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)]
+    pairs = zip(words[::2], words[1::2], strict=True)
+    reserved = (0, _MASK_TAG, _INDEX_TAG, _WORDS_TAG)
+    return next(pair for pair in pairs if pair[0] not in reserved)
+
+
+def fold_in(key: Key, number: int) -> Key:
+    """`jax.random.fold_in(key, number)` for the two words of a Threefry key.
+
+    It is also ``jax.random.split(key, n)[number]``, and, if `key` is the key of a random stream of
+    Flax nnx, the key of its call number `number`.
+    """
+    first, second = key
+    return threefry2x32((first, second), (0, number))
+
+
+def child_key(key: Key, counter: tuple[int, int]) -> Key:
+    """The key one level below a key: step 1 of the key law."""
+    state = threefry2x32(_absorbed(key), counter)
+    words = [*state]
+    for number in range(1, (len(key) + 1) // 2):
+        words += threefry2x32(state, (_WORDS_TAG, number))
+    return tuple(words[: len(key)])
+
+
+def _absorbed(key: Key) -> tuple[int, int]:
+    words = [int(word) for word in key]
+    if len(words) == 2:
+        return words[0], words[1]
+    state: Words = (_MASK_TAG, len(words))
+    words += [0] * (len(words) % 2)
+    for pair in zip(words[::2], words[1::2], strict=True):
+        state = threefry2x32(state, pair)
+    return state
+
+
 # --- masks --------------------------------------------------------------------------------
 
 
-def effective_rate(rate: float, *, precision: int | None = None) -> float:
-    """The drop probability that the mask has: the rate, rounded to 16 or 32 bits."""
-    return float(1 - _keep_probability(*_threshold(rate, precision)))
+def mask_key(key: Key, digit: int) -> Key:
+    """The key under which the blocks of a digit are hashed: step 6 of the mask law."""
+    return threefry2x32(_absorbed(key), (_MASK_TAG, 1 << 16 | digit))
 
 
-def _threshold(rate: float, precision: int | None) -> tuple[int, int]:
+def threshold(rate: float, precision: int | None = None) -> tuple[int, int]:
     """The integer that numbers are compared with, and how many digits of 16 bits these have."""
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}. It is the probability of dropping.")
     if precision not in (None, 16, 32):
         raise ValueError(f"precision must be None, 16 or 32, got {precision}. None chooses.")
     keep = 1 - Fraction(float(rate))
-    one_digit = round(keep * 2**16)
+    one_digit = round(keep * 2**16)  # of a fraction: exact, ties to even
     miss = abs(Fraction(one_digit, 2**16) - keep)
     if precision == 16 or (precision is None and miss * 1000 <= Fraction(float(rate))):
         return one_digit, 1
     return round(keep * 2**32), 2
 
 
-def _keep_probability(threshold: int, digits: int) -> Fraction:
-    return Fraction(threshold, 2 ** (16 * digits))
+def effective_rate(rate: float, *, precision: int | None = None) -> float:
+    """The drop probability that the mask has: the rate, rounded to 16 or 32 bits."""
+    return float(1 - _keep_probability(*threshold(rate, precision)))
+
+
+def _keep_probability(number: int, digits: int) -> Fraction:
+    return Fraction(number, 2 ** (16 * digits))
 
 
 def keep_mask(
@@ -122,21 +139,31 @@ def keep_mask(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The mask that `dropout` applies: True where an element is kept; see `jdropout.keep_mask`."""
-    threshold, digits = _threshold(rate, precision)
-    numbers = _numbers(key, digits, shape, broadcast_dims, start, global_shape, device)
-    return (numbers < threshold).expand(tuple(shape))
+    number, digits = threshold(rate, precision)
+    drawn = uniform_numbers(key, digits, shape, broadcast_dims, start, global_shape, device)
+    return (drawn < number).expand(tuple(shape))
 
 
-def _numbers(
+def uniform_numbers(
     key: Key,
     digits: int,
     shape: Sequence[int],
-    broadcast_dims: Sequence[int],
-    start: Sequence[int] | None,
-    global_shape: Sequence[int] | None,
-    device: torch.device | str | None,
+    broadcast_dims: Sequence[int] = (),
+    start: Sequence[int] | None = None,
+    global_shape: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Numbers of so many digits, with size 1 on the axes that share a mask."""
+    """The uniform numbers that a mask compares: int64, of one digit of 16 bits or of two.
+
+    Args:
+      key: the words of a key.
+      digits: 1 or 2. Noise and subsets are made of numbers of two.
+      shape: shape of the numbers.
+      broadcast_dims: axes along which they are the same, which have size 1 in the result.
+      start: index of the first element within an array of `global_shape`.
+      global_shape: shape of the whole; None for `shape`.
+      device: device to make them on.
+    """
     shared = {axis % len(shape) for axis in broadcast_dims}
     whole = [
         1 if axis in shared else size
@@ -166,12 +193,11 @@ def _numbers(
 
     numbers = torch.zeros((), dtype=torch.int64, device=device)
     for digit in range(digits):
-        mask_key = _threefry2x32(_absorbed(key), (_MASK_TAG, 1 << 16 | digit))
-        block = _threefry2x32(mask_key, (index >> 32 & _WORD, index & _WORD))
+        block = threefry2x32(mask_key(key, digit), (index >> 32 & _WORD, index & _WORD))
         lanes = [block[0] & 0xFFFF, block[0] >> 16, block[1] & 0xFFFF, block[1] >> 16]
         numbers = numbers << 16 | torch.stack(lanes, rows + 1)
     numbers = numbers.flatten(rows, rows + 1).narrow(rows, phase, counts[rows])
-    return numbers.reshape([1 if size == 1 else n for size, n in zip(whole, shape, strict=True)])
+    return numbers.reshape([1 if w == 1 else n for w, n in zip(whole, shape, strict=True)])
 
 
 # --- dropout ------------------------------------------------------------------------------
@@ -192,8 +218,8 @@ def dropout(
 
     The backward pass makes the mask again: nothing is stored but the key.
     """
-    threshold, digits = _threshold(rate, precision)
-    if not training or threshold == 2 ** (16 * digits):
+    number, digits = threshold(rate, precision)
+    if not training or number == 2 ** (16 * digits):
         return x
     if key is None:
         raise ValueError("key is missing. Pass the words of a key, such as (0, 42).")
@@ -225,8 +251,52 @@ def _masked_scale(x: Tensor, key: Key, rate: float, place: tuple) -> Tensor:
         precision=precision,
         device=x.device,
     )
-    kept = _keep_probability(*_threshold(rate, precision))
-    # The factor is rounded to float32 once, and the product to x's dtype.
+    kept = _keep_probability(*threshold(rate, precision))
+    # The factor is rounded once, to float32 or wider, and the product to x's dtype.
     wide = torch.promote_types(x.dtype, torch.float32)
     factor = torch.tensor(float(1 / kept) if kept else 1.0, dtype=wide, device=x.device)
     return torch.where(keep, x.to(wide) * factor, 0).to(x.dtype)
+
+
+# --- subsets ------------------------------------------------------------------------------
+
+
+def keep_indices(
+    key: Key | None,
+    rate: float,
+    size: int,
+    *,
+    groups: int = 1,
+    shape: Sequence[int] = (),
+    start: Sequence[int] | None = None,
+    global_shape: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The indices of a random subset of exact size, in order; see `jdropout.keep_indices`.
+
+    They are int64, as PyTorch's own indices.
+    """
+    if groups < 1 or size % groups:
+        raise ValueError(f"groups must divide the {size} elements to choose from, got {groups}.")
+    group_size = size // groups
+    if start is not None and start[-1] % group_size:
+        raise ValueError(f"start must be the beginning of a group of {group_size} elements.")
+    count = kept_count(group_size, rate)
+    if count == group_size:
+        return torch.arange(size, device=device).expand(*shape, size)
+    if key is None:
+        raise ValueError("key is missing. Pass the words of a key, such as (0, 42).")
+    numbers = uniform_numbers(key, 2, (*shape, size), (), start, global_shape, device)
+    numbers = numbers.reshape(*shape, groups, group_size)
+    order = torch.sort(numbers, dim=-1, stable=True).indices  # of equal numbers the first is kept
+    first = torch.arange(0, size, group_size, device=device)
+    kept = order[..., :count].sort(dim=-1).values + first[:, None]
+    return kept.reshape(*shape, groups * count)
+
+
+def kept_count(group_size: int, rate: float) -> int:
+    """How many elements of a group are kept: step 2 of the subset law."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must be in [0, 1], got {rate}. It is the fraction to drop.")
+    # The double closest to 0.95 is less, so that 10 * (1 - 0.95) is above 0.5.
+    return max(1, round(round(group_size * (1 - Fraction(float(rate))), 6)))

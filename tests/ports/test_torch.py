@@ -1,14 +1,12 @@
 """The port's known answers, and its numbers against the library's.
 
-Run by `pip install torch` and `pytest tests/ports -m ports`.
+Run by `pip install -e ".[test,ports]"` and `pytest tests/ports -m ports`.
 """
-
-import importlib.util
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
+import known_answers
+import law_twin
 import numpy as np
 import pytest
 
@@ -16,7 +14,6 @@ import jdropout
 
 pytestmark = pytest.mark.ports
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 KEY = (0, 42)  # the words of jax.random.key(42)
 
 
@@ -27,36 +24,12 @@ def torch():
 
 @pytest.fixture(scope="module")
 def port(torch):
-    path = ROOT / "ports" / "torch" / "jdropout_torch.py"
-    spec = importlib.util.spec_from_file_location("jdropout_torch", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return law_twin.load_port("torch/jdropout_torch.py")
 
 
-def vectors(name):
-    return json.loads((ROOT / "tests" / "data" / name).read_text())["vectors"]
-
-
-def words(hexadecimal):
-    return tuple(int(word, 16) for word in hexadecimal)
-
-
-@pytest.mark.parametrize("vector", vectors("golden_masks.json"), ids=lambda v: str(v["shape"]))
-def test_golden_masks_are_reproduced(vector, port):
-    names = ("broadcast_dims", "start", "global_shape", "precision")
-    options = {name: vector[name] for name in names}
-    key = words(vector["key_words"])
-    mask = port.keep_mask(key, vector["rate"], vector["shape"], **options)
-    assert np.packbits(mask.numpy().reshape(-1)).tobytes().hex() == vector["mask"]
-
-
-def test_golden_keys_are_reproduced(port):
-    for vector in vectors("golden_keys.json"):
-        step, microbatch = int(vector["step"], 16), vector["microbatch"]
-        root = words(vector["root_words"])
-        key = port.site_key(root, step=step, site=vector["site"], microbatch=microbatch)
-        assert key == words(vector["key_words"])
+@pytest.mark.parametrize("step", known_answers.STEPS, ids=lambda step: step.__name__)
+def test_known_answers(step, port):
+    step(port)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -108,3 +81,10 @@ def test_evaluation_and_ends_of_the_rate(torch, port):
     for arguments, message in (((KEY, x, 1.5), "rate must be"), ((None, x, 0.3), "key is missing")):
         with pytest.raises(ValueError, match=message):
             port.dropout(*arguments)
+
+
+def test_of_equal_numbers_the_first_are_kept(torch, port, monkeypatch):
+    equal = torch.zeros(2, 200, dtype=torch.int64)
+    monkeypatch.setattr(port, "uniform_numbers", lambda *arguments: equal)
+    indices = port.keep_indices(KEY, 0.5, 200, groups=2, shape=(2,))
+    assert indices.tolist() == [[*range(50), *range(100, 150)]] * 2
