@@ -95,7 +95,7 @@ def first_difference(a: Recording, b: Recording) -> Difference | None:
             f"{'a' if a.steps else 'b'} is a recording of a training and the other one is not. "
             "Compare recordings that were both made by record_training, or both by record."
         )
-    return _of_programs(a, b, a._fingerprints, b._fingerprints, None, 0)
+    return _of_programs(a, b, a._fingerprints, b._fingerprints, None, (0, 0))
 
 
 def _of_trainings(a: Recording, b: Recording) -> Difference | None:
@@ -119,9 +119,9 @@ def _of_trainings(a: Recording, b: Recording) -> Difference | None:
                 description=f"{name} differs before step {step}\n{before}",
             )
         if step < steps and all(step % n == 0 for n in every):
-            own = [row[len(state) :] for row in rows]
-            indices = [step // n for n in every]
-            if found := _of_programs(a, b, *own, step, *indices):
+            own_a, own_b = (row[len(state) :] for row in rows)
+            kept = (step // every[0], step // every[1])
+            if found := _of_programs(a, b, own_a, own_b, step, kept):
                 return found
     if a._about["steps"] != b._about["steps"]:
         return _structural(
@@ -141,10 +141,9 @@ def _of_programs(
     rows_a: np.ndarray,
     rows_b: np.ndarray,
     step: int | None,
-    index_a: int = 0,
-    index_b: int | None = None,
+    kept: tuple[int, int],
 ) -> Difference | None:
-    """Compares two runs; the indices number the kept values of a training's steps."""
+    """Compares two runs; ``kept`` are the numbers of their steps among those with values."""
     aligned = _align(a._program, b._program)
     differs = rows_a[aligned.rows_a] != rows_b[aligned.rows_b]
     if not differs.any():
@@ -155,19 +154,16 @@ def _of_programs(
     values = None
     if a._values and b._values and spot.value >= 0:
         other = b._program.find(row_b, rows_b)
-        kept_a = a._values[index_a]
-        kept_b = b._values[index_a if index_b is None else index_b]
-        if kept_a is not None and kept_b is not None:
-            values = tuple(
-                kept[place.value][tuple(number for _, number in _arrays(place))]
-                for kept, place in ((kept_a, spot), (kept_b, other))
-            )
+        values = (
+            a._values[kept[0]][spot.value][_index(spot)],
+            b._values[kept[1]][other.value][_index(other)],
+        )
     return _describe(a._program, spot, (rows_a[row_a], rows_b[row_b]), step, values)
 
 
-def _arrays(spot: Spot) -> Iterator[tuple[Equation, int]]:
-    """The loops and devices around a value, each of which gave it an axis."""
-    return ((equation, number) for equation, number in spot.inside if equation.kind != "cond")
+def _index(spot: Spot) -> tuple[int, ...]:
+    """The index of a value among those of all iterations and devices."""
+    return tuple(number for equation, number in spot.inside if equation.kind != "cond")
 
 
 def _describe(

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdropout import _jaxprs
-from jdropout.testing._fingerprint import fingerprint, has_fingerprint, plain
+from jdropout.testing._fingerprint import fingerprints, has_fingerprint, plain
 from jdropout.testing._program import Block, Equation, Program
 from jdropout.testing._tracing import inlined
 
@@ -31,9 +31,9 @@ def probe(
     """
 
     def run(
-        constants: Sequence[Any], arguments: Sequence[Any]
+        on: jax.Array, constants: Sequence[Any], arguments: Sequence[Any]
     ) -> tuple[list[Any], jax.Array, list[jax.Array]]:
-        prober = _Prober(keep_values, tap)
+        prober = _Prober(on, keep_values, tap)
         taken = prober.taken()
         arguments = [taken.add(x, -1, i, ()) for i, x in enumerate(map(jnp.asarray, arguments))]
         constants = [taken.add(x, -2, i, ()) for i, x in enumerate(map(jnp.asarray, constants))]
@@ -50,6 +50,10 @@ def probe(
     return run
 
 
+_TOGETHER = 16
+"""So many values are in memory until their fingerprints are taken."""
+
+
 class _Probes(NamedTuple):
     """What was taken in a block."""
 
@@ -64,6 +68,8 @@ class _Taken:
     def __init__(self, prober: "_Prober") -> None:
         self.prober = prober
         self.rows: list[jax.Array] = []
+        self.pending: list[jax.Array] = []
+        """Outputs whose fingerprints are not yet taken."""
         self.values: list[jax.Array] = []
 
     def add(self, x: Any, equation: int, output: int, place: tuple[Any, ...]) -> Any:
@@ -71,32 +77,56 @@ class _Taken:
             return x
         if self.prober.tap is not None:
             x = self.prober.tap(x, equation, output, place)
-        self.rows.append((fingerprint(x) + self.prober.zero)[None])
+        self.pending.append(x)
+        if len(self.pending) == _TOGETHER:
+            self.flush()
         if self.prober.keep_values:
             self.values.append(plain(x))
         return x
 
+    def flush(self) -> None:
+        if self.pending:
+            self.rows.append(self.prober.fingerprints(self.pending))
+        self.pending = []
+
     def count(self, number: jax.Array) -> None:
         """A row that holds a number itself."""
+        self.flush()
         low = number.astype(jnp.uint32) + self.prober.zero
         self.rows.append(jnp.stack([low, jnp.zeros_like(low)])[None])
 
     def extend(self, probes: _Probes) -> None:
+        self.flush()
         self.rows.append(probes.rows)
         self.values += probes.values
 
     def all(self) -> _Probes:
+        self.flush()
         rows = jnp.concatenate(self.rows) if self.rows else jnp.zeros((0, 2), jnp.uint32)
         return _Probes(rows, self.values)
 
 
 class _Prober:
-    def __init__(self, keep_values: bool, tap: Tap | None) -> None:
+    def __init__(self, on: jax.Array, keep_values: bool, tap: Tap | None) -> None:
+        self.on = on
         self.keep_values = keep_values
         self.tap = tap
         # In a shard_map, a zero of every device: what is added to it may differ between devices,
         # whatever it was made from, as the carries and branches there must agree on.
         self.zero: Any = jnp.uint32(0)
+
+    def fingerprints(self, values: list[jax.Array]) -> jax.Array:
+        """Takes the fingerprints in a conditional, into which XLA cannot fuse the values.
+
+        Otherwise it would compute every value again for its fingerprint, from the last one that is
+        in memory: the rounds of Threefry up to 300 times, which took four times as long to compile.
+        """
+        return lax.cond(
+            self.on,
+            lambda own: fingerprints(own) + self.zero,
+            lambda own: jnp.zeros((len(own), 2), jnp.uint32) + self.zero,
+            values,
+        )
 
     def taken(self) -> _Taken:
         return _Taken(self)

@@ -159,7 +159,7 @@ class Recorder:
 
     def __call__(self, leaves: Sequence[Any]) -> tuple[list[Any], np.ndarray, list[np.ndarray]]:
         """Returns the outputs, the fingerprints and the values, the latter two on the host."""
-        outputs, rows, values = self._run(self._constants, leaves)
+        outputs, rows, values = self._run(True, self._constants, leaves)
         return outputs, as_64_bits(rows), [np.asarray(x) for x in values]
 
 

@@ -43,12 +43,12 @@ def source_of(equation: Any, body: Any, outer: Source) -> Source:
     frames = list(_frames(equation, body))
     own = next((frame for frame in frames if not _is_library(frame.file)), None)
     if own is None and outer.location:
-        own_words = (outer.location, outer.function, outer.text)
+        words = (outer.location, outer.function, outer.text)
     else:
         own = own or next(iter(frames), None)
-        own_words = ("", "", "") if own is None else _words(own)
+        words = ("", "", "") if own is None else _words(own)
     library = _name(frames[0]) if frames and _is_library(frames[0].file) else ""
-    return Source(*own_words, library=library, path=path, backward=backward)
+    return Source(*words, library=library, path=path, backward=backward)
 
 
 def _frames(equation: Any, body: Any) -> Iterator[Frame]:

@@ -27,8 +27,8 @@ def record_training(
     The training itself is not changed: `step` is called as it is, so compile it as usual. Before
     every `every`-th call, a second program, compiled once, repeats the step and takes the
     fingerprints, as `record` does. `first_difference` of two such recordings finds the first step
-    whose result differs, and the equation in it if the step was recorded. It is cheapest to begin with a large
-    `every`, and to record again with the one that the difference names.
+    whose result differs, and the equation in it if the step was recorded. It is cheapest to begin
+    with a large `every`, and to record again with the one that the difference names.
 
     Args:
       step: function of state and batch that returns the next state, or a tuple of the next state
@@ -78,7 +78,7 @@ class _Training:
         self.every = every
         self.keep_values = values
         self.max_iterations = max_iterations
-        self.structure = jax.tree.structure(state)
+        self.structure: Any = jax.tree.structure(state)
         self.traced: Any = None
         self.recorder: Any = None
         self.of_state = jax.jit(lambda leaves: jnp.stack([fingerprint(x) for x in leaves]))
@@ -140,11 +140,9 @@ class _Training:
         result = self.step(self.state, batch)
         if result is None:  # it changed the modules
             return
-        if jax.tree.structure(result) == self.structure:
+        if self.is_state(result):
             self.state = result
-        elif (
-            isinstance(result, tuple) and result and jax.tree.structure(result[0]) == self.structure
-        ):
+        elif isinstance(result, tuple) and result and self.is_state(result[0]):
             self.state = result[0]
         else:
             raise ValueError(
@@ -152,6 +150,9 @@ class _Training:
                 f"{jax.tree.structure(result)} for a state {self.structure}. Return (state, loss), "
                 "for example."
             )
+
+    def is_state(self, tree: Any) -> bool:
+        return bool(self.structure == jax.tree.structure(tree))
 
 
 def _type(leaf: Any) -> str:
