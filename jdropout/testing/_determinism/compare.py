@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdropout._jaxprs import bodies_of
 from jdropout.testing._determinism.rules import Complaint
 from jdropout.testing._determinism.trace import Operation, Traced
 
@@ -63,27 +64,28 @@ def differences(first: Traced, again: Callable[[], Traced]) -> Found:
 def other_precision(first: Traced, again: Callable[[], Traced]) -> Found:
     """What changes if ``jax_enable_x64`` is switched over."""
     on = jnp.result_type(float) == jnp.float64
-    message = f"jax_enable_x64 is {'on' if on else 'off'} here, and changes "
+    message = f"jax_enable_x64 is {'on' if on else 'off'} here, and switching it"
     try:
         with jax.enable_x64(not on):
             other = again()
     except Exception as error:
-        message += f"so much that the function cannot be traced: {error!r:.80}"
+        message += f" makes the function fail: {error!r:.80}"
         yield Complaint("x64", ("settings",), message), None
         return
     ours, theirs = _widths(first), _widths(other)
+    complaint = Complaint("x64", ("settings",), f"{message} changes dtypes or random numbers.")
+    lines = set()
     for key, (operation, widths) in ours.items():
-        if key not in theirs or theirs[key][1] == widths:
-            continue
-        what = "which numbers are drawn" if operation.name == "random_bits" else "the dtype"
-        yield Complaint("x64", ("settings",), f"{message}{what}."), operation
+        if key in theirs and theirs[key][1] != widths and key[:2] not in lines:
+            lines.add(key[:2])  # one operation stands for its line
+            yield complaint, operation
 
 
 def _widths(traced: Traced) -> dict[Any, tuple[Operation, Counter[str]]]:
     """The floating-point types on each line, and the widths of random bits."""
     found: dict[Any, tuple[Operation, Counter[str]]] = {}
     for operation in traced.operations:
-        if operation.name == "convert_element_type":
+        if operation.name == "convert_element_type" or any(bodies_of(operation.equation)):
             continue
         widths = [
             str(atom.aval.dtype)

@@ -142,7 +142,11 @@ def _of_kernel_choice(name: str, environment: Environment) -> Iterator[Complaint
     kind = kinds.get(name, "attention" if "attention" in name else "product")
     if environment.autotuning:
         message = f"XLA times several kernels for the {kind} and takes the fastest"
-        message += "" if environment.excludes_nondeterministic else ", which may be one that adds atomically"
+        message += (
+            ""
+            if environment.excludes_nondeterministic
+            else ", which may be one that adds atomically"
+        )
         between = environment.autotuning
         if not environment.excludes_nondeterministic and kind in ("convolution", "attention"):
             between = ("runs", "machines")
