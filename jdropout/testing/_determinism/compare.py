@@ -21,6 +21,7 @@ Found = Iterator[tuple[Complaint, Operation | None]]
 
 _STATE = "two traces of the function differ, so something other than its arguments decides: "
 _STATE += "a clock, a counter, or a generator of random numbers of Python or NumPy."
+_BY_ITSELF = Complaint("python-state", ("runs", "machines"), _STATE)
 _ORDER = "the program depends on the order in which a folder's files are listed, which is any."
 _TIME = "the program depends on the time when it is traced."
 _PROCESS = "the program depends on jax.process_index()."
@@ -42,15 +43,17 @@ def differences(first: Traced, again: Callable[[], Traced]) -> Found:
             unchanged = False
     if unchanged:
         return
-    second = again()
-    yield from _differing(Complaint("python-state", ("runs", "machines"), _STATE), first, second)
-    steady = _signatures(first) == _signatures(second)
+    # Of every two in a row, since a program may be another one every second time.
+    second, third = again(), again()
+    state = [_differing(_BY_ITSELF, *pair) for pair in ((first, second), (second, third))]
+    found = next(filter(None, map(list, state)), [])
+    yield from found
     causes = (
-        (_other_time, Complaint("python-state", ("runs", "machines"), _TIME)),
+        (_other_time, _BY_ITSELF._replace(message=_TIME)),
         (_other_process, Complaint("process-index", ("machines",), _PROCESS)),
         (_other_order, Complaint("file-order", ("machines",), _ORDER)),
     )
-    for condition, complaint in causes if steady else ():
+    for condition, complaint in () if found else causes:
         with condition():
             try:
                 other = again()
