@@ -159,7 +159,10 @@ class DeterminismReport:
         """
         between = {between} if isinstance(between, str) else set(between)
         if not between or not between <= set(BETWEEN):
-            raise ValueError(f"between must hold some of {BETWEEN}, got {tuple(sorted(between))}.")
+            raise ValueError(
+                f"between must hold some of {BETWEEN}, got {tuple(sorted(between))}. Leave it out "
+                "for all of them."
+            )
         allow = (allow,) if isinstance(allow, str) else allow
         accepted = dict(allow) if isinstance(allow, Mapping) else dict.fromkeys(allow, "*")
         if not set(accepted) <= set(FIXES):
