@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import real_cases
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdropout.testing import check_determinism
@@ -15,7 +15,8 @@ def test_a_draw_that_depends_on_the_number_of_devices_is_located():
 
 
 def test_sums_that_the_partitioner_may_split_need_nccl_to_be_pinned():
-    rows = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, P("data"))
 
     def codes(x, **environment):
         report = check_determinism(jnp.sum, x, platform="cuda", environment=environment)
