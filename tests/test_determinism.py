@@ -38,12 +38,12 @@ def codes(*args, **options):
     return {finding.code for finding in check(*args, **options).findings}
 
 
-def on_devices(function, x=X, **options):
+def on_devices(function, x=X, then=lambda x: x, **options):
     """The function on each device of a mesh, under check."""
     devices = np.array(jax.devices()[:1])
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    return codes(mapped, x, **options)
+    return codes(lambda x: then(mapped(x)), x, **options)
 
 
 @pytest.fixture
@@ -213,7 +213,12 @@ def test_a_key_of_the_device_is_found_where_it_is_made():
     def in_a_branch(key, i):
         return lax.cond(i > 1, lambda key: jax.random.fold_in(key, i), lambda key: key, key)
 
-    for fold in (jax.random.fold_in, jax.jit(jax.random.fold_in), in_a_loop, in_a_branch):
+    def made_in_a_branch(key, i):
+        i = lax.cond(key.size > 1, lambda: jnp.int32(0), lambda: lax.axis_index("data"))
+        return jax.random.fold_in(key, i)
+
+    in_bodies = (in_a_loop, in_a_branch, made_in_a_branch)
+    for fold in (jax.random.fold_in, jax.jit(jax.random.fold_in), *in_bodies):
         assert on_devices(functools.partial(draw, fold=fold)) == {"axis-index-key"}, fold
     assert (
         on_devices(functools.partial(draw, fold=lambda key, i: jax.random.fold_in(key, 1))) == set()
@@ -224,7 +229,11 @@ def test_a_key_of_the_device_is_found_where_it_is_made():
         start = (lax.axis_index("data") * x.shape[0], 0)
         return jdropout.dropout(KEY, x, 0.5, start=start, global_shape=(8, 8))
 
+    def draw_afterwards(x):
+        return jax.random.bits(jax.random.key(x[0, 0].astype(jnp.int32)), (3,), jnp.uint32)
+
     assert on_devices(by_position) == set()
+    assert on_devices(by_position, then=draw_afterwards) == set()
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -425,6 +434,8 @@ def test_a_fingerprint_stands_for_program_and_constants():
 
     assert fingerprint("ab") == fingerprint("ab")
     assert len({fingerprint(order) for order in ("ab", "ba", "aab", "")}) == 4
+    differences = (lambda x, y: x - y, lambda x, y: y - x)
+    assert len({check(each, X, X).fingerprint for each in differences}) == 2
 
 
 @pytest.mark.parametrize(
