@@ -19,16 +19,15 @@ from jdropout._audit.values import (
     Loop,
     Place,
     Value,
-    bodies_of,
     identity_of,
     is_integer,
     is_key,
     known_array,
     may_be_key,
     mesh_axes,
-    open_jaxpr,
     rows_equal,
 )
+from jdropout._jaxprs import bodies_of, manual_axes, open_jaxpr, scan_counts
 from jdropout._record import parse_mark
 
 _UNCHANGED = {"copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier"}
@@ -159,12 +158,7 @@ class _Walker(Places):
     # --- operations with bodies -------------------------------------------------------------
 
     def scan(self, equation: Any, operands: list[Value], context: Context) -> list[Value]:
-        body = open_jaxpr(equation.params["jaxpr"])
-        # Slices have an axis more outside the body. That is how to count them, and the carry: the
-        # parameters with these counts have other names in JAX 0.12.
-        scanned = _count_with_loop_axis(equation.invars, body.invars)
-        carry = len(body.outvars) - _count_with_loop_axis(equation.outvars, body.outvars)
-        constants = len(operands) - carry - scanned
+        constants, carry = scan_counts(equation)
         loop = self.loop("scan", equation.params["length"])
         slices = [self.slice_of(value, loop) for value in operands[constants + carry :]]
         start = operands[constants:][:carry]
@@ -276,9 +270,7 @@ class _Walker(Places):
             self.part_of(value, spec)
             for value, spec in zip(operands, equation.params["in_specs"], strict=True)
         ]
-        # Newer versions of JAX have newly_manual_axes.
-        names = [equation.params.get(f"{name}manual_axes", ()) for name in ("newly_", "")]
-        axes = mesh_axes(names[0] or names[1])
+        axes = mesh_axes(manual_axes(equation))
         [body] = bodies_of(equation)
         return [
             value._replace(sources=value.sources - axes)
@@ -292,12 +284,6 @@ class _Walker(Places):
             return value
         part = self.value(("part", value.number, str(spec)), value.sources | axes)
         return part._replace(fill=value.fill)
-
-
-def _count_with_loop_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many values have an axis of iterations outside the loop's body."""
-    pairs = zip(outside, inside, strict=True)
-    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
 
 
 def _may_make_key(aval: Any) -> bool:

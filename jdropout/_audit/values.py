@@ -4,14 +4,14 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
+from jdropout._jaxprs import bodies_of
 from jdropout._record import Frame
 
 _PROGRAM = os.path.join(os.path.dirname(__file__), "program.py")
@@ -153,13 +153,6 @@ def compute(equation: Any, operands: list[Value]) -> list[Any] | None:
     return list(results) if equation.primitive.multiple_results else [results]
 
 
-def bodies_of(equation: Any) -> Iterator[Any]:
-    for parameter in equation.params.values():
-        for part in parameter if isinstance(parameter, tuple | list) else (parameter,):
-            if isinstance(part, core.ClosedJaxpr | core.Jaxpr):
-                yield part
-
-
 def frames_of(equation: Any) -> tuple[Frame, ...]:
     """Frames of the calls that traced an operation, up to the audit."""
     frames = (
@@ -167,11 +160,6 @@ def frames_of(equation: Any) -> tuple[Frame, ...]:
         for frame in equation.source_info.traceback.frames
     )
     return tuple(itertools.takewhile(lambda frame: frame.file != _PROGRAM, frames))
-
-
-def open_jaxpr(body: Any) -> Any:
-    """The open jaxpr of a body that may be closed."""
-    return getattr(body, "jaxpr", body)
 
 
 def hashable(parameters: dict[str, Any]) -> Hashable:
