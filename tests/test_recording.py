@@ -237,7 +237,8 @@ class Model(nnx.Module):
 class Linen(linen.Module):
     @linen.compact
     def __call__(self, x):
-        return linen.Dense(3)(linen.Dense(3)(x))
+        x = linen.Dense(3)(x)
+        return linen.Dense(3)(x)
 
 
 def paths(recording, primitive):
