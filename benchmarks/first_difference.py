@@ -21,11 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-)
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # before JAX starts
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import _digits
 import jax
@@ -66,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args()
     environment = describe_environment(time.strftime("%Y-%m-%d"))
-    console = Console(width=150, record=True, highlight=False)
+    console = Console(width=170, record=True, highlight=False)
     console.print(*(f"- {name}: {value}" for name, value in environment.items()), sep="\n")
     steps = {name: STEPS[name]() for name in options.only or STEPS}
     for section in (faults, cost):

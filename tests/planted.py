@@ -106,20 +106,24 @@ def plant(fault: Fault, x: jax.Array, equation: int, output: int, place: Any) ->
         # Where all devices have one value, they must keep one: all of them get the fault.
         if getattr(jax.typeof(same), "vma", set()) <= getattr(jax.typeof(x), "vma", set()):
             hit = jnp.logical_and(hit, same)
+    # A conditional, which XLA cannot fuse with what surrounds it, so that it compiles in time.
+    faulty = lax.cond(hit, functools.partial(change, fault), lambda data: data, data)
+    return faulty if data is x else jax.random.wrap_key_data(faulty, impl=jax.random.key_impl(x))
+
+
+def change(fault: Fault, data: jax.Array) -> jax.Array:
+    """Changes one element."""
     index, stride = jnp.zeros(data.shape, jnp.uint32), 1
     for axis in reversed(range(data.ndim)):
         index += lax.broadcasted_iota(jnp.uint32, data.shape, axis) * jnp.uint32(stride)
         stride *= data.shape[axis]
-    hit = jnp.logical_and(index == fault.element, hit)
+    hit = index == fault.element
     if data.dtype == jnp.bool_:
         return jnp.logical_xor(data, hit)
     kind = f"uint{8 * data.dtype.itemsize}"
     bits = lax.bitcast_convert_type(data, kind)
     faulty = (bits ^ fault.flip.astype(kind)) + fault.add.astype(kind)
-    faulty = lax.bitcast_convert_type(jnp.where(hit, faulty, bits), data.dtype)
-    if data is x:
-        return faulty
-    return jax.random.wrap_key_data(faulty, impl=jax.random.key_impl(x))
+    return lax.bitcast_convert_type(jnp.where(hit, faulty, bits), data.dtype)
 
 
 def located(planted: Planted, row: int, difference: Any) -> bool:

@@ -1,5 +1,6 @@
 """Asserts that masks and whole trainings have the same bits in every run."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from jdropout._typing import Index, Key, Rate
 from jdropout._values import type_name
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_any_leaves
+from jdropout.testing._explain import explain, record_small
 
 
 def mask_fingerprint(
@@ -88,7 +90,8 @@ def assert_reproducible(
         everything again.
 
     Raises:
-      AssertionError: if a run differs from the first one; names the leaf and the element.
+      AssertionError: if a run differs from the first one; names the leaf and the element, and the
+        line if `train` can be traced as a whole, in which case it is recorded twice more.
       TypeError: if a leaf is not an array, a number or a string.
       ValueError: if there are no leaves, or `runs` is less than 2.
 
@@ -117,7 +120,10 @@ def assert_reproducible(
             first = result
             check_any_leaves("train()", first)
         elif difference := _compare.difference(first, result, "in run 1"):
-            raise AssertionError(f"train() is not reproducible: in run {run}, {difference}.")
+            line = explain(
+                functools.partial(record_small, train), functools.partial(record_small, train)
+            )
+            raise AssertionError(f"train() is not reproducible: in run {run}, {difference}.{line}")
 
 
 def _check_runs(runs: Any) -> None:

@@ -20,7 +20,7 @@ class Difference:
     """``argument``, ``constant``, ``equation``, ``branch`` of a conditional, ``iterations`` (their
     number in a while loop), ``state`` of a training before a step, or ``program``."""
     name: str
-    """Such as ``equation 12 (mul)`` or ``argument params.w``."""
+    """Such as ``equation 12 (mul)``, ``argument params.w`` or ``state.w``."""
     primitive: str = ""
     """JAX's name of the operation."""
     dtype: str = ""
@@ -112,7 +112,7 @@ def _of_trainings(a: Recording, b: Recording) -> Difference | None:
             before = _words.unrecorded(step, step == 0 or all((step - 1) % n == 0 for n in every))
             return Difference(
                 "state",
-                f"state {name}",
+                name,
                 dtype=aval[0],
                 shape=tuple(aval[1]),
                 step=step,

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jdropout._values import is_real, type_name
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_any_leaves
+from jdropout.testing._explain import explain, record_small
+from jdropout.testing._recording import Recording
 
 
 def assert_sharding_invariant(
@@ -45,7 +47,8 @@ def assert_sharding_invariant(
         1e-5 is plenty in float32, and still detects a different mask.
 
     Raises:
-      AssertionError: if a result differs; names the sharding, the leaf and the element.
+      AssertionError: if a result differs; names the sharding, the leaf, the element and the line,
+        for which `fn` is recorded on one device (a in the text) and with this sharding (b).
       TypeError: if a leaf of the result is not an array, a number or a string.
       ValueError: if there is only one device, nothing that can be sharded, or no result.
 
@@ -70,6 +73,10 @@ def assert_sharding_invariant(
             result = fn(*_place(args, mesh, placement))
         return _compare.on_host(result)
 
+    def recording(mesh: Mesh, placement: _Placement) -> Recording:
+        with jax.set_mesh(mesh):
+            return record_small(fn, *_place(args, mesh, placement))
+
     one_device = mesh.devices.reshape(-1)[:1].reshape((1,) * mesh.devices.ndim)
     single = Mesh(one_device, mesh.axis_names, axis_types=mesh.axis_types)
     expected = run(single, _Placement((), {}))
@@ -82,7 +89,13 @@ def assert_sharding_invariant(
             error.add_note(f"This is fn with {where}; on one device it runs.")
             raise
         if difference := _compare.difference(expected, actual, "on one device", rtol):
-            raise AssertionError(f"fn depends on the sharding: with {where}, {difference}.")
+            line = explain(
+                functools.partial(recording, single, _Placement((), {})),
+                functools.partial(recording, mesh, placement),
+            )
+            if rtol is not None and "first differs" in line:
+                line += "\nWith rtol, this first difference may be of rounding alone."
+            raise AssertionError(f"fn depends on the sharding: with {where}, {difference}.{line}")
 
 
 class _Placement(NamedTuple):

@@ -1,6 +1,7 @@
 """Finds the line, the function and the module that an equation comes from."""
 
 import functools
+import itertools
 import linecache
 import os
 import re
@@ -24,7 +25,7 @@ class Source(NamedTuple):
     text: str
     """The line itself."""
     library: str
-    """The innermost function if it belongs to a library, such as ``Linear.__call__``."""
+    """The library's function that the line calls, such as ``Linear.__call__``."""
     path: str
     """Names of the modules and scopes around it, joined by /."""
     backward: bool
@@ -47,7 +48,9 @@ def source_of(equation: Any, body: Any, outer: Source) -> Source:
     else:
         own = own or next(iter(frames), None)
         words = ("", "", "") if own is None else _words(own)
-    library = _name(frames[0]) if frames and _is_library(frames[0].file) else ""
+    called = itertools.takewhile(lambda frame: _is_library(frame.file), frames)
+    public = [name for name in map(_name, called) if not _is_private(name)]
+    library = public[-1] if public else ""
     return Source(*words, library=library, path=path, backward=backward)
 
 
@@ -91,6 +94,11 @@ def _is_library(file: str) -> bool:
 def _words(frame: Frame) -> tuple[str, str, str]:
     text = linecache.getline(frame.file, frame.line).strip()
     return f"{os.path.basename(frame.file)}:{frame.line}", _name(frame), text[:120]
+
+
+def _is_private(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last == "op" or (last.startswith("_") and not last.endswith("__")) or "<" in last
 
 
 def _name(frame: Frame) -> str:

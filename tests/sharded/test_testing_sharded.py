@@ -1,20 +1,34 @@
 """`assert_sharding_invariant` accepts what no sharding changes, and rejects controls."""
 
 import functools
+import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from planted import Planted, located
 
 import jdropout
-from jdropout.testing import assert_sharding_invariant, mask_fingerprint
+from jdropout.testing import (
+    _explain,
+    assert_sharding_invariant,
+    first_difference,
+    mask_fingerprint,
+    record,
+)
 
 KEY = jax.random.key(2026)
 WORDS = [7, 2026]
+
+
+@pytest.fixture(autouse=True)
+def unexplained(monkeypatch):
+    """Failures are not recorded, which would compile every control twice more."""
+    monkeypatch.setattr(_explain, "MOST_EQUATIONS", 0)
 
 
 def fails(text):
@@ -161,3 +175,73 @@ def test_one_device_alone_is_an_error_that_says_how_to_get_more(monkeypatch):
 def test_a_function_without_results_is_an_error():
     with pytest.raises(ValueError, match="fn returned no arrays"):
         assert_sharding_invariant(lambda x: None, X)
+
+
+# --- recordings ---------------------------------------------------------------------------
+
+
+def sharded_step(mesh, x, w):
+    """Two scanned steps on every device, with a while loop whose length differs between them."""
+
+    def local(x, w):
+        def cell(carry, _):
+            carry = jnp.tanh(carry @ w) + lax.axis_index("a").astype(x.dtype)
+            carry = lax.while_loop(lambda c: c.sum() < 40, lambda c: c + jnp.abs(c) + 1, carry)
+            return carry, lax.psum(carry.sum(), ("a", "b"))
+
+        return lax.scan(cell, x, length=2)
+
+    specs = dict(in_specs=(P("a"), P()), out_specs=(P(("a", "b")), P()))
+    # Every device of "b" has its own part of the output.
+    vary = functools.partial(lax.pcast, axis_name="b", to="varying") if pcast else pvary
+    return jax.shard_map(lambda x, w: local(vary(x), w), mesh=mesh, **specs)(x, w)
+
+
+pcast = hasattr(lax, "pcast")
+
+
+def pvary(x):
+    return lax.pvary(x, "b")
+
+
+def test_faults_in_one_devices_shard_are_located():
+    mesh = square_mesh()
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8), np.float32))
+    step = functools.partial(sharded_step, mesh)
+    planted = Planted(step, jnp.asarray(X), w, max_iterations=4)
+    generator = random.Random(0)
+    rows = [row for row, spot in planted.spots.items() if spot.inside]
+    for row in generator.sample(rows, 20):
+        fault, kind = planted.choose(generator, row)
+        assert kind.endswith("one device's shard")
+        difference = first_difference(planted.clean, planted.record(fault))
+        assert located(planted, row, difference), (planted.spots[row], str(difference))
+        assert dict(difference.device).keys() == {"a", "b"}
+    assert record(step, X, w, values=True, max_iterations=4) == planted.clean
+
+
+def test_recordings_are_the_same_for_every_sharding():
+    def fn(x, y):
+        x = jax.checkpoint(jnp.sin)(x)
+        return lax.scan(lambda c, row: (c + row[None], c.max()), x, y)
+
+    def placed(x, axis_type, *spec):
+        return jax.device_put(x, NamedSharding(square_mesh(axis_type), P(*spec)))
+
+    single = record(fn, X, X)
+    split = [placed(X, AxisType.Auto, *spec) for spec in (("a", "b"), (None, ("a", "b")))]
+    assert record(fn, *split) == single
+    with jax.set_mesh(square_mesh(AxisType.Explicit)):
+        explicit = jax.device_put(X, P("a", "b"))
+        both = [record(lambda x: jnp.sin(x) * 2, x) for x in (X, explicit)]
+    assert first_difference(*both) is None
+
+
+def test_a_failure_names_the_line_that_depends_on_the_sharding(monkeypatch):
+    monkeypatch.setattr(_explain, "MOST_EQUATIONS", 1000)
+
+    def fn(key, x):
+        return in_pieces(key, x, positions=False) * 2
+
+    with fails(r"first differs here:\nequation \d+ \(shard_map\)(.|\n)*in_pieces: return jax.jit"):
+        assert_sharding_invariant(fn, KEY, jnp.asarray(X), mesh=square_mesh())
