@@ -42,6 +42,8 @@ import train_transformer as example
 
 import jdropout.nnx
 
+torch.set_num_threads(1)  # arrays are small, and on a busy machine threads wait for each other
+
 OTHER_ROOT = (0, 1)
 
 LIMIT = 1e-4

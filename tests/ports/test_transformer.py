@@ -1,6 +1,7 @@
 """A transformer ported to PyTorch is the example's: masks, values, gradients and a training."""
 
 import functools
+import re
 import sys
 
 import jax
@@ -132,3 +133,15 @@ def test_the_keys_of_set_site_keys(prove):
         for call in range(2):
             mask = port.keep_mask(port.fold_in(stream, call), 0.5, (5, 8))
             np.testing.assert_array_equal(model[layer](jnp.ones((5, 8))) != 0, mask)
+
+
+def test_the_guides_code_runs(prove, case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (law_twin.PORTS.parent / "docs" / "porting.md").read_text()
+    flax_model = nnx.merge(case.structure, case.params)
+    printed = []
+    names = {"flax_model": flax_model, "characters": np.asarray(case.batches[0])[:, :-1]}
+    names["print"] = printed.append
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert printed == [None]
