@@ -40,7 +40,7 @@ def case(prove):
 
 @pytest.fixture(scope="module")
 def losses(prove, case):
-    return prove.train_example(case)
+    return prove.train_example(case)[0]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,10 @@ def test_every_mask_is_the_examples(step, prove, case):
 
 def test_values_and_gradients_agree_in_float64(prove, case):
     assert max(prove.compare_float64(case)) < prove.TOLERANCE
+
+
+def test_updates_agree_in_float64(prove, case):
+    assert prove.compare_updates(case) < 1e-9
 
 
 def test_losses_agree_at_every_one_of_100_steps(prove, case, losses):
