@@ -63,10 +63,11 @@ SUBSETS = [
     ("1.5 of 2 are kept: to even", [0x13198A2E, 0x03707344], 0.25, 10, 5, [2, 4], None, None),
     ("2.5 of 5 are kept: to even", [0x13198A2E, 0x03707344], 0.5, 10, 2, [2], None, None),
     ("a key of four words", [1, 2, 3, 4], 0.7, 21, 3, [5], None, None),
-    ("0.5 of 10 at a rate that no double equals", [1, 2], 0.95, 10, 1, [4], None, None),
-    ("at least one is kept", [1, 2], 1.0, 9, 3, [], None, None),
+    ("0.5 of 10: at least one is kept", [1, 2], 0.95, 10, 1, [4], None, None),
+    ("at rate 1 one of each group is kept", [1, 2], 1.0, 9, 3, [], None, None),
     ("a start", [7, 9], 0.5, 8, 2, [2], [2**20 + 1, 2**18 - 8], [2**21, 2**18]),
     ("an index beyond 32 bits", [7, 9], 0.3, 16, 1, [], [2**34], [2**35]),
+    ("2.5 of 50, though the double is not 0.95: to even", [1, 2], 0.95, 50, 1, [], None, None),
 ]
 
 THRESHOLDS = [

@@ -44,10 +44,11 @@ def test_fold_in_is_jaxs_and_split():
 
 
 def test_of_equal_numbers_the_first_are_kept(monkeypatch):
-    equal = np.zeros((2, 200), np.uint32)
-    monkeypatch.setattr(port, "uniform_numbers", lambda *arguments: equal)
-    indices = port.keep_indices(KEY, 0.5, 200, groups=2, shape=(2,))
-    assert indices.tolist() == [[*range(50), *range(100, 150)]] * 2
+    alternating = np.tile(np.array([1, 0], np.uint32), 500)
+    monkeypatch.setattr(port, "uniform_numbers", lambda *arguments: alternating)
+    indices = port.keep_indices(KEY, 0.25, 1000, groups=2)
+    expected = [i for i in range(1000) if i % 2 or i % 500 < 250]
+    assert indices.tolist() == expected
 
 
 def test_evaluation_and_ends_of_the_rate():

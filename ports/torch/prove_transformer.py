@@ -42,6 +42,8 @@ import train_transformer as example
 
 import jdropout.nnx
 
+torch.set_num_threads(1)  # arrays are small, and on a busy machine threads wait for each other
+
 OTHER_ROOT = (0, 1)
 
 LIMIT = 1e-4
@@ -58,7 +60,8 @@ def main() -> None:
     values, gradients, loss = compare_float64(case)
     print(f"\nfloat64, step 1: values off by {values:.1e}, gradients by {gradients:.1e}, ", end="")
     print(f"the loss by {loss:.1e}")
-    losses = train_example(case)
+    print(f"float64, 3 steps: updates off by {compare_updates(case):.1e}")
+    losses, _ = train_example(case)
     print(f"\n{case.options.steps} steps in float32, loss {losses[0]:.4f} to {losses[-1]:.4f}")
     print(f"{'port':58}largest deviation  at step  first above {LIMIT:g}")
     print_losses("as it is", losses, train_port(case))
@@ -184,16 +187,22 @@ def compare_float64(case: Case, step: int = 1) -> Comparison:
 def example_in_float64(case: Case, step: int) -> tuple[dict, dict, float]:
     """Values of all modules, gradients by the parameters' names, and the loss."""
     with jax.enable_x64(True):
-        params = jax.tree.map(lambda p: p.astype(jnp.float64), case.params)
-        model = nnx.merge(case.structure, params)
-        for embedding in (model.characters, model.positions):
-            embedding.dtype = None  # Flax took float32 from the parameters that they had
+        model, params = double(case)
         windows, key = case.batches[step], case.keys[step]
         loss_and_gradient = jax.jit(jax.value_and_grad(example.loss), static_argnums=1)
         loss, gradients = loss_and_gradient(params, nnx.graphdef(model), windows, key)
         with record_nnx(model) as values:
             model(windows[:, :-1], key)
         return values, case.flat(gradients), float(loss)
+
+
+def double(case: Case) -> tuple[Any, nnx.State]:
+    """The example's model and its parameters in float64."""
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), case.params)
+    model = nnx.merge(case.structure, params)
+    for embedding in (model.characters, model.positions):
+        embedding.dtype = None  # Flax took float32 from the parameters that they had
+    return model, params
 
 
 def port_in_float64(case: Case, step: int) -> tuple[Transformer, dict, float]:
@@ -205,32 +214,54 @@ def port_in_float64(case: Case, step: int) -> tuple[Transformer, dict, float]:
     return model, values, loss.item()
 
 
+def compare_updates(case: Case, steps: int = 3) -> float:
+    """Largest deviation of a parameter after so many steps in float64, of the largest change."""
+    with jax.enable_x64(True):
+        model, params = double(case)
+        before = case.flat(params)
+        after = case.flat(train_example(case, steps, nnx.graphdef(model), params)[1])
+    ours = case.port(torch.float64)
+    train_port(case, last=steps, model=ours)
+    off = [
+        np.abs(flax_value(name, tuple(value.shape), after) - value.detach().numpy()).max()
+        for name, value in ours.named_parameters()
+    ]
+    return max(off) / max(np.abs(after[name] - before[name]).max() for name in before)
+
+
 # --- training -----------------------------------------------------------------------------
 
 
-def train_example(case: Case) -> list[float]:
-    """The losses of the example's own training, in float32."""
+def train_example(
+    case: Case,
+    last: int | None = None,
+    structure: nnx.GraphDef | None = None,
+    params: nnx.State | None = None,
+) -> tuple[list[float], nnx.State]:
+    """Losses and last parameters of the example's own training, by default in float32."""
+    structure, params = structure or case.structure, params or case.params
     optimizer = example.make_optimizer(case.options)
 
     @jax.jit
     def step(state: example.State, windows: jax.Array, key: jax.Array) -> Any:
-        loss, gradient = jax.value_and_grad(example.loss)(
-            state.params, case.structure, windows, key
-        )
+        loss, gradient = jax.value_and_grad(example.loss)(state.params, structure, windows, key)
         return loss, example.update(optimizer, state, gradient)
 
-    state, losses = example.State(case.params, optimizer.init(case.params)), []
-    for number, windows in enumerate(case.batches):
-        loss, state = step(state, windows, case.keys[number])
+    state, losses = example.State(params, optimizer.init(params)), []
+    for windows, key in zip(case.batches[:last], case.keys[:last], strict=True):
+        loss, state = step(state, windows, key)
         losses.append(float(loss))
-    return losses
+    return losses, state.params
 
 
 def train_port(
-    case: Case, root: tuple[int, ...] | None = None, last: int | None = None
+    case: Case,
+    root: tuple[int, ...] | None = None,
+    last: int | None = None,
+    model: Transformer | None = None,
 ) -> list[float]:
-    """The losses of the port's training, in float32; with other keys if a root is given."""
-    model = case.port()
+    """Losses of the port's training, by default in float32; with other keys if a root is given."""
+    model = case.port() if model is None else model
     optimizer = transformer.make_optimizer(model)
     options = {"steps": case.options.steps, "peak": case.options.learning_rate}
     return [
@@ -374,6 +405,13 @@ def decay() -> contextlib.AbstractContextManager:
     )
 
 
+def adams_epsilon() -> contextlib.AbstractContextManager:
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), eps=1e-6, weight_decay=1e-4)
+
+    return mock.patch.object(transformer, "make_optimizer", optimizer)
+
+
 def late_schedule() -> contextlib.AbstractContextManager:
     original = transformer.learning_rate
     return mock.patch.object(
@@ -383,6 +421,7 @@ def late_schedule() -> contextlib.AbstractContextManager:
 
 PLANTED_IN_TRAINING: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "AdamW with PyTorch's weight decay of 1e-2": decay,
+    "AdamW with an epsilon of 1e-6, not 1e-8": adams_epsilon,
     "a schedule that is one step ahead": late_schedule,
 }
 
@@ -398,6 +437,10 @@ def print_planted(case: Case) -> None:
     for name, planted in {"as it is": contextlib.nullcontext, **PLANTED}.items():
         with planted():
             print(f"{name:58}{locate(case, theirs)}")
+    print("\nupdates of 3 steps in float64 are off by")
+    for name, planted in {"as it is": contextlib.nullcontext, **PLANTED_IN_TRAINING}.items():
+        with planted():
+            print(f"{name:58}{compare_updates(case):.1e}")
 
 
 # --- options ------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def test_evaluation_and_ends_of_the_rate(torch, port):
 
 
 def test_of_equal_numbers_the_first_are_kept(torch, port, monkeypatch):
-    equal = torch.zeros(2, 200, dtype=torch.int64)
-    monkeypatch.setattr(port, "uniform_numbers", lambda *arguments: equal)
-    indices = port.keep_indices(KEY, 0.5, 200, groups=2, shape=(2,))
-    assert indices.tolist() == [[*range(50), *range(100, 150)]] * 2
+    alternating = torch.tensor([1, 0]).repeat(500)
+    monkeypatch.setattr(port, "uniform_numbers", lambda *arguments: alternating)
+    indices = port.keep_indices(KEY, 0.25, 1000, groups=2)
+    expected = [i for i in range(1000) if i % 2 or i % 500 < 250]
+    assert indices.tolist() == expected

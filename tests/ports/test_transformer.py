@@ -1,6 +1,7 @@
 """A transformer ported to PyTorch is the example's: masks, values, gradients and a training."""
 
 import functools
+import re
 import sys
 
 import jax
@@ -39,7 +40,7 @@ def case(prove):
 
 @pytest.fixture(scope="module")
 def losses(prove, case):
-    return prove.train_example(case)
+    return prove.train_example(case)[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,14 @@ def test_every_mask_is_the_examples(step, prove, case):
 
 def test_values_and_gradients_agree_in_float64(prove, case):
     assert max(prove.compare_float64(case)) < prove.TOLERANCE
+
+
+def test_updates_agree_in_float64(prove, case):
+    # Optax computes the learning rate in float32.
+    assert prove.compare_updates(case) < 1e-6
+    for planted in (prove.decay, prove.adams_epsilon):
+        with planted():
+            assert prove.compare_updates(case) > 1e-3
 
 
 def test_losses_agree_at_every_one_of_100_steps(prove, case, losses):
@@ -132,3 +141,15 @@ def test_the_keys_of_set_site_keys(prove):
         for call in range(2):
             mask = port.keep_mask(port.fold_in(stream, call), 0.5, (5, 8))
             np.testing.assert_array_equal(model[layer](jnp.ones((5, 8))) != 0, mask)
+
+
+def test_the_guides_code_runs(prove, case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (law_twin.PORTS.parent / "docs" / "porting.md").read_text()
+    flax_model = nnx.merge(case.structure, case.params)
+    printed = []
+    names = {"flax_model": flax_model, "characters": np.asarray(case.batches[0])[:, :-1]}
+    names["print"] = printed.append
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert printed == [None]
