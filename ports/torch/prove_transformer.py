@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import named_values
 import numpy as np
+import optax
 import torch
 import transformer
 from flax import nnx
@@ -60,7 +61,9 @@ def main() -> None:
     values, gradients, loss = compare_float64(case)
     print(f"\nfloat64, step 1: values off by {values:.1e}, gradients by {gradients:.1e}, ", end="")
     print(f"the loss by {loss:.1e}")
-    print(f"float64, 3 steps: updates off by {compare_updates(case):.1e}")
+    print(f"float64, 3 steps: updates off by {compare_updates(case):.1e}, ", end="")
+    with optax_rates():
+        print(f"by {compare_updates(case):.1e} with Optax's learning rates in float32")
     losses, _ = train_example(case)
     print(f"\n{case.options.steps} steps in float32, loss {losses[0]:.4f} to {losses[-1]:.4f}")
     print(f"{'port':58}largest deviation  at step  first above {LIMIT:g}")
@@ -294,6 +297,16 @@ def print_losses(name: str, theirs: list[float], ours: list[float]) -> None:
     largest, step = off_by(theirs, ours)
     late = (n for n in range(len(ours)) if off_by(theirs[n:], ours[n : n + 1])[0] > LIMIT)
     print(f"{name:58}{largest:17.1e}{step:9d}{next(late, 'never'):>19}")
+
+
+def optax_rates() -> contextlib.AbstractContextManager:
+    """The port trains with the learning rates that Optax computes, in float32."""
+
+    def rate(step: int, steps: int, peak: float) -> float:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
+        return float(jax.jit(schedule)(step))
+
+    return mock.patch.object(transformer, "learning_rate", rate)
 
 
 # --- controls -----------------------------------------------------------------------------
