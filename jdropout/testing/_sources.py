@@ -78,7 +78,14 @@ def _frames(equation: Any, body: Any) -> Iterator[Frame]:
 @functools.lru_cache(1024)
 def _is_machinery(file: str) -> bool:
     """Whether a file of JAX's binds primitives and calls rules, rather than computing anything."""
-    names = ("core.py", "api.py", "api_util.py", "linear_util.py", "pjit.py", "profiler.py")
+    names: tuple[str, ...] = (
+        "core.py",
+        "api.py",
+        "api_util.py",
+        "linear_util.py",
+        "pjit.py",
+        "profiler.py",
+    )
     names += ("traceback_util.py", "source_info_util.py", "ad_checkpoint.py", "tree_util.py")
     names += ("custom_derivatives.py", "partial_eval.py", "ad.py", "ufunc_api.py")
     folder, name = os.path.split(file)
