@@ -40,10 +40,12 @@ class Planted:
     def __init__(self, fn: Any, *args: Any, max_iterations: int = 16):
         self.traced = _tracing.trace(fn, args, max_iterations)
         self.program = self.traced.program
+        self.shared: set[tuple[int, int]] = set()
+        """Outputs that are the same on some devices, all of which get the fault."""
 
         @jax.jit
         def run(fault: Fault, on: Any, constants: Any, leaves: Any) -> Any:
-            tap = functools.partial(plant, fault)
+            tap = functools.partial(plant, fault, self.shared)
             return _probes.probe(self.traced.closed, self.program, False, tap)(
                 on, constants, leaves
             )
@@ -74,9 +76,7 @@ class Planted:
             aval = dict(enumerate(self.avals(spot.kind)))[spot.item]
             equation, output = {"argument": -1, "constant": -2}[spot.kind], spot.item
         else:
-            aval, equation = spot.equation.own[spot.item], spot.equation.number
-            with_bits = [i for i, x in enumerate(spot.equation.outputs) if x is not None]
-            output = with_bits[spot.item]
+            aval, (equation, output) = spot.equation.own[spot.item], output_of(spot)
         floating = aval.dtype.startswith(("float", "bfloat"))
         # A flipped high bit of a loop's counter would make a loop of 2**31 iterations.
         looping = any(outer.kind == "while" for outer, _ in spot.inside) and not floating
@@ -95,7 +95,20 @@ class Planted:
         return list(self.program.constants)
 
 
-def plant(fault: Fault, x: jax.Array, equation: int, output: int, place: Any) -> jax.Array:
+def output_of(spot: Any) -> tuple[int, int]:
+    """Numbers of the equation and of its output."""
+    with_bits = [i for i, x in enumerate(spot.equation.outputs) if x is not None]
+    return spot.equation.number, with_bits[spot.item]
+
+
+def plant(
+    fault: Fault,
+    shared: set[tuple[int, int]],
+    x: jax.Array,
+    equation: int,
+    output: int,
+    place: Any,
+) -> jax.Array:
     """Puts the fault into a value if it is meant."""
     data = plain(x)
     if data.size == 0:
@@ -106,6 +119,8 @@ def plant(fault: Fault, x: jax.Array, equation: int, output: int, place: Any) ->
         # Where all devices have one value, they must keep one: all of them get the fault.
         if getattr(jax.typeof(same), "vma", set()) <= getattr(jax.typeof(x), "vma", set()):
             hit = jnp.logical_and(hit, same)
+        else:
+            shared.add((equation, output))
     # A conditional, which XLA cannot fuse with what surrounds it, so that it compiles in time.
     faulty = lax.cond(hit, functools.partial(change, fault), lambda data: data, data)
     return faulty if data is x else jax.random.wrap_key_data(faulty, impl=jax.random.key_impl(x))
@@ -141,6 +156,8 @@ def located(planted: Planted, row: int, difference: Any) -> bool:
         for outer, number in spot.inside
         if outer.kind == "shard_map"
     ]
+    if output_of(spot) in planted.shared:  # the first of the devices
+        return f"equation {spot.equation.number} " in difference.name
     wanted = [
         tuple(map(int, np.unravel_index(number, [size for _, size in outer.axes])))
         for outer, number in spot.inside
