@@ -220,7 +220,9 @@ def faults(steps: dict[str, Step], quick: bool) -> Iterator[Row]:
         generator = random.Random(SEED)
         hits: collections.Counter[str] = collections.Counter()
         tries: collections.Counter[str] = collections.Counter()
-        for row in choose_rows(planted, generator, count):
+        rows = choose_rows(planted, generator, count)
+        planted.prepare(rows)
+        for row in rows:
             fault, kind = planted.choose(generator, row)
             difference = first_difference(planted.clean, planted.record(fault))
             tries[kind] += 1
@@ -230,6 +232,7 @@ def faults(steps: dict[str, Step], quick: bool) -> Iterator[Row]:
         for kind in sorted(tries):
             cells = {"located": str(hits[kind]), "missed": str(tries[kind] - hits[kind])}
             yield Row({"step": name, "fault": kind}, cells, {})
+        print(f"{name}: {hits.total()} of {tries.total()} located", file=sys.stderr, flush=True)
         cells = {"located": str(hits.total()), "missed": str(tries.total() - hits.total())}
         yield Row({"step": name, "fault": "all"}, cells, {})
 

@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,23 +44,34 @@ class Planted:
         self.shared: set[tuple[int, int]] = set()
         """Outputs that are the same on some devices, all of which get the fault."""
 
-        @jax.jit
-        def run(fault: Fault, on: Any, constants: Any, leaves: Any) -> Any:
-            tap = functools.partial(plant, fault, self.shared)
-            return _probes.probe(self.traced.closed, self.program, False, tap)(
-                on, constants, leaves
-            )
-
-        self.run = run
-        self.clean = self.record(NONE)
-        rows = self.clean._fingerprints
-        found = {row: self.program.find(row, rows) for row in np.flatnonzero(rows)}
+        recorder = _recording.Recorder(self.traced, values=False)
+        _, rows, _ = recorder(self.traced.leaves)
+        found = {int(row): self.program.find(row, rows) for row in np.flatnonzero(rows)}
         self.spots = {
             row: spot
             for row, spot in found.items()
             if spot.kind not in ("branch", "iterations")
             and all(number < outer.length for outer, number in spot.inside)
         }
+
+    def prepare(self, rows: Iterable[int]) -> None:
+        """Compiles the program with faults in the values of these rows, and records it without."""
+        places = {output_of(self.spots[row]) for row in rows}
+
+        def tap(fault: Fault, x: Any, equation: int, output: int, place: Any) -> Any:
+            if (equation, output) not in places:
+                return x
+            return plant(fault, self.shared, x, equation, output, place)
+
+        @jax.jit
+        def run(fault: Fault, on: Any, constants: Any, leaves: Any) -> Any:
+            own = functools.partial(tap, fault)
+            return _probes.probe(self.traced.closed, self.program, False, own)(
+                on, constants, leaves
+            )
+
+        self.run = run
+        self.clean = self.record(NONE)
 
     def record(self, fault: Fault) -> _recording.Recording:
         _, rows, _ = self.run(fault, True, self.traced.closed.consts, self.traced.leaves)
@@ -72,11 +84,8 @@ class Planted:
         place = np.zeros(DEPTH, np.uint32)
         numbers = [number for outer, number in spot.inside if outer.kind != "cond"]
         place[: len(numbers)] = numbers
-        if spot.equation is None:
-            aval = dict(enumerate(self.avals(spot.kind)))[spot.item]
-            equation, output = {"argument": -1, "constant": -2}[spot.kind], spot.item
-        else:
-            aval, (equation, output) = spot.equation.own[spot.item], output_of(spot)
+        equation, output = output_of(spot)
+        aval = spot.equation.own[spot.item] if spot.equation else self.avals(spot.kind)[spot.item]
         floating = aval.dtype.startswith(("float", "bfloat"))
         # A flipped high bit of a loop's counter would make a loop of 2**31 iterations.
         looping = any(outer.kind == "while" for outer, _ in spot.inside) and not floating
@@ -96,7 +105,9 @@ class Planted:
 
 
 def output_of(spot: Any) -> tuple[int, int]:
-    """Numbers of the equation and of its output."""
+    """Numbers of the equation and of its output, as in a fault."""
+    if spot.equation is None:
+        return {"argument": -1, "constant": -2}[spot.kind], spot.item
     with_bits = [i for i, x in enumerate(spot.equation.outputs) if x is not None]
     return spot.equation.number, with_bits[spot.item]
 
