@@ -20,6 +20,7 @@ from attention import (
 from common import (
     DTYPES,
     KEY,
+    RATE,
     Function,
     arrays,
     bind,
@@ -43,7 +44,7 @@ from uncertainty import uncertainty
 
 from jdropout import dropout as dropout_function
 from jdropout import schedules
-from jdropout.keys import site_key
+from jdropout.keys import in_batch, site_key
 
 SHAPES = ((32, 128), (256, 512), (1024, 784), (4096, 4096), (16384, 128), (256, 10), (65536,))
 SHAPES += ((128, 197, 768), (64, 56, 56, 64), (8, 8, 512, 512))
@@ -122,6 +123,37 @@ def keys(plan: Plan) -> Iterator[Row]:
     gradients = {name: layers(ours, make_key, plan) for name, make_key in makers.items()}
     columns = ("name / fold_in", "name and index / fold_in")
     yield from compiled_rows(gradients, columns, plan)
+
+
+def microbatches(plan: Plan) -> Iterator[Row]:
+    """Gradient of layers over 8 microbatches in a scan: keys of their places in the batch, over
+    keys of their numbers."""
+    batch, count = 256, 8
+
+    def by_place(key: jax.Array, number: jax.Array) -> jax.Array:
+        return in_batch(key, batch // count * number, batch)
+
+    def accumulated(part_key: Function) -> Function:
+        def loss(w: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+            for i in range(4):
+                x = dropout_function(jax.random.fold_in(key, i), jnp.tanh(x @ w), RATE)
+            return x.sum()
+
+        def gradient(w: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+            def add(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+                return total + jax.grad(loss)(w, part[1], part_key(key, part[0])), None
+
+            return jax.lax.scan(add, jnp.zeros_like(w), (jnp.arange(count), x))[0]
+
+        return gradient
+
+    makers = {"place": by_place, "number": jax.random.fold_in}
+    gradients = {name: accumulated(part_key) for name, part_key in makers.items()}
+    for features in (128, 512):
+        arguments = normal((features, features)), normal((count, batch // count, features)), KEY
+        programs = compile_all(gradients, *arguments)
+        network = f"{batch} x {features}"
+        yield from step_rows(network, programs, arguments, ("place / number",), plan)
 
 
 def layers(drop: Function, make_key: Function, plan: Plan) -> Function:
@@ -210,6 +242,7 @@ SECTIONS = {
     "temporaries": temporaries,
     "compile": compilation,
     "keys": keys,
+    "microbatches": microbatches,
     "eager": eager,
     "dispatch": dispatch,
     "import": importing,

@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,24 +41,37 @@ class Planted:
     def __init__(self, fn: Any, *args: Any, max_iterations: int = 16):
         self.traced = _tracing.trace(fn, args, max_iterations)
         self.program = self.traced.program
+        self.shared: set[tuple[int, int]] = set()
+        """Outputs that are the same on some devices, all of which get the fault."""
 
-        @jax.jit
-        def run(fault: Fault, on: Any, constants: Any, leaves: Any) -> Any:
-            tap = functools.partial(plant, fault)
-            return _probes.probe(self.traced.closed, self.program, False, tap)(
-                on, constants, leaves
-            )
-
-        self.run = run
-        self.clean = self.record(NONE)
-        rows = self.clean._fingerprints
-        found = {row: self.program.find(row, rows) for row in np.flatnonzero(rows)}
+        recorder = _recording.Recorder(self.traced, values=False)
+        _, rows, _ = recorder(self.traced.leaves)
+        found = {int(row): self.program.find(row, rows) for row in np.flatnonzero(rows)}
         self.spots = {
             row: spot
             for row, spot in found.items()
             if spot.kind not in ("branch", "iterations")
             and all(number < outer.length for outer, number in spot.inside)
         }
+
+    def prepare(self, rows: Iterable[int]) -> None:
+        """Compiles the program with faults in the values of these rows, and records it without."""
+        places = {output_of(self.spots[row]) for row in rows}
+
+        def tap(fault: Fault, x: Any, equation: int, output: int, place: Any) -> Any:
+            if (equation, output) not in places:
+                return x
+            return plant(fault, self.shared, x, equation, output, place)
+
+        @jax.jit
+        def run(fault: Fault, on: Any, constants: Any, leaves: Any) -> Any:
+            own = functools.partial(tap, fault)
+            return _probes.probe(self.traced.closed, self.program, False, own)(
+                on, constants, leaves
+            )
+
+        self.run = run
+        self.clean = self.record(NONE)
 
     def record(self, fault: Fault) -> _recording.Recording:
         _, rows, _ = self.run(fault, True, self.traced.closed.consts, self.traced.leaves)
@@ -70,13 +84,8 @@ class Planted:
         place = np.zeros(DEPTH, np.uint32)
         numbers = [number for outer, number in spot.inside if outer.kind != "cond"]
         place[: len(numbers)] = numbers
-        if spot.equation is None:
-            aval = dict(enumerate(self.avals(spot.kind)))[spot.item]
-            equation, output = {"argument": -1, "constant": -2}[spot.kind], spot.item
-        else:
-            aval, equation = spot.equation.own[spot.item], spot.equation.number
-            with_bits = [i for i, x in enumerate(spot.equation.outputs) if x is not None]
-            output = with_bits[spot.item]
+        equation, output = output_of(spot)
+        aval = spot.equation.own[spot.item] if spot.equation else self.avals(spot.kind)[spot.item]
         floating = aval.dtype.startswith(("float", "bfloat"))
         # A flipped high bit of a loop's counter would make a loop of 2**31 iterations.
         looping = any(outer.kind == "while" for outer, _ in spot.inside) and not floating
@@ -95,7 +104,22 @@ class Planted:
         return list(self.program.constants)
 
 
-def plant(fault: Fault, x: jax.Array, equation: int, output: int, place: Any) -> jax.Array:
+def output_of(spot: Any) -> tuple[int, int]:
+    """Numbers of the equation and of its output, as in a fault."""
+    if spot.equation is None:
+        return {"argument": -1, "constant": -2}[spot.kind], spot.item
+    with_bits = [i for i, x in enumerate(spot.equation.outputs) if x is not None]
+    return spot.equation.number, with_bits[spot.item]
+
+
+def plant(
+    fault: Fault,
+    shared: set[tuple[int, int]],
+    x: jax.Array,
+    equation: int,
+    output: int,
+    place: Any,
+) -> jax.Array:
     """Puts the fault into a value if it is meant."""
     data = plain(x)
     if data.size == 0:
@@ -106,6 +130,8 @@ def plant(fault: Fault, x: jax.Array, equation: int, output: int, place: Any) ->
         # Where all devices have one value, they must keep one: all of them get the fault.
         if getattr(jax.typeof(same), "vma", set()) <= getattr(jax.typeof(x), "vma", set()):
             hit = jnp.logical_and(hit, same)
+        else:
+            shared.add((equation, output))
     # A conditional, which XLA cannot fuse with what surrounds it, so that it compiles in time.
     faulty = lax.cond(hit, functools.partial(change, fault), lambda data: data, data)
     return faulty if data is x else jax.random.wrap_key_data(faulty, impl=jax.random.key_impl(x))
@@ -141,6 +167,8 @@ def located(planted: Planted, row: int, difference: Any) -> bool:
         for outer, number in spot.inside
         if outer.kind == "shard_map"
     ]
+    if output_of(spot) in planted.shared:  # the first of the devices
+        return f"equation {spot.equation.number} " in difference.name
     wanted = [
         tuple(map(int, np.unravel_index(number, [size for _, size in outer.axes])))
         for outer, number in spot.inside

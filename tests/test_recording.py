@@ -127,7 +127,9 @@ def everything(w, xs, key):
 
 @pytest.fixture(scope="module")
 def planted():
-    return Planted(everything, X[0], X, jax.random.key(0), max_iterations=4)
+    planted = Planted(everything, X[0], X, jax.random.key(0), max_iterations=4)
+    planted.prepare(planted.spots)
+    return planted
 
 
 def test_planted_faults_are_located_exactly(planted):

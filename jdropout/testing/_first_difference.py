@@ -14,7 +14,22 @@ from jdropout.testing._recording import Recording
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The first difference of two recordings; as text it has everything that is known."""
+    """The first difference of two recordings, from `first_difference`.
+
+    As text, ``str(difference)``, it has everything that is known.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jdropout.testing import first_difference, record
+      >>> def scaled(factor):
+      ...     return record(lambda x: jnp.sin(x) * factor, jnp.ones(3))
+      >>> difference = first_difference(scaled(2.0), scaled(3.0))
+      >>> difference.kind, difference.name, difference.primitive
+      ('program', 'equation 1 (mul)', 'mul')
+
+    References:
+      Lamport, "Time, clocks, and the ordering of events" (CACM 1978), for what comes first.
+    """
 
     kind: str
     """``argument``, ``constant``, ``equation``, ``branch`` of a conditional, ``iterations`` (their

@@ -18,7 +18,23 @@ class Recording:
     """Fingerprints of all values of a program, from `record` or `record_training`.
 
     Two recordings are equal if they have the same program and the same fingerprints;
-    `first_difference` says where they differ.
+    `first_difference` says where they differ. A file of a recording has the same content wherever
+    it is written: the words for the equations, and 8 bytes for every value.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import jax.numpy as jnp
+      >>> from jdropout.testing import Recording, record
+      >>> recording = record(jnp.sin, jnp.ones(3))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "sin.rec"
+      ...     recording.save(path)
+      ...     Recording.load(path) == recording
+      True
+
+    References:
+      RFC 8259, "The JavaScript object notation (JSON) data interchange format", for the files,
+      which are compressed by gzip.
     """
 
     def __init__(

@@ -44,14 +44,14 @@ def source_of(equation: Any, body: Any, outer: Source) -> Source:
     frames = list(_frames(equation, body))
     own = next((frame for frame in frames if not _is_library(frame.file)), None)
     if own is None and outer.location:
-        words = (outer.location, outer.function, outer.text)
+        location, function, text = outer[:3]
     else:
         own = own or next(iter(frames), None)
-        words = ("", "", "") if own is None else _words(own)
+        location, function, text = ("", "", "") if own is None else _words(own)
     called = itertools.takewhile(lambda frame: _is_library(frame.file), frames)
     public = [name for name in map(_name, called) if not _is_private(name)]
     library = public[-1] if public else ""
-    return Source(*words, library=library, path=path, backward=backward)
+    return Source(location, function, text, library, path, backward)
 
 
 def _frames(equation: Any, body: Any) -> Iterator[Frame]:

@@ -210,8 +210,9 @@ def test_faults_in_one_devices_shard_are_located():
     step = functools.partial(sharded_step, mesh)
     planted = Planted(step, jnp.asarray(X), w, max_iterations=4)
     generator = random.Random(0)
-    rows = [row for row, spot in planted.spots.items() if spot.inside]
-    for row in generator.sample(rows, 20):
+    rows = generator.sample([row for row, spot in planted.spots.items() if spot.inside], 20)
+    planted.prepare(rows)
+    for row in rows:
         fault, kind = planted.choose(generator, row)
         assert kind.endswith("one device's shard")
         difference = first_difference(planted.clean, planted.record(fault))
