@@ -127,7 +127,8 @@ def keys(plan: Plan) -> Iterator[Row]:
 
 def microbatches(plan: Plan) -> Iterator[Row]:
     """Gradient of layers over 8 microbatches in a scan: keys of their places in the batch, over
-    keys of their numbers."""
+    keys of their numbers.
+    """
     batch, count = 256, 8
 
     def by_place(key: jax.Array, number: jax.Array) -> jax.Array:
