@@ -314,6 +314,20 @@ def test_stacked_layers_keep_the_part():
     assert_same(call(stack, x[4:8]), whole[4:8])
 
 
+def test_a_model_in_the_carry_of_a_scan_keeps_its_keys_kind():
+    model = jdropout.nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    set_site_keys(model, KEY, step=0, batch=(0, SIZE))
+
+    @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
+    def parts(model, first, x):
+        set_site_keys(model, KEY, step=7, batch=(first, SIZE))
+        return model, model(x)
+
+    model, made = parts(model, 4 * jnp.arange(4), jnp.ones((4, 4, 6)))
+    set_site_keys(model, KEY, step=7)
+    assert_same(made.reshape(SIZE, 6), model(jnp.ones((SIZE, 6))))
+
+
 class LinenModel(linen.Module):
     @linen.compact
     def __call__(self, x):
