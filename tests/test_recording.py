@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import linecache
+import pathlib
 import random
 import re
 
@@ -402,6 +404,23 @@ def test_trainings_that_cannot_be_recorded_are_errors():
         record_steps(lambda state, x: {"w": state}, [1.0])
     with pytest.raises(ValueError, match="state must hold an array"):
         record_training(lambda state, x: state, {}, [1.0])
+
+
+# --- documentation ------------------------------------------------------------------------
+
+
+def test_the_documented_difference_is_what_its_code_prints(monkeypatch, capsys):
+    page = pathlib.Path(__file__).parent.parent / "docs" / "testing.md"
+    block = r"```python\n(import jax\n.*?)```\n\n```\n(.*?)```"
+    code, printed = re.search(block, page.read_text(), re.DOTALL).groups()
+    lines = code.splitlines(keepends=True)
+    monkeypatch.setitem(linecache.cache, "train.py", (len(code), None, lines, "train.py"))
+    exec(compile(code, "train.py", "exec"), {})
+
+    def without_noise(text):
+        return re.sub(r"(first at \(0, 0\)).*", r"\1", text)
+
+    assert without_noise(capsys.readouterr().out) == without_noise(printed)
 
 
 # --- assertions ---------------------------------------------------------------------------
