@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import linecache
+import pathlib
 import random
 import re
 
@@ -65,7 +67,7 @@ def test_fingerprints_change_with_every_bit_index_and_dtype():
     nan = (more[2:].view(np.uint32) ^ np.uint32(1)).view(np.float32)
     keys = [jax.random.key(0, impl=impl) for impl in ("threefry2x32", "rbg")]
     others = [jnp.asarray(row) for row in (*more, nan[0])]
-    others += [jnp.complex64([1, 2j]), jnp.complex64([1, 2]), jnp.zeros((0, 3)), *keys]
+    others += [jnp.complex64([1, 3 + 2j]), jnp.complex64([1, 3 + 4j]), jnp.zeros((0, 3)), *keys]
     bits = jnp.asarray(np.uint32(1) << np.arange(32, dtype=np.uint32))
     groups = [arrays(base), arrays(changed), arrays(swapped), others, list(bits), [base.T.copy()]]
     flat = [x for group in groups for x in group]
@@ -250,12 +252,17 @@ def paths(recording, primitive):
 
 def test_modules_are_named_and_their_state_is_a_result():
     model = Model(nnx.Rngs(0))
-    nnx.jit(lambda model, x: model(x))(model, X)  # JAX has it in its cache, without names
+    apply = jax.jit(lambda state, x: nnx.merge(structure, state)(x))
+    structure, state = nnx.split(model)
+    apply(state, X)  # JAX has it in its cache, without names
     call = Block.__call__
+    assert paths(record(apply, state, X), "dot_general") == [
+        f"Model/blocks/{i}/dense" for i in (0, 1)
+    ]
     recording = record(nnx.jit(lambda model, x: model(x)), model, X)
     assert paths(recording, "dot_general") == [f"Model/blocks/{i}/dense" for i in (0, 1)]
     assert Block.__call__ is call
-    assert int(model.blocks[0].seen[...]) == 1  # a recording leaves them alone
+    assert int(model.blocks[0].seen[...]) == 0  # a recording leaves them alone
     names = [name for name, _ in recording._program.arguments]
     assert "model.blocks.1.dense.kernel" in names
 
@@ -402,6 +409,23 @@ def test_trainings_that_cannot_be_recorded_are_errors():
         record_steps(lambda state, x: {"w": state}, [1.0])
     with pytest.raises(ValueError, match="state must hold an array"):
         record_training(lambda state, x: state, {}, [1.0])
+
+
+# --- documentation ------------------------------------------------------------------------
+
+
+def test_the_documented_difference_is_what_its_code_prints(monkeypatch, capsys):
+    page = pathlib.Path(__file__).parent.parent / "docs" / "testing.md"
+    block = r"```python\n(import jax\n.*?)```\n\n```\n(.*?)```"
+    code, printed = re.search(block, page.read_text(), re.DOTALL).groups()
+    lines = code.splitlines(keepends=True)
+    monkeypatch.setitem(linecache.cache, "train.py", (len(code), None, lines, "train.py"))
+    exec(compile(code, "train.py", "exec"), {})
+
+    def without_noise(text):
+        return re.sub(r"(first at \(0, 0\)).*", r"\1", text)
+
+    assert without_noise(capsys.readouterr().out) == without_noise(printed)
 
 
 # --- assertions ---------------------------------------------------------------------------

@@ -142,15 +142,15 @@ def record(
       ValueError: if `max_iterations` is less than 1.
 
     Example:
-      >>> import jax, jax.numpy as jnp, jdropout
+      >>> import jax, jax.numpy as jnp
       >>> from jdropout.testing import first_difference, record
-      >>> def layer(key, x):
-      ...     return jdropout.dropout(key, x, 0.5).sum()
-      >>> one, other = (record(layer, jax.random.key(i), jnp.ones(8)) for i in (0, 1))
+      >>> def loss(w, x):
+      ...     return jnp.tanh(x @ w).sum()
+      >>> one, other = (record(jax.grad(loss), jnp.ones(3), jnp.full(3, x)) for x in (1.0, 2.0))
       >>> print(first_difference(one, one))
       None
       >>> first_difference(one, other).name
-      'argument key'
+      'argument x'
 
     References:
       Chris Wellons, "hash-prospector", for the mix of 32 bits.
