@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend import core
+from jax.sharding import AxisType
 
 
 def bodies_of(equation: Any) -> Iterator[Any]:
@@ -33,7 +34,10 @@ def manual_axes(equation: Any) -> tuple[str, ...]:
     # Newer versions of JAX have newly_manual_axes.
     names = [equation.params.get(f"{name}manual_axes", ()) for name in ("newly_", "")]
     axes = names[0] or names[1]
-    return tuple(axis for axis in equation.params["mesh"].axis_names if axis in axes)
+    mesh = equation.params["mesh"]
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # In JAX 0.8, manual_axes also holds those of the shard_map around it.
+    return tuple(a for a, kind in kinds.items() if a in axes and kind != AxisType.Manual)
 
 
 def _count_with_loop_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:

@@ -267,8 +267,13 @@ class _Prober:
             )
 
         def step(state: Any) -> Any:
-            number, _, before, carry, kept = state
-            carry, probes = run(number, carry)
+            number, going, before, carry, kept = state
+            after, probes = run(number, carry)
+            # The condition of a loop under vmap is an array: some examples may have ended.
+            carry = [
+                _where(going, new, old) if going.ndim else new
+                for new, old in zip(after, carry, strict=True)
+            ]
             kept = write(kept, number, before, probes)
             number = number + jnp.uint32(1)
             return number, *condition(number, carry), carry, kept
@@ -285,7 +290,7 @@ class _Prober:
             ),
         )
         number, _, before, carry, kept = lax.while_loop(
-            lambda state: state[1], step, (zero, going, before, start, kept)
+            lambda state: state[1].any(), step, (zero, going, before, start, kept)
         )
         kept = write(kept, number, before, nothing)
         taken.extend(_Probes(kept.rows.reshape(-1, 2), kept.values))
@@ -344,27 +349,27 @@ class _Prober:
     ) -> list[Any]:
         params = equation.params
         names = tuple(name for name, _ in words.axes)
-        outer = self.zero
+        outside = self.on, self.zero
 
-        def run(devices: jax.Array, *own: Any) -> Any:
+        def run(on: jax.Array, devices: jax.Array, *own: Any) -> Any:
             device = devices[0]
-            self.zero = outer + device * jnp.uint32(0)
+            self.on, self.zero = on, device * jnp.uint32(0)
             try:
                 outputs, probes = self.block(
                     params["jaxpr"], own, words.bodies[0], (*place, device)
                 )
+                return outputs, jax.tree.map(lambda x: self.vary(x)[None], probes)
             finally:
-                self.zero = outer
-            return outputs, jax.tree.map(lambda x: self.vary(x)[None], probes)
+                self.on, self.zero = outside
 
         outputs, probes = jax.shard_map(
             run,
             mesh=params["mesh"],
-            in_specs=(P(names), *params["in_specs"]),
+            in_specs=(P(), P(names), *params["in_specs"]),
             out_specs=(list(params["out_specs"]), P(names)),
             axis_names=set(names),
             check_vma=params["check_vma"],
-        )(jnp.arange(words.length, dtype=jnp.uint32), *operands)
+        )(self.on, jnp.arange(words.length, dtype=jnp.uint32) + self.zero, *operands)
         rows = probes.rows.transpose(1, 0, 2).reshape(-1, 2)
         taken.extend(_Probes(rows, probes.values))
         return list(outputs)
@@ -384,6 +389,12 @@ class _Prober:
     def vary(self, x: jax.Array) -> jax.Array:
         """Lets a value differ between the devices of a `shard_map`."""
         return jnp.where(self.zero == 0, x, jnp.zeros_like(x))
+
+
+def _where(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Chooses along the first axes."""
+    axes = range(condition.ndim)
+    return jnp.where(lax.broadcast_in_dim(condition, x.shape, tuple(axes)), x, y)
 
 
 def _evaluate(jaxpr: Any, equation: Any, operands: list[Any]) -> list[Any]:
