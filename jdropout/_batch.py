@@ -1,46 +1,24 @@
-"""Keys that know which part of a batch they are for, so that masks do not depend on how it is cut.
+"""Where the parts of a batch are, so that masks do not depend on how it is cut.
 
 A mask is a function of the key and the position. The position of an example is the one in the
-whole batch, and a microbatch does not know it. A key from `in_batch` does: it is a key of a kind of
-its own, whose words are the original ones and the index of the first example. The sizes are part of
-its dtype, since the shapes of masks are static. So the part goes wherever the key goes: through
-jit, grad, scan, split, fold_in, Flax's streams, and code that knows nothing of it.
-(A context manager would not: JAX's cache of traced functions does not see it change.)
+whole batch, and a microbatch does not know it: its keys do, see `_batch_keys.py`.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
-import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jdropout import _checks, _values
+from jdropout._batch_keys import Part, apart, part_of, replaced, together, typed_key
 from jdropout._typing import Index, Key, Site
 
 KEYS_AXIS: Any = object()
 """The batch axis of a function that does not know it: the key says which, axis 0 by default."""
 
 _Block = tuple[Key, tuple[Index, ...] | None, tuple[int, ...]]
-
-
-class Part(NamedTuple):
-    """The static facts about a part of a batch, which are in the dtype of its keys."""
-
-    impl: Any
-    """Implementation of the original key."""
-    size: int
-    """Number of examples in the whole batch."""
-    examples: int | None
-    """Number of examples in the part; None if it is the size of every batch axis."""
-    axis: int
-    """Axis of the examples in arrays whose function does not know it."""
-
-
-_parts: dict[Any, Part] = {}
 
 
 def in_batch(
@@ -94,42 +72,21 @@ def in_batch(
     """
     key = _checks.check_parent_key(key, "key")
     size = _values.check_positive("size", size)
+    if size >= 2**32:
+        raise ValueError(f"size must be below 2**32, got {size}. Cut it into several batches.")
     count = None if count is None else _values.check_positive("count", count)
     axis = _check_axis(axis)
     index = _check_first(first, size, 1 if count is None else count)
     if part_of(key):
         key, _ = apart(key)
     key = typed_key(key)
-    return _together(key, index, Part(jax.random.key_impl(key), size, count, axis))
-
-
-def part_of(key: Any) -> Part | None:
-    """The part that a key is for; None for a usual key."""
-    return _parts.get(key.dtype) if isinstance(key, jax.Array) else None
-
-
-@functools.partial(jax.jit, static_argnames="spent")
-def apart(key: jax.Array, spent: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The original key, and the index of the first example.
-
-    With ``spent``, JAX's key-reuse checker counts the key as used.
-    """
-    part = _parts[key.dtype]
-    return _original(
-        jax.random.key_data(lax.optimization_barrier(key) if spent else key), part.impl
-    )
-
-
-def derived(key: jax.Array, derive: Any) -> jax.Array:
-    """Maps the original key, and keeps the part."""
-    original, first = apart(key)
-    return _together(derive(original), first, _parts[key.dtype])
+    return together(key, index, Part(jax.random.key_impl(key), size, count, axis))
 
 
 def with_count(key: Any, count: int) -> Any:
     """The key with the number of examples in its part, if it has a part and lacks the number."""
     part = part_of(key)
-    return _replaced(key, part, examples=count) if part and part.examples is None else key
+    return replaced(key, part, examples=count) if part and part.examples is None else key
 
 
 def in_part(key: jax.Array, batch: Any, microbatch: Any) -> jax.Array:
@@ -155,7 +112,7 @@ def at_axis(key: Any, axis: int | Callable[[Site], int], path: Site) -> Any:
     if part is None:
         return key
     number = _check_axis(axis(path) if callable(axis) else axis)
-    return key if number == part.axis else _replaced(key, part, axis=number)
+    return key if number == part.axis else replaced(key, part, axis=number)
 
 
 def own_tiles(key: Key | None, rows: int, tiles: int) -> int:
@@ -195,7 +152,7 @@ def for_tiles(key: Key, rows: int, tiles: int) -> Key:
     rows_per_example = _rows_per_example(part, rows)
     tile = part.size * rows_per_example // tiles
     first = first * np.uint32(rows_per_example) // np.uint32(tile)
-    return _together(original, first, part._replace(size=tiles, examples=None))
+    return together(original, first, part._replace(size=tiles, examples=None))
 
 
 def located(
@@ -269,14 +226,6 @@ def _rows_per_example(part: Part, rows: int) -> int:
     return rows // part.examples
 
 
-def typed_key(key: Key) -> jax.Array:
-    """A raw key as a typed one of its width."""
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jnp.asarray(key)
-    words = jnp.asarray(key)
-    return jax.random.wrap_key_data(words, impl="rbg" if key.shape[-1] == 4 else "threefry2x32")
-
-
 def _check_axis(axis: Any) -> int:
     number = _values.as_integer(axis)
     if number is None or number < 0:
@@ -301,73 +250,9 @@ def _check_first(first: Any, size: int, count: int) -> jax.Array | np.uint32:
             f"first must be an integer or an integer scalar array, got {first!r} of type "
             f"{_values.type_name(first)}. Convert it with int() or .astype(jnp.int32)."
         )
-    if not 0 <= number <= size - count or size >= 2**32:
+    if not 0 <= number <= size - count:
         raise ValueError(
-            f"a part of {count} example(s) from number {number} is not inside a batch of {size}. "
-            "first counts from 0, and a batch has fewer than 2**32 examples."
+            f"first must be at least 0 and at most {size - count}, where a part of {count} "
+            f"example(s) ends with the batch of {size}, got {number}. Count examples from 0."
         )
     return np.uint32(number)
-
-
-# --- a kind of keys -----------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames="part")
-def _together(key: jax.Array, first: jax.Array | np.uint32, part: Part) -> jax.Array:
-    words = jax.random.key_data(key)
-    data = jnp.concatenate([words.reshape(-1), jnp.asarray(first, jnp.uint32).reshape(1)])
-    return jax.random.wrap_key_data(data, impl=_implementation(part))
-
-
-def _replaced(key: Key, part: Part, **facts: Any) -> jax.Array:
-    original, first = apart(cast("jax.Array", key))
-    return _together(original, first, part._replace(**facts))
-
-
-def _original(data: jax.Array, impl: Any) -> tuple[jax.Array, jax.Array]:
-    return jax.random.wrap_key_data(data[:-1].reshape(_key_shape(impl)), impl=impl), data[-1]
-
-
-def _key_shape(impl: Any) -> tuple[int, ...]:
-    words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
-    return words.shape
-
-
-@functools.cache  # the dtypes of all keys that exist must stay known
-def _implementation(part: Part) -> Any:
-    """JAX's description of the keys of a part: the original words, and the first example."""
-
-    def words(keys: jax.Array, first: Any) -> jax.Array:
-        data = jax.random.key_data(keys)
-        data = data.reshape(*keys.shape, -1)
-        return jnp.concatenate([data, jnp.broadcast_to(first, (*keys.shape, 1))], axis=-1)
-
-    def seed(seeds: jax.Array) -> jax.Array:
-        return words(jax.random.key(seeds, impl=part.impl), jnp.uint32(0))
-
-    def split(data: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        key, first = _original(data, part.impl)
-        return words(jax.random.split(key, shape), first)
-
-    def fold_in(data: jax.Array, number: Any) -> jax.Array:
-        key, first = _original(data, part.impl)
-        return words(jax.random.fold_in(key, number), first)
-
-    def random_bits(data: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
-        key, first = _original(data, part.impl)
-        return jax.random.bits(jax.random.fold_in(key, first), shape, f"uint{width}")
-
-    count = int(np.prod(_key_shape(part.impl))) + 1
-    made = jax.extend.random.define_prng_impl(
-        key_shape=(count,),
-        seed=seed,
-        split=split,
-        random_bits=random_bits,
-        fold_in=fold_in,
-        name=f"jdropout.{part.impl}.batch{part.size}.{part.examples}.{part.axis}",
-        tag=f"batch{part.size}",
-    )
-    data = jax.ShapeDtypeStruct((count,), jnp.uint32)
-    example = jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=made), data)
-    _parts[example.dtype] = part
-    return made

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jdropout import _batch, _checks, _law, _record, _threshold
+from jdropout import _batch, _batch_keys, _checks, _law, _record, _threshold
 from jdropout._draw import Description, Draw, Outcome
 from jdropout._typing import Flag, Index, Key, Rate
 from jdropout.keys import at_site
@@ -73,7 +73,7 @@ def new_draw(
     origin, part = None, None
     if drawn:
         key = _checks.check_key(key, f"{prefix}key")
-        part = _batch.part_of(key)
+        part = _batch_keys.part_of(key)
         if part:
             key, first, whole = _batch.located(key, part, shape, first, whole, batch_axis, shared)
         key = at_site(key, site) if site else key

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _batch, _checks
+from jdropout import _batch_keys, _checks
 from jdropout._batch import in_batch
 from jdropout._law import MASK_TAG, absorb, key_words, like_key
 from jdropout._threefry import threefry2x32
@@ -167,8 +167,8 @@ def _index_counter(name: str, index: Index) -> WordPair:
 
 
 def _below(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
-    if _batch.part_of(key):
-        return _batch.derived(cast("jax.Array", key), lambda key: _descend(key, counters))
+    if _batch_keys.part_of(key):
+        return _batch_keys.derived(cast("jax.Array", key), lambda key: _descend(key, counters))
     return _descend(key, counters)
 
 

@@ -13,6 +13,8 @@ from jax import lax
 import jdropout
 import jdropout.linen
 import jdropout.nnx
+from jdropout import _batch
+from jdropout._batch_keys import part_of
 from jdropout.keys import at_site, in_batch, step_key
 from jdropout.linen import with_site_keys
 from jdropout.nnx import set_site_keys
@@ -33,6 +35,10 @@ def in_parts(apply, x, number, axis=0):
         lambda part: apply(in_batch(KEY, part[0], SIZE, axis=axis), part[1]), (firsts, parts)
     )
     return jnp.concatenate(list(made), axis)
+
+
+def drop(key, x):
+    return jdropout.dropout(key, x, 0.5)
 
 
 # --- functions ----------------------------------------------------------------------------
@@ -62,7 +68,10 @@ FUNCTIONS = {
 
 def units(key, x, tiles):
     weights = jnp.arange(12.0).reshape(3, 4)
-    block = lambda w, v, x: (x[..., 0] @ w) @ v  # noqa: E731
+
+    def block(w, v, x):
+        return (x[..., 0] @ w) @ v
+
     return jdropout.unit_subset(key, block, weights, weights.T, x[:, :3], 0.5, tiles=tiles)
 
 
@@ -77,8 +86,8 @@ def attention(key, x, broadcast_dims=()):
 
 def with_count(key, x):
     """The key with the number of examples, as a user makes it who knows it."""
-    part = jdropout._batch.part_of(key)
-    return key if part is None else jdropout._batch.with_count(key, len(x))
+    part = part_of(key)
+    return key if part is None else _batch.with_count(key, len(x))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -109,9 +118,8 @@ def test_a_ragged_last_part_and_parts_of_one_have_the_masks_of_the_whole():
 def test_batches_that_do_not_come_first_need_the_axis_and_the_size():
     """The size of an inner axis counts in the positions of the outer ones."""
     x = jnp.ones((3, SIZE, 5))
-    drop = lambda key, x: jdropout.dropout(key, x, 0.5)  # noqa: E731
     assert_same(jax.jit(functools.partial(in_parts, drop, number=4, axis=1))(x), drop(KEY, x))
-    locked = lambda key, x: jdropout.locked_dropout(key, x, 0.5, time_axis=0)  # noqa: E731
+    locked = functools.partial(jdropout.locked_dropout, rate=0.5, time_axis=0)
     one = in_batch(KEY, 4, SIZE)  # axis 0, but the function knows its own
     assert_same(locked(one, x[:, 4:8]), locked(KEY, x)[:, 4:8])
 
@@ -165,7 +173,6 @@ def test_the_part_of_a_key_is_replaced():
 def test_the_key_reuse_checker_sees_a_key_of_a_part():
     x = jnp.ones((4, 8))
     key = in_batch(KEY, 4, SIZE)
-    drop = lambda key, x: jdropout.dropout(key, x, 0.5)  # noqa: E731
     with jax.debug_key_reuse(True):
         jax.jit(jax.grad(lambda x: jnp.sin(drop(key, x)).sum()))(x)
         with pytest.raises(jax.errors.KeyReuseError):
@@ -174,14 +181,13 @@ def test_the_key_reuse_checker_sees_a_key_of_a_part():
 
 def test_an_audit_sees_that_microbatches_have_masks_of_their_own():
     def microbatches(key, x):
-        drop = lambda key, x: jdropout.dropout(key, x, 0.5)  # noqa: E731
         firsts = 4 * jnp.arange(4)
         return lax.map(lambda part: drop(in_batch(key, part[0], SIZE), part[1]), (firsts, x))
 
     x = jnp.ones((4, 4, 8))
     assert not jdropout.audit(microbatches, KEY, x).findings
-    same = lambda key, x: lax.map(lambda x: jdropout.dropout(key, x, 0.5), x)  # noqa: E731
-    assert jdropout.audit(same, KEY, x).findings
+    same = jdropout.audit(lambda key, x: lax.map(functools.partial(drop, key), x), KEY, x)
+    assert same.findings
 
 
 ERRORS = {
@@ -192,8 +198,9 @@ ERRORS = {
         ValueError,
         r"first must be a scalar, got an array of shape \(2,\)",
     ),
-    "negative": (lambda x: in_batch(KEY, -1, SIZE), ValueError, "from number -1 is not inside"),
-    "after the end": (lambda x: in_batch(KEY, 14, SIZE, count=4), ValueError, "part of 4 .* 16"),
+    "negative": (lambda x: in_batch(KEY, -1, SIZE), ValueError, "at most 15, .* got -1"),
+    "after the end": (lambda x: in_batch(KEY, 14, SIZE, count=4), ValueError, "at most 12, .* got 14"),
+    "huge": (lambda x: in_batch(KEY, 0, 2**32), ValueError, r"size must be below 2\*\*32, got"),
     "no size": (lambda x: in_batch(KEY, 0, 0), ValueError, "size must be at least 1, got 0"),
     "negative axis": (lambda x: in_batch(KEY, 0, 4, axis=-1), ValueError, "at least 0, got -1"),
     "no key": (lambda x: in_batch(None, 0, 4), ValueError, "key is None"),

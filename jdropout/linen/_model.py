@@ -8,7 +8,8 @@ import jax
 from flax import linen
 
 from jdropout import _values
-from jdropout._batch import at_axis, in_part, typed_key
+from jdropout._batch import at_axis, in_part
+from jdropout._batch_keys import typed_key
 from jdropout._typing import Batch, Index, Key, Site
 from jdropout._values import type_name
 from jdropout.keys import at_site, step_key

@@ -9,7 +9,7 @@ import jax
 from flax import linen
 
 from jdropout import _monte_carlo
-from jdropout._batch import typed_key
+from jdropout._batch_keys import typed_key
 from jdropout._flax import check_any_dropout, check_model
 from jdropout._monte_carlo import MCPrediction
 from jdropout._typing import Key

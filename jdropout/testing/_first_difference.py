@@ -1,14 +1,14 @@
 """Finds the first value in which two recordings differ."""
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jdropout._values import type_name
 from jdropout.testing import _words
-from jdropout.testing._program import Block, Equation, Program, Spot
+from jdropout.testing._program import Equation, Program, Spot
 from jdropout.testing._recording import Recording
 
 
@@ -242,7 +242,7 @@ def _align(a: Program, b: Program) -> _Aligned:
     parts = [(np.arange(inputs[0]), np.arange(inputs[1]))]
     mismatch = None
     offsets = inputs
-    for one, other in _pairs(a.block, b.block):
+    for one, other in itertools.zip_longest(a.block.equations, b.block.equations):
         mismatch = _mismatch_of(one, other)
         if mismatch is not None:
             break
@@ -251,12 +251,6 @@ def _align(a: Program, b: Program) -> _Aligned:
         offsets = [offsets[0] + one.rows, offsets[1] + other.rows]
     rows_a, rows_b = (np.concatenate(part) for part in zip(*parts, strict=True))
     return _Aligned(rows_a, rows_b, mismatch)
-
-
-def _pairs(a: Block, b: Block) -> Iterator[tuple[Any, Any]]:
-    """Equations with the same number; None where one block ends earlier."""
-    for i in range(max(len(a.equations), len(b.equations))):
-        yield tuple(block.equations[i] if i < len(block.equations) else None for block in (a, b))  # type: ignore[misc]
 
 
 def _mismatch_of(one: Equation | None, other: Equation | None) -> tuple[Any, Any] | None:
@@ -270,7 +264,7 @@ def _mismatch_of(one: Equation | None, other: Equation | None) -> tuple[Any, Any
     if len(one.bodies) != len(other.bodies):
         return one, other
     for bodies in zip(one.bodies, other.bodies, strict=True):
-        for pair in _pairs(*bodies):
+        for pair in itertools.zip_longest(*(body.equations for body in bodies)):
             if (found := _mismatch_of(*pair)) is not None:
                 return found
     return None
@@ -293,10 +287,8 @@ def _common_rows(one: Equation, other: Equation) -> tuple[np.ndarray, np.ndarray
     if one.kind == "while" and sizes[0] == sizes[1]:  # with different numbers of kept iterations
         inside = np.arange(min(one.length, other.length) * sizes[0])
     own = len(one.own) + (one.kind == "while")
-    return tuple(  # type: ignore[return-value]
-        np.concatenate([inside, np.arange(equation.rows - own, equation.rows)])
-        for equation in (one, other)
-    )
+    ends = [np.arange(equation.rows - own, equation.rows) for equation in (one, other)]
+    return np.concatenate([inside, ends[0]]), np.concatenate([inside, ends[1]])
 
 
 def _mismatch(a: Recording, b: Recording, aligned: _Aligned, step: int | None) -> Difference:

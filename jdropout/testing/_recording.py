@@ -97,7 +97,7 @@ class Recording:
         same = self._program == other._program and self._about == other._about
         return same and np.array_equal(self._fingerprints, other._fingerprints)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # arrays are compared, which have no hash
 
     def __repr__(self) -> str:
         steps = f"{len(self.steps)} of {self._about['steps']} steps, " if self.steps else ""

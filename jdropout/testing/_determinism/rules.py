@@ -170,7 +170,7 @@ def _of_random(operation: Operation, environment: Environment) -> Iterator[Compl
     if draws or (name == "rng_bit_generator" and default):
         yield _RBG_SHARDED if environment.rbg_follows_sharding else _RBG
     threefry = "fry" in kind or ("<rbg" in kind and name != "random_bits")
-    partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]  # not annotated
     if not partitionable and threefry and name in _OF_KEYS:
         yield _THREEFRY
 
