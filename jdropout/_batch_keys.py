@@ -2,8 +2,8 @@
 
 Their words are those of the original key and the index of the part's first example. What has to be
 static, such as the size of the batch, is in their dtype: JAX gets a description of a kind of keys
-for each `Part`. Their children are for the same part, so the part goes wherever the key goes: through
-jit, grad, scan, split, fold_in, Flax's streams, and code that knows nothing of it.
+for each `Part`. Their children are for the same part, so the part goes wherever the key goes:
+through jit, grad, scan, split, fold_in, Flax's streams, and code that knows nothing of it.
 (A context manager would not: JAX's cache of traced functions does not see it change.)
 """
 
