@@ -1,7 +1,7 @@
 """Where the parts of a batch are, so that masks do not depend on how it is cut.
 
 A mask is a function of the key and the position. The position of an example is the one in the
-whole batch, and a microbatch does not know it: its keys do, see `_batch_keys.py`.
+whole batch, and a microbatch does not know it: its keys do, see `_key_kinds.py`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _checks, _values
-from jdropout._batch_keys import Part, apart, part_of, replaced, together, typed_key
+from jdropout._key_kinds import Part, apart, part_of, replaced, together, typed_key
 from jdropout._typing import Index, Key, Site
 
 KEYS_AXIS: Any = object()

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jdropout import _law, _record, _threshold
+from jdropout import _law, _record, _strata, _threshold
 from jdropout._typing import Index, Key
 
 
@@ -48,6 +48,8 @@ class Description(NamedTuple):
     threshold: _threshold.Threshold | None = None
     """None for a traced rate, `Draw.numbers`, and uniforms, which have no rate."""
     precision: int | None = None
+    num_samples: int | None = None
+    """Number of samples with coupled masks, of which this is one; None if there is only this."""
 
 
 # Maps a draw, arrays and static options to an array or a tree of arrays. It has to be a function of
@@ -57,7 +59,7 @@ Formula = Callable[..., Any]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["key", "rate", "deterministic", "origin", "numbers"],
+    data_fields=["key", "rate", "deterministic", "origin", "numbers", "sample"],
     meta_fields=["description"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Draw:
     description: Description
     numbers: jax.Array | None = None
     """A static rate as an operand (see `_threshold.static_numbers`), set by `eager`."""
+    sample: jax.Array | None = None
+    """The number of the sample, if there are several with coupled masks."""
     # Set by new_draw. Without init JAX ignores it; drop_fields would do but is broken in JAX 0.8.1.
     call: int | None = dataclasses.field(default=None, init=False)
     """Number of the call in an audit. Not part of the pytree: another number does not recompile."""
@@ -150,7 +154,9 @@ class Draw:
             return self
         description, numbers = _without_threshold(self.description)
         # Not dataclasses.replace, which takes a tenth of an eager call.
-        return Draw(self.key, self.rate, self.deterministic, self.origin, description, numbers)
+        return Draw(
+            self.key, self.rate, self.deterministic, self.origin, description, numbers, self.sample
+        )
 
     def result(self, y: Any, *, masked: bool = True) -> Any:
         """Marks the result for an audit, on its first array: one mark per call is enough."""
@@ -172,7 +178,8 @@ class Draw:
         """
         if self.key is None:
             return self
-        return dataclasses.replace(self, key=_mask_key_words(self.key, self.digits))
+        words = _mask_key_words(self.key, self.digits, self.sample is not None)
+        return dataclasses.replace(self, key=words)
 
     @property
     def digits(self) -> int:
@@ -194,19 +201,27 @@ class Draw:
         threshold = self.threshold()
         if self.deterministic is not None:
             threshold = _threshold.keep_all_if(self.deterministic, threshold)
-        return self._evaluate(functools.partial(_law.keep, threshold=threshold), jnp.bool_)
+        return self._evaluate(_law.keep, _strata.keep, jnp.bool_, threshold=threshold)
 
     @jax.jit
     def uniform(self) -> jax.Array:
         """The uniforms that masks are compared with: uint32, in units of 2^-32."""
-        return self._evaluate(_law.uniform, jnp.uint32)
+        return self._evaluate(_law.uniform, _strata.uniform, jnp.uint32)
 
-    def _evaluate(self, law: Callable[..., jax.Array], dtype: Any) -> jax.Array:
+    def _evaluate(
+        self,
+        law: Callable[..., jax.Array],
+        of_sample: Callable[..., jax.Array],
+        dtype: Any,
+        **operands: Any,
+    ) -> jax.Array:
         description = self.description
         if 0 in description.shape:
             return jnp.zeros(description.shape, dtype)
         assert isinstance(self.key, jax.Array)  # see with_mask_keys()
-        block = law(self.key, layout=description.layout, origin=self.origin)
+        if self.sample is not None:
+            law = functools.partial(of_sample, sample=self.sample, size=description.num_samples)
+        block = law(self.key, layout=description.layout, origin=self.origin, **operands)
         return jnp.broadcast_to(lax.reshape(block, description.block), description.shape)
 
     def keep_like(self, x: jax.Array) -> jax.Array:
@@ -303,9 +318,9 @@ def _without_threshold(description: Description) -> tuple[Description, jax.Array
     return described, _threshold.static_numbers(threshold)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _mask_key_words(key: Key, digits: int) -> jax.Array:
-    return _law.mask_key_words(_law.spent_key_words(key), digits)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _mask_key_words(key: Key, digits: int, ordered: bool) -> jax.Array:
+    return _law.mask_key_words(_law.spent_key_words(key), digits, ordered)
 
 
 @functools.partial(jax.jit, static_argnames=("formula", "kept", "remake", "options"))

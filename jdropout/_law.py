@@ -24,6 +24,8 @@ LAW_VERSION = 1
 _LANES = 64 // DIGIT_BITS
 _DIGIT_MASK = np.uint32((1 << DIGIT_BITS) - 1)
 MASK_TAG = 0x6A64726F  # "jdro": the high word of counters that only mask keys use
+_ORDER = 2
+"""Takes the place of the number of a digit, 0 or 1, in the counter of the order of samples."""
 
 # Two groups, eight rows, fill a byte of a packed mask.
 _GROUPS_PER_BYTE = 2
@@ -125,7 +127,7 @@ def moved(origin: Origin, high: Any, low: Any) -> Origin:
     return Origin(*_add64((origin.high, origin.low), (high, low)), origin.phase)
 
 
-def _block_index(layout: Layout, origin: Origin | None, group: jax.Array) -> WordPair:
+def block_index(layout: Layout, origin: Origin | None, group: jax.Array) -> WordPair:
     """Index of the cipher block of every element.
 
     ``group`` is the row group of every row, counted from the origin's; its axes are the
@@ -164,7 +166,7 @@ def _packed_index(layout: Layout, origin: Origin | None, shape: tuple[int, ...])
     if layout.wide:
         one_column = (*shape[:-1], 1)
         group = _iota(one_column, slot_axis - 1) * np.uint32(_GROUPS_PER_BYTE)
-        return _block_index(layout, origin, group + _iota(one_column, slot_axis))
+        return block_index(layout, origin, group + _iota(one_column, slot_axis))
 
     strides = (*lead_strides, row_stride * _GROUPS_PER_BYTE, row_stride, 1)
     low = jnp.zeros(shape, jnp.uint32) if origin is None else jnp.broadcast_to(origin.low, shape)
@@ -245,18 +247,22 @@ def absorb(key_words: jax.Array) -> WordPair:
     return state
 
 
-def mask_keys(key_words: jax.Array, digits: int) -> list[WordPair]:
-    """The cipher keys of a mask's digits, from counters that no other use of the key reaches."""
+def mask_keys(key_words: jax.Array, digits: int, ordered: bool = False) -> list[WordPair]:
+    """The cipher keys of a mask's digits, from counters that no other use of the key reaches.
+
+    With ``ordered``, the last one is for the order of samples, of `_strata`.
+    """
     state = absorb(key_words)
+    numbers = [*range(digits), *([_ORDER] if ordered else [])]
     return [
-        threefry2x32(state, (jnp.uint32(MASK_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
-        for digit in range(digits)
+        threefry2x32(state, (jnp.uint32(MASK_TAG), jnp.uint32(LAW_VERSION << 16 | number)))
+        for number in numbers
     ]
 
 
-def mask_key_words(key_words: jax.Array, digits: int) -> jax.Array:
-    """`mask_keys` in one array, of two words a digit."""
-    return jnp.stack([word for key in mask_keys(key_words, digits) for word in key])
+def mask_key_words(key_words: jax.Array, digits: int, ordered: bool = False) -> jax.Array:
+    """`mask_keys` in one array, of two words a key."""
+    return jnp.stack([word for key in mask_keys(key_words, digits, ordered) for word in key])
 
 
 def _pairs(words: jax.Array) -> list[WordPair]:
@@ -321,9 +327,9 @@ def _elementwise(
 
 def _digits(keys: list[WordPair], layout: Layout, origin: Origin | None) -> list[jax.Array]:
     one_column = (*layout.shape[:-1], 1)
-    row = _iota(one_column, len(one_column) - 2) + _phase(layout, origin)
+    row = _iota(one_column, len(one_column) - 2) + phase(layout, origin)
     lane = jnp.broadcast_to(row % np.uint32(_LANES), layout.shape)
-    index = _block_index(layout, origin, row // np.uint32(_LANES))
+    index = block_index(layout, origin, row // np.uint32(_LANES))
 
     def digit(key: WordPair) -> jax.Array:
         y0, y1 = threefry2x32(key, index)
@@ -378,7 +384,7 @@ def _packed(
     mask = (byte >> row) & np.uint8(1) != 0
     mask = lax.reshape(mask, (*lead, shape[slot_axis - 1] * shape[slot_axis], columns))
     if layout.phase is None:
-        return lax.dynamic_slice_in_dim(mask, _phase(layout, origin), rows, axis=len(lead))
+        return lax.dynamic_slice_in_dim(mask, phase(layout, origin), rows, axis=len(lead))
     return lax.slice_in_dim(mask, layout.phase, layout.phase + rows, axis=len(lead))
 
 
@@ -406,7 +412,7 @@ def in_registers(
     # By bits: kernels have no cheap division.
     lane, part = row & (_LANES - 1), row >> (_LANES.bit_length() - 1)
 
-    from_first = _block_index(flat, None, _iota(shape, 0))
+    from_first = block_index(flat, None, _iota(shape, 0))
 
     def bits_of(group: int) -> jax.Array:
         high, low = divmod(group * flat.strides[0], 2**32)
@@ -440,7 +446,7 @@ def by_lane(
     """
     rows, columns = layout.shape[-2:]
     flat = layout._replace(shape=(rows, columns), strides=layout.strides[-2:])
-    index = _block_index(flat, origin, _iota((rows // _LANES, columns), 0))
+    index = block_index(flat, origin, _iota((rows // _LANES, columns), 0))
     blocks = [threefry2x32(key, index) for key in keys]
     return [below(threshold, [_lane(block, lane) for block in blocks]) for lane in range(_LANES)]
 
@@ -450,7 +456,7 @@ def _lane(block: WordPair, lane: int) -> jax.Array:
     return word >> np.uint32(DIGIT_BITS) if lane % 2 else word & _DIGIT_MASK
 
 
-def _phase(layout: Layout, origin: Origin | None) -> np.uint32 | jax.Array:
+def phase(layout: Layout, origin: Origin | None) -> np.uint32 | jax.Array:
     if layout.phase is not None:
         return np.uint32(layout.phase)
     assert origin is not None  # locate() leaves the phase open only with an origin

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,30 @@ from jax.tree_util import Partial
 
 from jdropout import _checks, _values
 from jdropout._moments import Moments, like, no_moments
+from jdropout._strata import LARGEST_SIZE
 from jdropout._typing import Key
-from jdropout.keys import at_site
+from jdropout.keys import at_site, stratified_key
 
 BATCH_SIZE = 8
 """Samples per vmap. On CPU 32 is no faster and 1 is slower: see the benchmarks."""
 
+GROUP_SIZE = 10
+"""Coupled samples per vmap: usual rates have a whole number of tenths, or nearly so."""
+
+_LARGEST_GROUP = 16
+"""So many samples are a single group."""
+
+_ENOUGH_GROUPS = 4
+"""The number of groups from which on their means tell the error of the mean."""
+
+_AXIS = "jdropout_samples"
+
+Sampling = Literal["independent", "stratified"]
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["mean", "variance", "num_samples", "samples"],
+    data_fields=["mean", "variance", "num_samples", "samples", "error_variance", "num_groups"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +73,16 @@ class MCPrediction:
     variance: Any
     num_samples: Any
     samples: Any = None
+    error_variance: Any = None
+    num_groups: Any = None
 
     @property
     def standard_error(self) -> Any:
-        """Standard error of `mean`, ``sqrt(variance / num_samples)``.
+        """Standard error of `mean`, the square root of `error_variance`.
 
         It is the typical distance of `mean` from the mean of infinitely many samples.
         """
-
-        def error(variance: jax.Array) -> jax.Array:
-            count = like(self.num_samples, variance)  # has axes of its own after a vmap
-            count = count.reshape(count.shape + (1,) * (variance.ndim - count.ndim))
-            return jnp.sqrt(variance / count)
-
-        return jax.tree.map(error, self.variance)
+        return jax.tree.map(jnp.sqrt, self.error_variance)
 
 
 def mc_predict(
@@ -81,6 +91,7 @@ def mc_predict(
     *args: Any,
     num_samples: int | jax.Array,
     batch_size: int | None = None,
+    sampling: Sampling = "independent",
     consistent: bool = False,
     return_samples: bool = False,
     progress: Callable[[int, int], object] | None = None,
@@ -111,6 +122,9 @@ def mc_predict(
       batch_size: number of samples to compute together; None for 8. With 1 there is no
         `jax.vmap`, so a `layer_drop` in `fn` does skip its layer. Surplus samples in the last
         batch are computed but not counted.
+      sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
+        that each unit is dropped in its share of them, as in `jdropout.keys.stratified_key`. The
+        mean then has a smaller error. Dropout that is not this library's stays independent.
       consistent: if True, all examples share a sample's masks, so that each sample is one
         function applied to all examples, on the leading axis of the last of `args`. `fn` then
         sees one example at a time, on a leading axis of size 1, and must return that axis. If
@@ -150,7 +164,9 @@ def mc_predict(
     _values.check_function("fn", fn)
     key = _checks.check_parent_key(key, "key")
     count = _check_num_samples(num_samples, _values.check_flag("return_samples", return_samples))
-    size = BATCH_SIZE if batch_size is None else _values.check_positive("batch_size", batch_size)
+    _values.check_option("sampling", sampling, ("independent", "stratified"))
+    stratified = sampling == "stratified"
+    size = _check_batch_size(batch_size, count, stratified)
     if _values.check_flag("consistent", consistent):
         _check_examples(args)
     if progress is not None:
@@ -158,18 +174,18 @@ def mc_predict(
     sampler = _Sampler.of(fn, args, consistent)
     if return_samples:
         _check_no_progress(progress)
-        return _stack(sampler, key, count=count, size=size)
+        return _stack(sampler, key, count=count, size=size, stratified=stratified)
     if progress is None:
-        moments = _add(sampler, key, None, 0, count, size=size)
+        moments = _add(sampler, key, None, 0, count, size=size, stratified=stratified)
     else:
         _check_concrete_for_progress((key, args, count))
         moments = None
         for first in range(0, count, size):
             last = min(first + size, count)
-            moments = _add(sampler, key, moments, first, last, size=size)
+            moments = _add(sampler, key, moments, first, last, size=size, stratified=stratified)
             jax.block_until_ready(moments)
             progress(last, count)
-    return _prediction(moments, count)
+    return _prediction(moments, count, size=size, stratified=stratified)
 
 
 @functools.partial(
@@ -219,7 +235,7 @@ class _Sampler:
         return jax.vmap(row)(examples)
 
 
-@functools.partial(jax.jit, static_argnames="size")
+@functools.partial(jax.jit, static_argnames=("size", "stratified"))
 def _add(
     sampler: _Sampler,
     key: Key,
@@ -228,45 +244,112 @@ def _add(
     end: Any,
     *,
     size: int,
+    stratified: bool,
 ) -> Moments:
     """Adds the samples ``first, ..., end - 1`` to the moments."""
-    # jit makes the call for the result's type and the loop share one trace.
-    sample = jax.jit(lambda index: sampler(at_site(key, index)))
+    batch = _batch_function(sampler, key, size, stratified)
+    first, end = (jnp.asarray(number, jnp.int32) for number in (first, end))
     if moments is None:
-        # Only shape, dtype and sharding of this sample are used; XLA removes the call.
-        moments = no_moments(sample(jnp.asarray(first, jnp.int32)))
+        moments = _no_moments(batch, first)
 
     def add_batch(state: tuple[jax.Array, Moments]) -> tuple[jax.Array, Moments]:
         first, moments = state
-        index = first + np.arange(size, dtype=np.int32)
-        # No vmap for one sample: it would turn lax.cond into a select, which runs both branches.
-        if size == 1:
-            samples = jax.tree.map(lambda y: y[None], sample(first))
-        else:
-            samples = jax.vmap(sample)(jnp.minimum(index, end - 1))
-        return first + np.int32(size), moments.with_samples(samples, index < end)
+        counted = first + np.arange(size, dtype=np.int32) < end
+        return first + np.int32(size), moments.with_samples(batch(first), counted)
 
-    first, end = (jnp.asarray(number, jnp.int32) for number in (first, end))
     _, moments = lax.while_loop(lambda state: state[0] < end, add_batch, (first, moments))
     return moments
 
 
-@functools.partial(jax.jit, static_argnames=("count", "size"))
-def _stack(sampler: _Sampler, key: Key, *, count: int, size: int) -> MCPrediction:
+@functools.partial(jax.jit, static_argnames=("count", "size", "stratified"))
+def _stack(sampler: _Sampler, key: Key, *, count: int, size: int, stratified: bool) -> MCPrediction:
     """Computes all samples and their moments."""
-    samples = lax.map(
-        lambda index: sampler(at_site(key, index)),
-        np.arange(count, dtype=np.int32),
-        batch_size=None if size == 1 else min(size, count),
-    )
-    moments = no_moments(jax.tree.map(lambda y: y[0], samples))
-    moments = moments.with_samples(samples, np.ones(count, bool))
-    return dataclasses.replace(_prediction(moments, count), samples=samples)
+    batch = _batch_function(sampler, key, size, stratified)
+
+    def add_batch(moments: Moments, first: jax.Array) -> tuple[Moments, Any]:
+        samples = batch(first)
+        counted = first + np.arange(size, dtype=np.int32) < count
+        return moments.with_samples(samples, counted), samples
+
+    firsts = jnp.asarray(np.arange(0, count, size, dtype=np.int32))
+    moments, batches = lax.scan(add_batch, _no_moments(batch, firsts[0]), firsts)
+    samples = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], batches)
+    prediction = _prediction(moments, count, size=size, stratified=stratified)
+    return dataclasses.replace(prediction, samples=samples)
 
 
-def _prediction(moments: Moments, count: Any) -> MCPrediction:
-    variance = jax.tree.map(lambda s: s / like(count - 1, s), moments.squares)
-    return MCPrediction(moments.mean, variance, count)
+def _batch_function(
+    sampler: _Sampler, key: Key, size: int, stratified: bool
+) -> Callable[[Any], Any]:
+    """The function from the number of a batch's first sample to the samples of the batch."""
+    # jit makes all calls share one trace.
+    sample = jax.jit(lambda key: sampler(key))  # the sampler is not hashable
+
+    def one(first: jax.Array) -> Any:
+        # No vmap for one sample: it would turn lax.cond into a select, which runs both branches.
+        return jax.tree.map(lambda y: y[None], sample(at_site(key, first)))
+
+    def independent(first: jax.Array) -> Any:
+        index = first + np.arange(size, dtype=np.int32)
+        return jax.vmap(lambda index: sample(at_site(key, index)))(index)
+
+    def coupled(first: jax.Array) -> Any:
+        group = at_site(key, lax.div(first, lax.full_like(first, size)))
+        return jax.vmap(
+            lambda index: sample(stratified_key(group, index, size, axis_name=_AXIS)),
+            axis_name=_AXIS,
+        )(np.arange(size, dtype=np.int32))
+
+    if size == 1:
+        return one
+    return coupled if stratified else independent
+
+
+def _no_moments(batch: Callable[[Any], Any], first: Any) -> Moments:
+    # Only shape, dtype and sharding of these samples are used; XLA removes the call.
+    return no_moments(jax.tree.map(lambda y: y[0], batch(first)))
+
+
+def _prediction(moments: Moments, count: Any, *, size: int, stratified: bool) -> MCPrediction:
+    """The estimates, which are unbiased, also from coupled samples.
+
+    The squared deviations of n samples from their mean add up to ``n (variance - error)`` on
+    average, where error is the variance of the mean. For independent samples it is variance / n.
+    For groups of coupled samples, the deviations of the groups' means tell it. Few groups tell
+    little: then it is what it would be for independent samples, which is more.
+    """
+
+    def over(sums: Any, number: Any) -> Any:
+        return jax.tree.map(lambda s: s / like(number, s), sums)
+
+    error = over(over(moments.squares, count - 1), count)
+    if not stratified or size == 1:
+        variance = over(moments.squares, count - 1)
+        return MCPrediction(moments.mean, variance, count, error_variance=error, num_groups=count)
+    num_groups = -(-count // size)
+    enough = num_groups >= _ENOUGH_GROUPS
+
+    def of_groups(error: jax.Array, between: jax.Array) -> jax.Array:
+        groups = jnp.maximum(num_groups - 1, 1)
+        return jnp.where(enough, between / like(groups, between) / like(count, between), error)
+
+    error = jax.tree.map(of_groups, error, moments.between)
+    variance = jax.tree.map(lambda s, e: s / like(count, s) + e, moments.squares, error)
+    return MCPrediction(moments.mean, variance, count, error_variance=error, num_groups=num_groups)
+
+
+def _check_batch_size(batch_size: Any, count: Any, stratified: bool) -> int:
+    if batch_size is None and not stratified:
+        return BATCH_SIZE
+    if batch_size is None:
+        return count if isinstance(count, int) and count <= _LARGEST_GROUP else GROUP_SIZE
+    size = _values.check_positive("batch_size", batch_size)
+    if stratified and size > LARGEST_SIZE:
+        raise ValueError(
+            f"batch_size must be at most {LARGEST_SIZE} with sampling='stratified', where the "
+            f"samples of a batch are coupled, got {size}. Leave it out."
+        )
+    return size
 
 
 def _check_num_samples(count: Any, static: bool) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jdropout import _batch, _batch_keys, _checks, _law, _record, _threshold
+from jdropout import _batch, _checks, _key_kinds, _law, _record, _samples, _threshold
 from jdropout._draw import Description, Draw, Outcome
 from jdropout._typing import Flag, Index, Key, Rate
 from jdropout.keys import at_site
@@ -70,17 +70,20 @@ def new_draw(
     drawn = outcome is Outcome.DRAWN
     if outcome is not Outcome.KEPT:
         _checks.check_static_shape(shape)
-    origin, part = None, None
+    origin, part, sample = None, None, None
     if drawn:
         key = _checks.check_key(key, f"{prefix}key")
-        part = _batch_keys.part_of(key)
+        part = _key_kinds.part_of(key)
         if part:
             key, first, whole = _batch.located(key, part, shape, first, whole, batch_axis, shared)
+        key, sample, num_samples = _samples.uncoupled(key)
         key = at_site(key, site) if site else key
         block = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
         whole = tuple(1 if axis in shared else size for axis, size in enumerate(whole))
         layout, origin = _layout(whole) if first is None else _law.locate(whole, block, first)
-        description = Description(outcome, shape, block, whole, layout, threshold, precision)
+        description = Description(
+            outcome, shape, block, whole, layout, threshold, precision, num_samples
+        )
     else:
         description = Description(outcome, shape, threshold=threshold, precision=precision)
     draw = Draw(
@@ -89,6 +92,7 @@ def new_draw(
         deterministic=flag if drawn and isinstance(flag, jax.Array) else None,
         origin=origin,
         description=description,
+        sample=sample,
     )
     if not _record.recording():
         return draw

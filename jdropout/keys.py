@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _batch_keys, _checks
+from jdropout import _checks, _key_kinds
 from jdropout._batch import in_batch
 from jdropout._law import MASK_TAG, absorb, key_words, like_key
+from jdropout._samples import stratified_key
 from jdropout._threefry import threefry2x32
 from jdropout._typing import Index, Key, Site, WordPair
 from jdropout._values import as_integer, type_name
 
-__all__ = ["at_site", "in_batch", "site_key", "step_key"]
+__all__ = ["at_site", "in_batch", "site_key", "step_key", "stratified_key"]
 _INDEX_TAG = 0x6A646978  # "jdix"
 _WORDS_TAG = 0x6A647764  # "jdwd": for keys of more than two words
 _STEP_BIT = 0x80000000
@@ -167,9 +168,7 @@ def _index_counter(name: str, index: Index) -> WordPair:
 
 
 def _below(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
-    if _batch_keys.part_of(key):
-        return _batch_keys.derived(cast("jax.Array", key), lambda key: _descend(key, counters))
-    return _descend(key, counters)
+    return cast("jax.Array", _key_kinds.derived(key, lambda key: _descend(key, counters)))
 
 
 @jax.jit

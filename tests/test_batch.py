@@ -14,7 +14,7 @@ import jdropout
 import jdropout.linen
 import jdropout.nnx
 from jdropout import _batch
-from jdropout._batch_keys import part_of
+from jdropout._key_kinds import part_of
 from jdropout.keys import at_site, in_batch, step_key
 from jdropout.linen import with_site_keys
 from jdropout.nnx import set_site_keys

@@ -239,7 +239,7 @@ def test_numbers_of_cipher_blocks_are_those_of_pythons_integers(shape, dtype):
     @jax.vmap
     def number(position):
         layout, origin = _law.locate(shape, one, list(position))
-        return _law._block_index(layout, origin, jnp.zeros(one, jnp.uint32))
+        return _law.block_index(layout, origin, jnp.zeros(one, jnp.uint32))
 
     high, low = (np.asarray(word).reshape(-1).tolist() for word in number(positions.astype(dtype)))
     expected = [divmod(block_number(shape, p), 2**32) for p in positions.tolist()]

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, overload
 import jax
 import jax.numpy as jnp
 
-from jdropout import _batch, _batch_keys, _checks, _values
+from jdropout import _batch, _checks, _key_kinds, _values
 from jdropout._attention._arguments import (
     check_alignment,
     check_attention_inputs,
@@ -267,7 +267,7 @@ def dot_product_attention(
     sizes = check_block_sizes(block_sizes)
     kernel = check_implementation(implementation)
     first, whole = _checks.check_block(start, global_shape, shape)
-    part = _batch_keys.part_of(dropout_key)
+    part = _key_kinds.part_of(dropout_key)
     if part:
         shared = _checks.check_broadcast_dims(dropout_broadcast_dims, len(shape))
         axis = 0 if batch else None

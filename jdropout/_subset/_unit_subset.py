@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jdropout import _batch, _batch_keys, _checks, _values
+from jdropout import _batch, _checks, _key_kinds, _values
 from jdropout._subset import _rows
 from jdropout._subset._indices import Order, Subset
 from jdropout._typing import Index, Key
@@ -150,7 +150,7 @@ def unit_subset(
 
 def _own_tiles(key: Key | None, x: Any, batch_axis: int, tiles: int) -> tuple[Key | None, int]:
     """The key for the tiles in a part of a batch, and their number."""
-    if key is None or _batch_keys.part_of(key) is None:
+    if key is None or _key_kinds.part_of(key) is None:
         return key, tiles
     _, _, rows = _values.check_common_axis("x", _values.as_arrays("x", x), "batch_axis", batch_axis)
     return _batch.for_tiles(key, rows, tiles), _batch.own_tiles(key, rows, tiles)

@@ -9,7 +9,7 @@ from flax import linen
 
 from jdropout import _values
 from jdropout._batch import at_axis, in_part
-from jdropout._batch_keys import typed_key
+from jdropout._key_kinds import typed_key
 from jdropout._typing import Batch, Index, Key, Site
 from jdropout._values import type_name
 from jdropout.keys import at_site, step_key

@@ -9,9 +9,9 @@ import jax
 from flax import linen
 
 from jdropout import _monte_carlo
-from jdropout._batch_keys import typed_key
 from jdropout._flax import check_any_dropout, check_model
-from jdropout._monte_carlo import MCPrediction
+from jdropout._key_kinds import typed_key
+from jdropout._monte_carlo import MCPrediction, Sampling
 from jdropout._typing import Key
 from jdropout.linen._dropout_on import DropoutOn, Path, Training
 
@@ -24,6 +24,7 @@ def mc_predict(
     *,
     num_samples: int | jax.Array,
     batch_size: int | None = None,
+    sampling: Sampling = "independent",
     consistent: bool = False,
     return_samples: bool = False,
     progress: Callable[[int, int], object] | None = None,
@@ -51,6 +52,9 @@ def mc_predict(
         is not checked, unless the samples are returned.
       batch_size: number of samples to compute together; None for 8. With 1 there is no
         `jax.vmap`, so layers that `layer_drop` skips are not computed.
+      sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
+        that each unit is dropped in its share of them, as in `jdropout.keys.stratified_key`. The
+        mean then has a smaller error. Dropout that is not this library's stays independent.
       consistent: if True, all examples share a sample's masks: the model sees one example at a
         time, on a leading axis of size 1. If False, it sees the whole batch, and each example
         has its own masks.
@@ -103,6 +107,7 @@ def mc_predict(
         x,
         num_samples=num_samples,
         batch_size=batch_size,
+        sampling=sampling,
         consistent=consistent,
         return_samples=return_samples,
         progress=progress,

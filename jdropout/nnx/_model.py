@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdropout._batch import at_axis, in_part
-from jdropout._batch_keys import typed_key
 from jdropout._flax import check_module_rate
+from jdropout._key_kinds import typed_key
 from jdropout._typing import Batch, Index, Key, Site
 from jdropout.keys import at_site, step_key
 from jdropout.nnx._dropout import Dropout, FlaxDropout

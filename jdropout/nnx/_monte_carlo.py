@@ -10,7 +10,7 @@ from flax import linen, nnx
 from jdropout import _monte_carlo
 from jdropout._audit import audit
 from jdropout._flax import check_any_dropout, check_model
-from jdropout._monte_carlo import MCPrediction
+from jdropout._monte_carlo import MCPrediction, Sampling
 from jdropout._typing import Key
 from jdropout.nnx._model import set_site_keys
 from jdropout.nnx._turn_on import is_layer, turn_on
@@ -23,6 +23,7 @@ def mc_predict(
     *,
     num_samples: int | jax.Array,
     batch_size: int | None = None,
+    sampling: Sampling = "independent",
     consistent: bool = False,
     return_samples: bool = False,
     progress: Callable[[int, int], object] | None = None,
@@ -50,6 +51,9 @@ def mc_predict(
         is not checked, unless the samples are returned.
       batch_size: number of samples to compute together; None for 8. With 1 there is no
         `jax.vmap`, so layers that `layer_drop` skips are not computed.
+      sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
+        that each unit is dropped in its share of them, as in `jdropout.keys.stratified_key`. The
+        mean then has a smaller error. Dropout that is not this library's stays independent.
       consistent: if True, all examples share a sample's masks: the model sees one example at a
         time, on a leading axis of size 1. If False, it sees the whole batch, and each example
         has its own masks.
@@ -113,6 +117,7 @@ def mc_predict(
         x,
         num_samples=num_samples,
         batch_size=batch_size,
+        sampling=sampling,
         consistent=consistent,
         return_samples=return_samples,
         progress=progress,
