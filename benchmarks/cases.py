@@ -40,7 +40,7 @@ from harness import Plan, Row, interleave, ratio_row, timed_row
 from sharded import sharded
 from subset import lora, subset
 from transformer import fused, transformer
-from uncertainty import uncertainty
+from uncertainty import few_samples, stratified_masks, uncertainty
 
 from jdropout import dropout as dropout_function
 from jdropout import schedules
@@ -258,5 +258,7 @@ SECTIONS = {
     "subset": subset,
     "lora": lora,
     "uncertainty": uncertainty,
+    "stratified-masks": stratified_masks,
+    "few-samples": few_samples,
     "sharded": sharded,
 }
