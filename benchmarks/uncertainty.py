@@ -49,7 +49,7 @@ NETWORKS = ((64, 64, 64, 10), (64, 256, 128, 10), (784, 512, 256, 10), (784, *[2
 
 
 def stratified_masks(plan: Plan) -> Iterator[Row]:
-    """dropout of copies of an array with coupled masks, relative to independent masks."""
+    """Dropout of copies of an array with coupled masks, relative to independent masks."""
 
     def independent(key: jax.Array, x: jax.Array, size: int) -> jax.Array:
         def one(index: jax.Array) -> jax.Array:

@@ -247,11 +247,13 @@ def check_model(model: Any, kind: type) -> None:
         )
 
 
-def check_any_dropout(drops: bool) -> None:
+def check_any_dropout(drops: bool, only: Any = None) -> None:
     if not drops:
+        found = "" if only is None else f" that only={only!r} finds"
         raise ValueError(
             "model must have a dropout layer with a rate above 0, or all samples would be equal; "
-            "it has none. Sample a model that calls jdropout.dropout with jdropout.mc_predict."
+            f"it has none{found}. Sample a model that calls jdropout.dropout with "
+            "jdropout.mc_predict."
         )
 
 

@@ -47,12 +47,18 @@ class MCPrediction:
     Attributes:
       mean: mean over the samples, with the structure and shapes that the function returns;
         float32 or wider.
-      variance: unbiased variance over the samples (divided by ``num_samples - 1``), with the
-        structure and shapes of `mean`. For a complex function it is computed from the absolute
-        values of the deviations.
+      variance: unbiased estimate of the variance of one sample, with the structure and shapes of
+        `mean`. For a complex function it is computed from the absolute values of the deviations.
       num_samples: number of samples.
       samples: the samples themselves, stacked on a new leading axis, in the dtypes that the
         function returns; None unless requested.
+      error_variance: variance of `mean` around the mean of infinitely many samples. For
+        independent samples it is ``variance / num_samples``. For stratified ones it is estimated
+        from the means of the groups if there are at least 4; for fewer it is what it would be for
+        independent samples, which is usually too large.
+      num_groups: number of independent groups of samples: `num_samples` for independent samples,
+        the number of batches for stratified ones. Confidence intervals take their quantiles from
+        Student's t-distribution with ``num_groups - 1`` degrees of freedom.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdropout
@@ -98,12 +104,13 @@ def mc_predict(
 ) -> MCPrediction:
     """Computes mean and variance of a function over dropout masks: Monte Carlo dropout.
 
-    Sample i is ``fn(at_site(key, i), *args)``, for i from 0 to ``num_samples - 1``. With
-    dropout in `fn`, the mean is the prediction and the variance measures how much the masks
-    disagree. All samples are computed in one call of one compiled function, ``batch_size`` of
-    them at a time under `jax.vmap`. The moments are updated after each batch, so memory stays
-    at one batch for any number of samples. Code before the first dropout is computed at most
-    once per batch. Changing the number of samples does not recompile.
+    Sample i is ``fn(key_i, *args)``, for i from 0 to ``num_samples - 1``, with keys that derive
+    from `key`. With dropout in `fn`, the mean is the prediction and the variance measures how much
+    the masks disagree. All samples are computed in one call of one compiled function,
+    ``batch_size`` of them at a time under `jax.vmap`. The moments are updated after each batch, so
+    memory stays at one batch for any number of samples. Code before the first dropout is computed
+    at most once per batch; XLA usually moves it out of the loop over batches. Changing the number
+    of samples does not recompile, unless it changes the batch size.
 
     The rules of `jax.jit` hold: `fn` must be the same object in every call, so define it once
     and pass that; anything `fn` closes over becomes a constant of the compiled function, so
@@ -115,16 +122,19 @@ def mc_predict(
         floating-point or complex dtypes; without side effects. It decides what is averaged:
         logits, probabilities, their entropy, or several of them in a dictionary.
       key: PRNG key, typed or raw; use a new one for every call. Sample i gets the key
-        ``jdropout.keys.at_site(key, i)``, whatever the batch size.
+        ``jdropout.keys.at_site(key, i)`` if the samples are independent. Stratified samples of the
+        batch ``b = i // batch_size`` share ``at_site(key, b)``, and get
+        ``stratified_key(at_site(key, b), i % batch_size, batch_size)``.
       *args: arrays or trees of arrays; the last one holds the inputs.
       num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
         is not checked, unless the samples are returned.
-      batch_size: number of samples to compute together; None for 8. With 1 there is no
-        `jax.vmap`, so a `layer_drop` in `fn` does skip its layer. Surplus samples in the last
-        batch are computed but not counted.
+      batch_size: number of samples to compute together. None for 8 independent ones; for all
+        stratified ones up to 16, else for 10. With 1 there is no `jax.vmap`, so a `layer_drop` in
+        `fn` does skip its layer. Surplus samples in the last batch are computed but not counted.
       sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
-        that each unit is dropped in its share of them, as in `jdropout.keys.stratified_key`. The
-        mean then has a smaller error. Dropout that is not this library's stays independent.
+        that each unit is dropped in its share of them, as with `jdropout.keys.stratified_key`. The
+        mean then has a smaller error, the smaller the more the units act one by one. Dropout that
+        is not this library's stays independent.
       consistent: if True, all examples share a sample's masks, so that each sample is one
         function applied to all examples, on the leading axis of the last of `args`. `fn` then
         sees one example at a time, on a leading axis of size 1, and must return that axis. If
@@ -141,8 +151,8 @@ def mc_predict(
 
     Raises:
       TypeError: if `fn` is not a function or returns integers, or a number is not an integer.
-      ValueError: if a number is too small, or the key is missing or a batch of keys; if
-        `return_samples` is combined with a traced `num_samples` or with `progress`; if
+      ValueError: if a number is too small or too large, or the key is missing or a batch of
+        keys; if `return_samples` is combined with a traced `num_samples` or with `progress`; if
         `progress` is used under `jax.jit`; if ``consistent=True`` and there is no axis of
         examples.
 
@@ -159,7 +169,8 @@ def mc_predict(
       Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
       in deep learning" (ICML 2016), section 4; Chan, Golub and LeVeque, "Algorithms for
       computing the sample variance" (The American Statistician, 1983), for the update of the
-      moments.
+      moments; Owen, "Monte Carlo variance of scrambled net quadrature" (SIAM J. Numerical Analysis,
+      1997), for the variance of Latin hypercube samples.
     """
     _values.check_function("fn", fn)
     key = _checks.check_parent_key(key, "key")
@@ -344,6 +355,8 @@ def _check_batch_size(batch_size: Any, count: Any, stratified: bool) -> int:
     if batch_size is None:
         return count if isinstance(count, int) and count <= _LARGEST_GROUP else GROUP_SIZE
     size = _values.check_positive("batch_size", batch_size)
+    if stratified and isinstance(count, int):
+        size = min(size, count)  # or each sample would have one of more strata than samples
     if stratified and size > LARGEST_SIZE:
         raise ValueError(
             f"batch_size must be at most {LARGEST_SIZE} with sampling='stratified', where the "

@@ -34,12 +34,12 @@ INTEGERS = (jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.uint32, jnp.int64)
 class Draw:
     """The twin's random numbers for one call."""
 
-    def __init__(self, key, *, site=(), start=None, whole=None, precision=None):
+    def __init__(self, key, *, site=(), start=None, whole=None, precision=None, sample=None):
         self.words = np.asarray(law_twin.at_site(np.asarray(jax.random.key_data(key)), site))
-        self.start, self.whole, self.precision = start, whole, precision
+        self.start, self.whole, self.precision, self.sample = start, whole, precision, sample
 
     def keep(self, rate, shape, shared=()):
-        place = (self.start, self.whole, self.precision)
+        place = (self.start, self.whole, self.precision, self.sample)
         return law_twin.keep_mask(self.words, rate, shape, shared, *place)
 
     def kept(self, rate):
@@ -48,11 +48,12 @@ class Draw:
         return threshold / 2 ** (16 * digits)
 
     def uniform(self, shape, shared=()):
-        numbers = law_twin.uniform(self.words, shape, shared, self.start, self.whole)
+        numbers = law_twin.uniform(self.words, shape, shared, self.start, self.whole, self.sample)
         return (numbers.astype(np.float64) + 0.5) / 2**32
 
     def subset(self, rate, size, groups=1, shape=()):
-        return law_twin.keep_indices(self.words, rate, size, groups, shape, self.start, self.whole)
+        place = (self.start, self.whole, self.sample)
+        return law_twin.keep_indices(self.words, rate, size, groups, shape, *place)
 
     def normal(self, shape, shared=()):
         return special.ndtri(self.uniform(shape, shared))

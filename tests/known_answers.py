@@ -70,4 +70,13 @@ def subsets(port):
         assert np.asarray(indices).tolist() == vector["indices"], vector["checks"]
 
 
+def strata(port):
+    for vector in vectors("golden_strata.json"):
+        options = {name: vector[name] for name in ("start", "global_shape", "precision")}
+        key, sample = words(vector["key_words"]), (vector["sample"], vector["size"])
+        mask = port.keep_mask(key, vector["rate"], vector["shape"], sample=sample, **options)
+        mask = np.asarray(mask).reshape(-1)
+        assert np.packbits(mask).tobytes().hex() == vector["mask"], vector["checks"]
+
+
 STEPS = [cipher, mask_keys, thresholds, numbers, masks, keys, subsets]

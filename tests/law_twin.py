@@ -36,17 +36,26 @@ def mask_keys(key_words, digits):
     return np.array(words, np.uint32).reshape(-1)
 
 
-def keep_mask(key_words, rate, shape, broadcast_dims=(), start=None, whole=None, precision=None):
+def keep_mask(
+    key_words,
+    rate,
+    shape,
+    broadcast_dims=(),
+    start=None,
+    whole=None,
+    precision=None,
+    sample=None,
+):
     place = {"broadcast_dims": broadcast_dims, "start": start, "global_shape": whole}
-    return port.keep_mask(key_words, rate, shape, precision=precision, **place)
+    return port.keep_mask(key_words, rate, shape, precision=precision, sample=sample, **place)
 
 
-def uniform(key_words, shape, broadcast_dims=(), start=None, whole=None):
+def uniform(key_words, shape, broadcast_dims=(), start=None, whole=None, sample=None):
     """The uniform numbers that noise is made of: both digits, in units of 2^-32."""
-    numbers = port.uniform_numbers(key_words, 2, shape, broadcast_dims, start, whole)
+    numbers = port.uniform_numbers(key_words, 2, shape, broadcast_dims, start, whole, sample)
     return np.broadcast_to(numbers.astype(np.uint64), shape)
 
 
-def keep_indices(key_words, rate, size, groups=1, shape=(), start=None, whole=None):
-    place = {"start": start, "global_shape": whole}
+def keep_indices(key_words, rate, size, groups=1, shape=(), start=None, whole=None, sample=None):
+    place = {"start": start, "global_shape": whole, "sample": sample}
     return port.keep_indices(key_words, rate, size, groups=groups, shape=shape, **place)

@@ -70,6 +70,20 @@ SUBSETS = [
     ("2.5 of 50, though the double is not 0.95: to even", [1, 2], 0.95, 50, 1, [], None, None),
 ]
 
+STRATA = [
+    # what it checks, key words, (sample, size), rate, precision, shape, start, global_shape
+    ("ten samples", [0, 0], (0, 10), 0.5, None, [8, 16], None, None),
+    ("another of them", [0, 0], (9, 10), 0.5, None, [8, 16], None, None),
+    ("one sample: the mask law", [0, 42], (0, 1), 0.1, None, [33, 31], None, None),
+    ("two samples", [0, 42], (1, 2), 0.1, None, [33, 31], None, None),
+    ("two multiples missing", [0xFFFFFFFF, 0xFFFFFFFF], (3, 8), 0.25, None, [197], None, None),
+    ("a prime size", [1, 2, 3, 4], (5, 13), 0.3, None, [2, 5, 7], None, None),
+    ("two digits", [0, 42], (4, 10), 0.1, 32, [33, 31], None, None),
+    ("a very small rate", [1, 2], (7, 50), 1e-4, None, [256, 128], None, None),
+    ("the largest size", [1, 2], (249, 250), 0.6, None, [12, 10], None, None),
+    ("a start", [7, 9], (2, 10), 0.5, None, [6, 8], [2**18 + 3, 2**17 + 1], [2**19, 2**18]),
+]
+
 THRESHOLDS = [
     # what it checks, rate, precision
     ("nothing is dropped", 0.0, None),
@@ -131,6 +145,35 @@ def main() -> None:
     write(
         "golden_keys.json", keys, [key_vector(root, *point) for root in ROOTS for point in POINTS]
     )
+    strata = (
+        "mask: as in golden_masks.json; first_numbers: those of the first 8 elements, of one digit "
+        "or two; first_strata: their strata, floor(2^16 stratum / size) of which is added"
+    )
+    write("golden_strata.json", strata, [strata_vector(*case) for case in STRATA])
+
+
+def strata_vector(checks, words, sample, rate, precision, shape, start, whole) -> dict:
+    mask = law_twin.keep_mask(words, rate, shape, (), start, whole, precision, sample)
+    _, digits = law_twin.threshold(rate, precision)
+    place = ((), start, whole)
+    numbers = law_twin.port.uniform_numbers(words, digits, shape, *place, sample)
+    alone = law_twin.port.uniform_numbers(words, digits, shape, *place)
+    shift = (numbers - alone) >> (16 * (digits - 1)) & 0xFFFF
+    return {
+        "checks": checks,
+        "key_words": in_hex(words),
+        "sample": sample[0],
+        "size": sample[1],
+        "rate": rate,
+        "precision": precision,
+        "digits": digits,
+        "shape": shape,
+        "start": start,
+        "global_shape": whole,
+        "first_strata": [-(-int(s) * sample[1] // 2**16) for s in shift.reshape(-1)[:8]],
+        "first_numbers": numbers.reshape(-1)[:8].tolist(),
+        "mask": np.packbits(mask.reshape(-1)).tobytes().hex(),
+    }
 
 
 def subset_vector(checks, words, rate, size, groups, shape, start, whole) -> dict:

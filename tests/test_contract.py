@@ -19,7 +19,7 @@ from contract import PROTECTED, RATE, ROWS, UNKNOWN, Draw
 from jax.experimental import checkify
 
 import jdropout
-from jdropout.keys import in_batch
+from jdropout.keys import in_batch, stratified_key
 
 KEY = jax.random.key(20140614)
 BAD_RATES = (1.5, -0.1, np.nan)
@@ -95,7 +95,7 @@ class Case:
 
     @functools.cached_property
     def static(self):
-        """Of (key, x, y_bar): both passes, also of remat, a tangent, and what is stored."""
+        """Of (key, x, y_bar): both passes, also of remat, a tangent, what is stored, a sample."""
         row = self.row
 
         @jax.jit
@@ -103,11 +103,13 @@ class Case:
             def f(x):
                 return row.call(key, x, row.strength)
 
+            sample = row.call(stratified_key(key, 3, 10), x, row.strength)
             if y_bar is None:
-                return dict(y=f(x))
+                return dict(y=f(x), sample=sample)
             y, tangent = jax.jvp(f, (x,), (x,))
             x_bar = jax.vjp(jax.checkpoint(f), x)[1](y_bar)[0]
-            return dict(y=y, tangent=tangent, x_bar=x_bar, stored=jax.tree.leaves(jax.vjp(f, x)[1]))
+            stored = jax.tree.leaves(jax.vjp(f, x)[1])
+            return dict(y=y, tangent=tangent, x_bar=x_bar, stored=stored, sample=sample)
 
         return passes
 
@@ -141,8 +143,9 @@ def case(request):
 
 
 def test_the_result_is_the_formula_with_the_twins_numbers(case):
-    y = case.static(KEY, case.x, case.y_bar)["y"]
-    case.assert_equal(y, case.expected(case.x))
+    results = case.static(KEY, case.x, case.y_bar)
+    case.assert_equal(results["y"], case.expected(case.x))
+    case.assert_equal(results["sample"], case.expected(case.x, sample=(3, 10)))
 
 
 def test_an_eager_call_is_one_compiled_program(case, caplog):

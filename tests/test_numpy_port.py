@@ -15,7 +15,10 @@ import jdropout
 KEY = (0, 42)  # the words of jax.random.key(42)
 
 
-@pytest.mark.parametrize("step", known_answers.STEPS, ids=lambda step: step.__name__)
+STEPS = [*known_answers.STEPS, known_answers.strata]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_known_answers(step):
     step(port)
 

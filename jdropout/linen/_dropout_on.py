@@ -26,9 +26,14 @@ class DropoutOn:
     """
 
     def __init__(
-        self, rng_collection: str = "dropout", by_hand: frozenset[Path] = frozenset()
+        self,
+        rng_collection: str = "dropout",
+        by_hand: frozenset[Path] = frozenset(),
+        only: Any = None,
     ) -> None:
         self.rng_collection = rng_collection
+        self.chosen = nnx.filterlib.to_predicate(... if only is None else only)
+        """Whether the module at a path draws; other layers are off."""
         self.by_hand = by_hand
         """Paths of modules with hand-written dropout, whose flags are set too."""
         self.drawn: set[Path] = set()
@@ -53,9 +58,10 @@ class DropoutOn:
                 kwargs = kwargs | {"nnx_method": self._of_nnx(module, kwargs.get("nnx_method"))}
             return method(*args, **kwargs)
         if self._is_layer(module, context.method_name):
-            values: dict[str, Any] = {"deterministic": False, "rng": None, "dropout_rng": None}
+            off = not self.chosen(module.path, module)
+            values: dict[str, Any] = {"deterministic": off, "rng": None, "dropout_rng": None}
             # Unset the constructor's flag: Flax raises if both it and the call's are given.
-            flag = {"deterministic": None if "deterministic" in parameters else False}
+            flag = {"deterministic": None if "deterministic" in parameters else off}
         elif self._may_draw(module):
             values = _TRAINING
             flag = {
@@ -84,7 +90,7 @@ class DropoutOn:
         return isinstance(module, Layer | FlaxDropout | FlaxAttention) and method in methods
 
     def _may_draw(self, module: Any) -> bool:
-        return module.path in self.by_hand
+        return module.path in self.by_hand  # which has only chosen ones
 
     def _watched(
         self,
@@ -96,15 +102,17 @@ class DropoutOn:
     ) -> Any:
         if self._is_layer(module, name):
             if isinstance(module, Layer):
-                self.drops |= module._draws(False)
+                ever = module._draws(False)
             else:
                 attention = isinstance(module, FlaxAttention)
-                self.drops |= draws_mask(module.dropout_rate if attention else module.rate, False)
+                ever = draws_mask(module.dropout_rate if attention else module.rate, False)
+            self.drops |= ever and self.chosen(module.path, module)
             return method(*args, **kwargs)
         counts = module.scope.rng_counters
         before = counts.get(self.rng_collection, 0)
         result = method(*args, **kwargs)
-        if counts.get(self.rng_collection, 0) > before:
+        drew = counts.get(self.rng_collection, 0) > before
+        if drew and self.chosen(module.path, module):
             self.drawn.add(module.path)
             self.drops = True
         return result
@@ -114,7 +122,7 @@ class DropoutOn:
 
         def switched_on(model: Any, *args: Any, **kwargs: Any) -> Any:
             model.eval()
-            if turn_on(model):
+            if turn_on(model, lambda path, node: self.chosen((*module.path, *path), node)):
                 self.drops = True
                 set_site_keys(model, module.make_rng(self.rng_collection), step=0)
             call = method if callable(method) else getattr(type(model), method or "__call__")

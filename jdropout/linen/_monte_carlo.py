@@ -29,6 +29,7 @@ def mc_predict(
     return_samples: bool = False,
     progress: Callable[[int, int], object] | None = None,
     apply: Callable[[Any, Any], Any] | None = None,
+    only: Any = None,
     rng_collection: str = "dropout",
 ) -> MCPrediction:
     """Computes mean and variance of a model's prediction over the masks of its dropout.
@@ -47,10 +48,12 @@ def mc_predict(
       variables: variables of the model, as for ``model.apply``.
       x: input of the model, an array or a tree of arrays with the examples on the leading axis.
       key: PRNG key, typed or raw; use a new one for every call. Sample i gets the stream
-        ``jdropout.keys.at_site(key, i)``.
+        ``jdropout.keys.at_site(key, i)`` if the samples are independent; see
+        `jdropout.mc_predict` for stratified ones.
       num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
         is not checked, unless the samples are returned.
-      batch_size: number of samples to compute together; None for 8. With 1 there is no
+      batch_size: number of samples to compute together. None for 8 independent ones; for all
+        stratified ones up to 16, else for 10. With 1 there is no
         `jax.vmap`, so layers that `layer_drop` skips are not computed.
       sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
         that each unit is dropped in its share of them, as in `jdropout.keys.stratified_key`. The
@@ -65,6 +68,10 @@ def mc_predict(
       apply: function of the bound model and `x` that calls the model, ``model(x)`` by default.
         It may also process the result, for example by `jax.nn.softmax`. Pass the same function
         every time.
+      only: which layers draw, a filter in the form that `jdropout.nnx.set_rate` takes, or a tuple
+        of several: types, or functions of path and module, such as
+        ``lambda path, _: "head" in path``. The others are off; None for all. The layers before the
+        first of them are computed once for all samples of a batch.
       rng_collection: name of the random stream that the layers take their keys from.
 
     Returns:
@@ -101,7 +108,7 @@ def mc_predict(
     """
     check_model(model, linen.Module)
     return _monte_carlo.mc_predict(
-        _Sample(model, apply, rng_collection),
+        _Sample(model, apply, rng_collection, only),
         key,
         variables,
         x,
@@ -121,11 +128,12 @@ class _Sample:
     model: linen.Module
     apply: Callable[[Any, Any], Any] | None
     rng_collection: str
+    only: Any
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Sample):
             return NotImplemented
-        if (self.apply, self.rng_collection) != (other.apply, other.rng_collection):
+        if self._others != other._others:
             return False
         try:
             return self.model is other.model or bool(self.model == other.model)
@@ -133,20 +141,26 @@ class _Sample:
             return False
 
     def __hash__(self) -> int:
-        return hash((type(self.model), self.apply, self.rng_collection))
+        return hash((type(self.model), *self._others))
+
+    @property
+    def _others(self) -> tuple[Any, ...]:
+        return self.apply, self.rng_collection, self.only
 
     def __call__(self, key: jax.Array, variables: Any, x: Any) -> Any:
         rngs = {self.rng_collection: typed_key(key)}
-        dropout_on = DropoutOn(self.rng_collection, self._written_by_hand(rngs, variables, x))
+        dropout_on = DropoutOn(
+            self.rng_collection, self._written_by_hand(rngs, variables, x), only=self.only
+        )
         with linen.intercept_methods(dropout_on):
             y = linen.apply(self.apply or _call, self.model)(variables, x, rngs=rngs)
         dropout_on.check_all_drawn()
-        check_any_dropout(dropout_on.drops)
+        check_any_dropout(dropout_on.drops, self.only)
         return y
 
     def _written_by_hand(self, rngs: Any, variables: Any, x: Any) -> frozenset[Path]:
         """Paths of modules that are not dropout layers, but draw when every flag says training."""
-        training = Training(self.rng_collection)
+        training = Training(self.rng_collection, only=self.only)
         call = linen.apply(self.apply or _call, self.model, mutable=True)
         with linen.intercept_methods(training):
             try:

@@ -28,6 +28,7 @@ def mc_predict(
     return_samples: bool = False,
     progress: Callable[[int, int], object] | None = None,
     apply: Callable[[Any, Any], Any] | None = None,
+    only: Any = None,
 ) -> MCPrediction:
     """Computes mean and variance of a model's prediction over the masks of its dropout.
 
@@ -46,10 +47,12 @@ def mc_predict(
         for ``nnx.scan``.
       x: input of the model, an array or a tree of arrays with the examples on the leading axis.
       key: PRNG key, typed or raw; use a new one for every call. Sample i takes its masks from
-        ``jdropout.keys.at_site(key, i)``.
+        ``jdropout.keys.at_site(key, i)`` if the samples are independent; see
+        `jdropout.mc_predict` for stratified ones.
       num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
         is not checked, unless the samples are returned.
-      batch_size: number of samples to compute together; None for 8. With 1 there is no
+      batch_size: number of samples to compute together. None for 8 independent ones; for all
+        stratified ones up to 16, else for 10. With 1 there is no
         `jax.vmap`, so layers that `layer_drop` skips are not computed.
       sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
         that each unit is dropped in its share of them, as in `jdropout.keys.stratified_key`. The
@@ -64,6 +67,10 @@ def mc_predict(
       apply: function of a model and `x` that calls the model, ``model(x)`` by default. It may
         also process the result, for example by `jax.nn.softmax`. Pass the same function every
         time.
+      only: which layers draw, a filter in the form that `set_rate` takes, or a tuple of
+        several: types, or functions of path and layer, such as ``lambda path, _: "head" in path``.
+        The others are off; None for all. The layers before the first of them are computed once
+        for all samples of a batch.
 
     Returns:
       An `MCPrediction`: mean and variance over the samples, their number, and the samples if
@@ -72,10 +79,11 @@ def mc_predict(
     Raises:
       TypeError: if the model is not an nnx module or returns integers, or a number is not an
         integer.
-      ValueError: if no layer of the model drops, it has hand-written dropout (which cannot be
-        switched on), a number is too small, the key is missing or a batch of keys,
-        `return_samples` is combined with a traced `num_samples` or with `progress`, `progress` is
-        used under `jax.jit`, or ``consistent=True`` and there is no axis of examples.
+      ValueError: if no layer of the model drops, or none that `only` finds, it has hand-written
+        dropout (which cannot be switched on), a number is too small or too large, the key is
+        missing or a batch of keys, `return_samples` is combined with a traced `num_samples` or with
+        `progress`, `progress` is used under `jax.jit`, or ``consistent=True`` and there is no axis
+        of examples.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -101,17 +109,17 @@ def mc_predict(
     check_model(model, nnx.Module)
     model = nnx.clone(model)
     model.eval()
-    drops = turn_on(model)
+    drops = turn_on(model, only)
     bridges = any(isinstance(node, nnx.bridge.ToNNX) for _, node in nnx.iter_graph(model))
     if not bridges:
-        check_any_dropout(drops)
+        check_any_dropout(drops, only)
     structure, state = nnx.split(model)
     trained = nnx.clone(model)
     for _, node in nnx.iter_graph(trained):
         if not is_layer(node) and isinstance(getattr(node, "deterministic", None), bool):
             node.deterministic = False
     return _monte_carlo.mc_predict(
-        _Sample(structure, nnx.graphdef(trained), apply, drops, bridges),
+        _Sample(structure, nnx.graphdef(trained), apply, drops, bridges, only),
         key,
         state,
         x,
@@ -135,6 +143,7 @@ class _Sample:
     drops: bool
     bridges: bool
     """Whether linen modules are inside."""
+    only: Any
 
     def __call__(self, key: jax.Array, state: Any, x: Any) -> Any:
         self._check_all_on(state, x)
@@ -148,10 +157,10 @@ class _Sample:
             return apply(model, x)
         from jdropout.linen._dropout_on import DropoutOn  # jdropout.linen imports this package
 
-        dropout_on = DropoutOn()
+        dropout_on = DropoutOn(only=self.only)
         with linen.intercept_methods(dropout_on):
             y = apply(model, x)
-        check_any_dropout(self.drops or dropout_on.drops)
+        check_any_dropout(self.drops or dropout_on.drops, self.only)
         return y
 
     def _check_all_on(self, state: Any, x: Any) -> None:

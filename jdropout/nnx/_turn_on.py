@@ -11,9 +11,22 @@ from jdropout.nnx._attention import FlaxAttention
 from jdropout.nnx._dropout import FlaxDropout, Layer
 
 
-def turn_on(model: nnx.Module) -> bool:
-    """Makes all layers of a model draw in every call; returns whether any ever drops."""
-    drops = [_turn_on(node) for _, node in nnx.iter_graph(model)]
+def turn_on(model: nnx.Module, only: Any = None) -> bool:
+    """Makes layers of a model draw in every call, and the others in none.
+
+    Args:
+      model: nnx module; changed in place.
+      only: filter of the layers that draw; None for all.
+
+    Returns:
+      Whether any ever drops.
+    """
+    chosen = nnx.filterlib.to_predicate(... if only is None else only)
+    drops = [
+        _turn_on(node) if chosen(path, node) else _turn_off(node)
+        for path, node in nnx.iter_graph(model)
+        if is_layer(node)
+    ]
     return any(drops)
 
 
@@ -32,22 +45,29 @@ def drops(node: Any) -> bool:
 
 def _turn_on(node: Any) -> bool:
     """Makes a layer draw in every call, from its own stream; returns whether it ever drops."""
-    if not is_layer(node):
-        return False
     ever = drops(node)
     if node.rngs is None:
         collection = getattr(node, "rng_collection", "dropout")  # attention has none
         source = FlaxDropout(0.0, rng_collection=collection, rngs=nnx.Rngs(0))
         node.rngs = nnx.data(source.rngs)
-    # Mutates in place: the layer may be shared, or in any container.
-    kind: Any = type(node)
-    object.__setattr__(node, "__class__", _always_on(kind))
+    _set_class(node, deterministic=False)
     return ever
 
 
+def _turn_off(node: Any) -> bool:
+    _set_class(node, deterministic=True)
+    return False
+
+
+def _set_class(node: Any, deterministic: bool) -> None:
+    # Mutates in place: the layer may be shared, or in any container.
+    kind: Any = type(node)
+    object.__setattr__(node, "__class__", _with_flag(kind, deterministic))
+
+
 @functools.cache
-def _always_on(kind: type) -> type:
-    """Subclasses a layer so that every call draws, whatever flag and rngs it is given.
+def _with_flag(kind: type, fixed: bool) -> type:
+    """Subclasses a layer so that every call has one flag, whatever flag and rngs it is given.
 
     Setting the attribute `deterministic` would not do: a flag in the call overrides it, and nnx has
     no interceptors.
@@ -58,7 +78,7 @@ def _always_on(kind: type) -> type:
         def draw(
             self: Any, *args: Any, deterministic: Any = None, rngs: Any = None, **more: Any
         ) -> Any:
-            return method(self, *args, deterministic=False, **more)
+            return method(self, *args, deterministic=fixed, **more)
 
         return draw
 

@@ -23,6 +23,7 @@ _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 _WORD = 0xFFFFFFFF
 _MASK_TAG, _INDEX_TAG, _WORDS_TAG = 0x6A64726F, 0x6A646978, 0x6A647764
+_ORDER = 2  # in place of a digit
 _LANES = 4
 
 
@@ -143,10 +144,14 @@ def keep_mask(
     start: Sequence[int] | None = None,
     global_shape: Sequence[int] | None = None,
     precision: int | None = None,
+    sample: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """The mask that `dropout` applies: True where an element is kept; see `jdropout.keep_mask`."""
+    """The mask that `dropout` applies: True where an element is kept; see `jdropout.keep_mask`.
+
+    ``sample = (number, size)`` is for one of several samples; see `jdropout.keys.stratified_key`.
+    """
     number, digits = threshold(rate, precision)
-    drawn = uniform_numbers(key, digits, shape, broadcast_dims, start, global_shape)
+    drawn = uniform_numbers(key, digits, shape, broadcast_dims, start, global_shape, sample)
     kept = drawn < np.uint64(number)  # which may be 2**32
     return np.broadcast_to(kept, tuple(shape))
 
@@ -158,6 +163,7 @@ def uniform_numbers(
     broadcast_dims: Sequence[int] = (),
     start: Sequence[int] | None = None,
     global_shape: Sequence[int] | None = None,
+    sample: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """The uniform numbers that a mask compares: uint32, of one digit of 16 bits or of two.
 
@@ -168,7 +174,27 @@ def uniform_numbers(
       broadcast_dims: axes along which they are the same, which have size 1 in the result.
       start: index of the first element within an array of `global_shape`.
       global_shape: shape of the whole; None for `shape`.
+      sample: number of the sample, and how many are coupled; None if there is only one.
     """
+    numbers = np.zeros((), np.uint32)
+    for digit in range(digits):
+        drawn = _digit(key, digit, shape, broadcast_dims, start, global_shape)
+        if digit == 0 and sample:
+            order = _digit(key, _ORDER, shape, broadcast_dims, start, global_shape)
+            drawn = (drawn + _shift(order, *sample)) % 2**16
+        numbers = numbers << 16 | drawn
+    return numbers
+
+
+def _digit(
+    key: Key,
+    digit: int,
+    shape: Sequence[int],
+    broadcast_dims: Sequence[int],
+    start: Sequence[int] | None,
+    global_shape: Sequence[int] | None,
+) -> np.ndarray:
+    """The 16 bits of every position under the key of a digit; the arguments are as above."""
     whole = [*map(int, shape if global_shape is None else global_shape)]
     for axis in broadcast_dims:
         whole[axis] = 1
@@ -195,15 +221,23 @@ def uniform_numbers(
     block = block * np.uint64(sizes[columns]) + along(columns, first[columns], counts[columns])
     counter = ((block >> np.uint64(32)).astype(np.uint32), block.astype(np.uint32))
 
-    numbers = np.zeros((), np.uint32)
-    for digit in range(digits):
-        y0, y1 = threefry2x32(mask_key(key, digit), counter)
-        lanes = np.stack([y0 & 0xFFFF, y0 >> 16, y1 & 0xFFFF, y1 >> 16], axis=rows + 1)
-        numbers = numbers << 16 | lanes
+    y0, y1 = threefry2x32(mask_key(key, digit), counter)
+    numbers = np.stack([y0 & 0xFFFF, y0 >> 16, y1 & 0xFFFF, y1 >> 16], axis=rows + 1)
     *lead_counts, _, _, column_count = numbers.shape
     numbers = numbers.reshape(*lead_counts, num_groups * _LANES, column_count)
     numbers = numbers[..., phase : phase + counts[rows], :]
     return numbers.reshape([1 if w == 1 else n for w, n in zip(whole, shape, strict=True)])
+
+
+def _shift(bits: np.ndarray, number: int, size: int) -> np.ndarray:
+    """What a sample adds to the first digits: its stratum, by steps 2 to 4 of the strata law."""
+    prime = size + 1
+    while any(prime % factor == 0 for factor in range(2, prime)):
+        prime += 1
+    factor = 1 + bits.astype(np.int64) * (prime - 1) // 2**16
+    own = factor * (number + 1) % prime
+    stratum = sum((factor * other % prime < own).astype(np.int64) for other in range(1, size + 1))
+    return (2**16 * stratum // size).astype(np.uint32)
 
 
 # --- dropout ------------------------------------------------------------------------------
@@ -258,6 +292,7 @@ def keep_indices(
     shape: Sequence[int] = (),
     start: Sequence[int] | None = None,
     global_shape: Sequence[int] | None = None,
+    sample: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """The indices of a random subset of exact size, in order; see `jdropout.keep_indices`."""
     if groups < 1 or size % groups:
@@ -270,7 +305,7 @@ def keep_indices(
         return np.broadcast_to(np.arange(size, dtype=np.int32), (*shape, size))
     if key is None:
         raise ValueError("key is missing. Pass the words of a key, such as (0, 42).")
-    numbers = uniform_numbers(key, 2, (*shape, size), (), start, global_shape)
+    numbers = uniform_numbers(key, 2, (*shape, size), (), start, global_shape, sample)
     numbers = numbers.reshape(*shape, groups, group_size)
     order = np.argsort(numbers, axis=-1, kind="stable")  # of equal numbers the first is kept
     kept = np.sort(order[..., :count], axis=-1) + np.arange(0, size, group_size)[:, None]
