@@ -89,7 +89,9 @@ def numbers_table(
     errors: Mapping[int, Sequence[float]], exact: Mapping[str, float], many: int
 ) -> Table:
     caption = f"by {many} masks: " + ", ".join(f"{name} {x:.3f}" for name, x in exact.items())
-    table = Table("masks", "error of the entropy", "formula", "left", "spread", caption=caption)
+    columns = ("error of the entropy", "spread", "formula", "left")
+    coupled = ("stratified: error", "spread")
+    table = Table("masks", *columns, *coupled, caption=caption)
     for count, numbers in errors.items():
         table.add_row(str(count), *(f"{number:+.4f}" for number in numbers))
     return table

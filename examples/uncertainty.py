@@ -167,12 +167,27 @@ def train_models(
     return Model(rates, runs.params), runs.data.test
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def sample_logits(models: Model, key: jax.Array, images: jax.Array, count: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def sample_logits(
+    models: Model,
+    key: jax.Array,
+    images: jax.Array,
+    count: int,
+    sampling: str = "stratified",
+    batch_size: int | None = None,
+) -> jax.Array:
     """Maps images for each model to logits with axes (model, mask, image, class)."""
 
     def one(key: jax.Array, model: Model, images: jax.Array) -> jax.Array:
-        prediction = jdropout.mc_predict(model, key, images, num_samples=count, return_samples=True)
+        prediction = jdropout.mc_predict(
+            model,
+            key,
+            images,
+            num_samples=count,
+            sampling=sampling,
+            batch_size=batch_size,
+            return_samples=True,
+        )
         return prediction.samples
 
     return jax.vmap(one)(jax.random.split(key, len(images)), models, images)
@@ -292,7 +307,6 @@ def sample_numbers(
     entropy = uncertainty.entropy(jnp.log(moments.mean["probabilities"]))
     slope = error_slope(moments.mean["probabilities"], moments.variance["probabilities"])
     alone = jax.tree.map(lambda leaf: leaf[None], model)
-    (logits,) = np.asarray(sample_logits(alone, at_site(key, "few"), images[None], many // 2))
 
     @jax.jit
     def compare(groups: jax.Array) -> tuple[jax.Array, ...]:
@@ -300,12 +314,22 @@ def sample_numbers(
         error = uncertainty.predictive_entropy(groups, sample_axis=1) - entropy
         p = jax.nn.softmax(groups)
         left = error + error_slope(p.mean(axis=1), p.var(axis=1, ddof=1)) / count
-        return error.mean(), -slope.mean() / count, left.mean(), error.std(axis=0).mean()
+        return error.mean(), error.std(axis=0).mean(), -slope.mean() / count, left.mean()
+
+    def errors_of(count: int, sampling: str) -> list[float]:
+        """Of many predictions from so many masks each."""
+        predictions = many // 2 // count
+        few = at_site(key, ("few", sampling, count))
+        samples = sample_logits(alone, few, images[None], predictions * count, sampling, count)
+        groups = samples[0].reshape(predictions, count, *samples.shape[2:])
+        return [float(number) for number in compare(groups)]
 
     errors = {}
     for count in SAMPLE_NUMBERS:
-        groups = logits[: len(logits) // count * count].reshape(-1, count, *logits.shape[1:])
-        errors[count] = [float(number) for number in compare(groups)]
+        independent, (error, deviation, *_) = (
+            errors_of(count, sampling) for sampling in ("independent", "stratified")
+        )
+        errors[count] = [*independent, error, deviation]
     exact = {
         "predictive entropy": float(entropy.mean()),
         "mutual information": float((entropy - moments.mean["entropy"]).mean()),

@@ -34,7 +34,7 @@ def check_supported(arrays: dict[str, jax.Array | None], draw: Draw) -> None:
     if draw.outcome is not Outcome.DRAWN:
         return
     if draw.sample is not None:
-        raise unsupported("a key of coupled samples. Pass one key for each sample")
+        raise unsupported("a key of coupled samples. Pass sampling='independent' to mc_predict")
     layout = draw.description.layout
     assert layout is not None
     if len(draw.description.whole) < 2 or 1 in draw.description.whole[-2:]:

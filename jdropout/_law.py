@@ -253,10 +253,10 @@ def mask_keys(key_words: jax.Array, digits: int, ordered: bool = False) -> list[
     With ``ordered``, the last one is for the order of samples, of `_strata`.
     """
     state = absorb(key_words)
-    numbers = [*range(digits), *([_ORDER] if ordered else [])]
+    digits_and_order = [*range(digits), *([_ORDER] if ordered else [])]
     return [
-        threefry2x32(state, (jnp.uint32(MASK_TAG), jnp.uint32(LAW_VERSION << 16 | number)))
-        for number in numbers
+        threefry2x32(state, (jnp.uint32(MASK_TAG), jnp.uint32(LAW_VERSION << 16 | digit)))
+        for digit in digits_and_order
     ]
 
 

@@ -38,7 +38,8 @@ def stratified_key(
         `size`.
       size: number of samples that are coupled, at least 1 and at most 250.
       axis_name: name of the axis of a `jax.vmap` over all samples, in which the key is used. Random
-        numbers that the samples share are then computed once. All samples have to derive their
+        numbers that the samples share are then computed once, except in a `jax.shard_map` and under
+        explicit sharding. All samples have to derive their
         keys in the same way, which they do not if a `jax.lax.while_loop` ends earlier in one.
 
     Returns:
@@ -99,7 +100,9 @@ def uncoupled(key: Key) -> tuple[Key, jax.Array | None, int | None]:
     if facts is None:
         return key, None, None
     shared, sample = apart(cast("jax.Array", key), spent=True)
-    if facts.axis_name is not None:
+    mesh = jax.sharding.get_abstract_mesh()
+    # JAX 0.8 to 0.12 have no reductions over the axis of a vmap in a shard_map or explicit sharding.
+    if facts.axis_name is not None and not (mesh.manual_axes or mesh.explicit_axes):
         # The smallest of equal keys is that key, and does not vary along the axis.
         words = lax.pmin(jax.random.key_data(shared), facts.axis_name)
         shared = jax.random.wrap_key_data(words, impl=facts.impl)

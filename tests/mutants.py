@@ -56,7 +56,7 @@ def run(tests: list[str], mutant: Mutant | None = None) -> Result:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         root = pathlib.Path(directory)
-        for name in ("jdropout", "tests"):
+        for name in ("jdropout", "ports", "tests"):
             shutil.copytree(ROOT / name, root / name)
         shutil.copy(ROOT / "pyproject.toml", root)
         if mutant is not None:

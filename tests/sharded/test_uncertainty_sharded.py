@@ -16,6 +16,7 @@ from jdropout import mc_predict
     [
         ({"batch_size": 1}, AxisType.Explicit),
         ({"consistent": True}, AxisType.Auto),
+        ({"sampling": "stratified"}, AxisType.Explicit),
     ],
 )
 def test_shardings_of_the_inputs_change_nothing(options, kind, key):
@@ -30,7 +31,8 @@ def test_shardings_of_the_inputs_change_nothing(options, kind, key):
     np.testing.assert_allclose(prediction.variance, expected.variance, rtol=1e-5)
 
 
-def test_a_shard_can_be_predicted_alone(key):
+@pytest.mark.parametrize("sampling", ["independent", "stratified"])
+def test_a_shard_can_be_predicted_alone(sampling, key):
     x = np.ones((8, 12), np.float32)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -38,7 +40,8 @@ def test_a_shard_can_be_predicted_alone(key):
     def predict(x):
         start = (2 * jax.lax.axis_index("data"), 0)
         fn = functools.partial(jdropout.dropout, rate=0.5, start=start, global_shape=(8, 12))
-        return mc_predict(fn, key, x, num_samples=10).mean
+        return mc_predict(fn, key, x, num_samples=10, sampling=sampling).mean
 
-    whole = mc_predict(functools.partial(jdropout.dropout, rate=0.5), key, x, num_samples=10)
+    fn = functools.partial(jdropout.dropout, rate=0.5)
+    whole = mc_predict(fn, key, x, num_samples=10, sampling=sampling)
     np.testing.assert_allclose(jax.jit(predict)(x), whole.mean, rtol=1e-6)
