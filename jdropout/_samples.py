@@ -101,7 +101,7 @@ def uncoupled(key: Key) -> tuple[Key, jax.Array | None, int | None]:
         return key, None, None
     shared, sample = apart(cast("jax.Array", key), spent=True)
     mesh = jax.sharding.get_abstract_mesh()
-    # JAX 0.8 to 0.12 have no reductions over the axis of a vmap in a shard_map or explicit sharding.
+    # JAX cannot reduce over the axis of a vmap in a shard_map or under explicit sharding.
     if facts.axis_name is not None and not (mesh.manual_axes or mesh.explicit_axes):
         # The smallest of equal keys is that key, and does not vary along the axis.
         words = lax.pmin(jax.random.key_data(shared), facts.axis_name)
