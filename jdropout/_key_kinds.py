@@ -117,6 +117,14 @@ def replaced(key: Key, part: Part, **facts: Any) -> jax.Array:
     return together(original, first, part._replace(**facts))
 
 
+def separate(key: Key) -> Key:
+    """An original key for each sample, which no longer couples it to the others."""
+    if sample_of(key) is None:
+        return key
+    shared, sample = apart(cast("jax.Array", key))
+    return jax.random.fold_in(shared, sample)
+
+
 def _original(data: jax.Array, impl: Any) -> tuple[jax.Array, jax.Array]:
     return jax.random.wrap_key_data(data[:-1].reshape(_key_shape(impl)), impl=impl), data[-1]
 

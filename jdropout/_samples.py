@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from jdropout import _checks, _values
-from jdropout._key_kinds import Sample, apart, part_of, sample_of, together, typed_key
+from jdropout._key_kinds import Sample, apart, part_of, sample_of, separate, together, typed_key
 from jdropout._strata import LARGEST_SIZE
 from jdropout._typing import Index, Key
 
@@ -84,10 +84,7 @@ def stratified_key(
 
 
 def _coupled(key: Key, sample: Any, size: int, axis_name: str | None) -> jax.Array:
-    if sample_of(key):
-        original, own = apart(cast("jax.Array", key))
-        key = jax.random.fold_in(original, own)
-    key = typed_key(key)
+    key = typed_key(separate(key))
     return together(key, sample, Sample(jax.random.key_impl(key), size, axis_name))
 
 
