@@ -316,20 +316,25 @@ def sample_numbers(
         left = error + error_slope(p.mean(axis=1), p.var(axis=1, ddof=1)) / count
         return error.mean(), error.std(axis=0).mean(), -slope.mean() / count, left.mean()
 
-    def errors_of(count: int, sampling: str) -> list[float]:
+    def samples_of(sampling: str, size: int) -> np.ndarray:
+        """Logits of many masks, in batches of a size."""
+        few = at_site(key, ("few", sampling, size))
+        number = many // 2 // size * size
+        (logits,) = sample_logits(alone, few, images[None], number, sampling, size)
+        return np.asarray(logits)
+
+    def errors_of(samples: np.ndarray, count: int) -> list[float]:
         """Of many predictions from so many masks each."""
-        predictions = many // 2 // count
-        few = at_site(key, ("few", sampling, count))
-        samples = sample_logits(alone, few, images[None], predictions * count, sampling, count)
-        groups = samples[0].reshape(predictions, count, *samples.shape[2:])
+        groups = samples[: len(samples) // count * count].reshape(-1, count, *samples.shape[1:])
         return [float(number) for number in compare(groups)]
 
+    # Up to ten stratified masks are one batch, more are several batches of ten.
+    independent = samples_of("independent", 10)
+    coupled = {size: samples_of("stratified", size) for size in SAMPLE_NUMBERS if size <= 10}
     errors = {}
     for count in SAMPLE_NUMBERS:
-        independent, (error, deviation, *_) = (
-            errors_of(count, sampling) for sampling in ("independent", "stratified")
-        )
-        errors[count] = [*independent, error, deviation]
+        error, deviation, *_ = errors_of(coupled[min(count, 10)], count)
+        errors[count] = [*errors_of(independent, count), error, deviation]
     exact = {
         "predictive entropy": float(entropy.mean()),
         "mutual information": float((entropy - moments.mean["entropy"]).mean()),

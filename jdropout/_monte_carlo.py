@@ -21,11 +21,8 @@ from jdropout.keys import at_site, stratified_key
 BATCH_SIZE = 8
 """Samples per vmap. On CPU 32 is no faster and 1 is slower: see the benchmarks."""
 
-GROUP_SIZE = 10
-"""Coupled samples per vmap: usual rates have a whole number of tenths, or nearly so."""
-
-_LARGEST_GROUP = 16
-"""So many samples are a single group."""
+_GROUP_SIZES = 10, 20
+"""Coupled samples per vmap: usual rates have a whole number of tenths or twentieths of them."""
 
 _ENOUGH_GROUPS = 4
 """The number of groups from which on their means tell the error of the mean."""
@@ -47,8 +44,9 @@ class MCPrediction:
     Attributes:
       mean: mean over the samples, with the structure and shapes that the function returns;
         float32 or wider.
-      variance: unbiased estimate of the variance of one sample, with the structure and shapes of
-        `mean`. For a complex function it is computed from the absolute values of the deviations.
+      variance: estimate of the variance of one sample, with the structure and shapes of `mean`. It
+        is unbiased, except that from a single group of n stratified samples it is up to ``1 / n``
+        too small. For a complex function it is computed from the absolute values of the deviations.
       num_samples: number of samples.
       samples: the samples themselves, stacked on a new leading axis, in the dtypes that the
         function returns; None unless requested.
@@ -129,8 +127,9 @@ def mc_predict(
       num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
         is not checked, unless the samples are returned.
       batch_size: number of samples to compute together. None for 8 independent ones; for all
-        stratified ones up to 16, else for 10. With 1 there is no `jax.vmap`, so a `layer_drop` in
-        `fn` does skip its layer. Surplus samples in the last batch are computed but not counted.
+        stratified ones up to 20, for 10 up to 79, else for 20. With 1 there is no `jax.vmap`, so a
+        `layer_drop` in `fn` does skip its layer. Surplus samples in the last batch are computed but
+        not counted.
       sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
         that each unit is dropped in its share of them, as with `jdropout.keys.stratified_key`. The
         mean then has a smaller error, the smaller the more the units act one by one. Dropout that
@@ -322,30 +321,27 @@ def _no_moments(batch: Callable[[Any], Any], first: Any) -> Moments:
 
 
 def _prediction(moments: Moments, count: Any, *, size: int, stratified: bool) -> MCPrediction:
-    """The estimates, which are unbiased, also from coupled samples.
+    """The estimates.
 
     The squared deviations of n samples from their mean add up to ``n (variance - error)`` on
     average, where error is the variance of the mean. For independent samples it is variance / n.
-    For groups of coupled samples, the deviations of the groups' means tell it. Few groups tell
-    little: then it is what it would be for independent samples, which is more.
+    For groups of coupled samples, the deviations of the groups' means tell it. A single group does
+    not tell it: it is then as good as 0 for the variance, and for itself what it would be for
+    independent samples, which is more.
     """
 
     def over(sums: Any, number: Any) -> Any:
         return jax.tree.map(lambda s: s / like(number, s), sums)
 
-    error = over(over(moments.squares, count - 1), count)
+    bound = over(over(moments.squares, count - 1), count)
     if not stratified or size == 1:
         variance = over(moments.squares, count - 1)
-        return MCPrediction(moments.mean, variance, count, error_variance=error, num_groups=count)
+        return MCPrediction(moments.mean, variance, count, error_variance=bound, num_groups=count)
     num_groups = -(-count // size)
+    error = over(over(moments.between, jnp.maximum(num_groups - 1, 1)), count)
+    variance = jax.tree.map(jnp.add, over(moments.squares, count), error)
     enough = num_groups >= _ENOUGH_GROUPS
-
-    def of_groups(error: jax.Array, between: jax.Array) -> jax.Array:
-        groups = jnp.maximum(num_groups - 1, 1)
-        return jnp.where(enough, between / like(groups, between) / like(count, between), error)
-
-    error = jax.tree.map(of_groups, error, moments.between)
-    variance = jax.tree.map(lambda s, e: s / like(count, s) + e, moments.squares, error)
+    error = jax.tree.map(functools.partial(jnp.where, enough), error, bound)
     return MCPrediction(moments.mean, variance, count, error_variance=error, num_groups=num_groups)
 
 
@@ -353,7 +349,12 @@ def _check_batch_size(batch_size: Any, count: Any, stratified: bool) -> int:
     if batch_size is None and not stratified:
         return BATCH_SIZE
     if batch_size is None:
-        return count if isinstance(count, int) and count <= _LARGEST_GROUP else GROUP_SIZE
+        small, large = _GROUP_SIZES
+        if not isinstance(count, int):
+            return small
+        if count <= large:
+            return count
+        return large if count >= _ENOUGH_GROUPS * large else small
     size = _values.check_positive("batch_size", batch_size)
     if stratified and isinstance(count, int):
         size = min(size, count)  # or each sample would have one of more strata than samples

@@ -53,7 +53,7 @@ def mc_predict(
       num_samples: number of masks, at least 2 and below 2**30. May be a traced integer, which
         is not checked, unless the samples are returned.
       batch_size: number of samples to compute together. None for 8 independent ones; for all
-        stratified ones up to 16, else for 10. With 1 there is no
+        stratified ones up to 20, for 10 up to 79, else for 20. With 1 there is no
         `jax.vmap`, so layers that `layer_drop` skips are not computed.
       sampling: "independent" masks, or "stratified" ones: the samples of a batch are coupled, so
         that each unit is dropped in its share of them, as in `jdropout.keys.stratified_key`. The
