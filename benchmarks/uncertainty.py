@@ -43,7 +43,7 @@ def uncertainty(plan: Plan) -> Iterator[Row]:
 
 FEW = 10
 SHAPES = ((32, 256), (256, 1024), (2048, 2048))
-GROUPS = (8, 10, 16)
+GROUPS = (8, 10, 16, 20)
 NETWORKS = ((64, 64, 64, 10), (64, 256, 128, 10), (784, 512, 256, 10), (784, *[256] * 6, 10))
 """Units of the layers; the last two layers have dropout before them."""
 
