@@ -560,7 +560,7 @@ def regression(name: str, plan: Plan) -> dict[float, Case]:
         train = functools.partial(uncertainty_regression.train, options, key, examples, part)
         network = jax.jit(train)(job)
         cases[rate] = Case(
-            apply_regression, (network, jnp.asarray(examples.x[part.asked])), None, 64
+            apply_regression, (network, jnp.asarray(examples.x[part.asked])), None, 64, 4
         )
     return cases
 
