@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-# At the end: both folders have an uncertainty.py, and the one here is meant.
+# At the end: examples/ has an uncertainty.py too, and the one here is meant.
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import _digits

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-# At the end: both folders have an uncertainty.py, and the one here is meant.
+# At the end: examples/ has an uncertainty.py too, and the one here is meant.
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import jax
