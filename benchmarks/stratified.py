@@ -355,7 +355,9 @@ def gains(results: Results) -> Iterator[Row]:
 
 
 def with_error(value: tuple[float, float] | None, missing: str = "", form: str = ".2f") -> str:
-    return missing if value is None else f"{value[0]:{form}} ± {value[1]:{form}}"
+    if value is None:
+        return missing
+    return f"{value[0]:{form}} ± {value[1]:{form}}" if value[0] < 1000 else "above 1000"
 
 
 def masks_needed(results: Results) -> Iterator[Row]:
@@ -687,11 +689,11 @@ def find_special_cases(results: Results, plan: Plan) -> Iterator[tuple[str, Case
         "MLP, consistent=True, 0.5": (jdropout.dropout, 0.5, {"consistent": True}),
         "MLP, gaussian_dropout, 0.5": (jdropout.gaussian_dropout, 0.5, {}),
         "MLP, Flax's own dropout, 0.5": (flax_dropout, 0.5, {}),
-        "MLP, locked_dropout of the batch, 0.5": (drop_whole_columns, 0.5, {}),
+        "MLP, broadcast_dims=(0,), 0.5": (drop_whole_columns, 0.5, {}),
     }
     for name, (drop, rate, more) in mlps.items():
         apply = functools.partial(apply_mlp_with, drop, rate)
-        shared = "consistent" in more or "batch" in name
+        shared = "consistent" in more or "broadcast" in name
         yield (
             name,
             classifier(
@@ -841,10 +843,10 @@ def charlm(plan: Plan) -> Case:
 # --- picture ------------------------------------------------------------------------------
 
 PANELS = {
-    ("MLP, digits", "logits"): "MSE of the logits",
-    ("CNN, digits", "logits"): "MSE of the logits",
-    ("regression, diabetes", "output"): "MSE, in variances of the target",
-    ("transformer, text", "logits"): "MSE of the logits",
+    ("MLP, digits", "logits"): "MSE of the logits (nats²)",
+    ("CNN, digits", "logits"): "MSE of the logits (nats²)",
+    ("regression, diabetes", "output"): "MSE (variances of the target)",
+    ("transformer, text", "logits"): "MSE of the logits (nats²)",
 }
 LINES = {
     "independent": ("#0f172a", "o", "independent masks"),
@@ -856,11 +858,11 @@ LINES = {
 def draw(path: pathlib.Path, results: Results) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(
-        f"Error of the mean over masks, rate {PICTURE_RATE:g}: less with coupled masks", fontsize=13
+        f"Mean squared error of the mean over T masks, at rate {PICTURE_RATE:g}", fontsize=13
     )
     panels = figure.subplots(2, 2, sharex=True)
     for panel, ((network, output), label) in zip(panels.flat, PANELS.items(), strict=True):
-        panel.set_title(f"{network}", loc="left", fontsize=11)
+        panel.set_title(network, loc="left", fontsize=11)
         panel.set_ylabel(label, fontsize=11)
         draw_panel(panel, results.scores[f"{network}, {PICTURE_RATE}", output])
     for panel in panels[1]:
