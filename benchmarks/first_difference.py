@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # before JAX starts
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+# At the end: examples/ has an uncertainty.py too, and the one here is meant.
+sys.path += [str(pathlib.Path(__file__).parents[1] / folder) for folder in ("examples", "tests")]
 
 import _digits
 import jax

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+# At the end: examples/ has an uncertainty.py too, and the one here is meant.
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import jax
 import jax.numpy as jnp
