@@ -81,7 +81,7 @@ class Method(NamedTuple):
     def is_default(self, count: int) -> bool:
         """Whether the batch size is given, but is the one that would be chosen."""
         size = self.batch_size(count)
-        return self.sampling == "stratified" and size == count and 2 < size <= 16
+        return self.sampling == "stratified" and size == count and 2 < size <= 20
 
 
 METHODS = {
@@ -344,7 +344,7 @@ def derived(
 def gains(results: Results) -> Iterator[Row]:
     """Mean squared error of the mean over T independent masks, divided by that over T coupled ones,
     ± standard error over the repetitions. Antithetic: pairs (batch_size=2). Stratified: the default
-    (a single group up to 16 masks, else groups of 10). One group: batch_size=T.
+    (a single group up to 20 masks, groups of 10 up to 79, else of 20). One group: batch_size=T.
     """
     for name in results.scores:
         for method in COUPLED:
