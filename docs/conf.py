@@ -11,12 +11,16 @@ import pathlib
 from typing import Any
 
 from docutils import nodes
+from jupyter_client.manager import KernelManager
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
 # Pages are executed on a CPU wherever they are built, so that they show the same everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Without this ipykernel 7 warns that what is sent to it is not encrypted.
+if encryption := getattr(KernelManager, "transport_encryption", None):
+    encryption.default_value = "auto"
 
 project = "jdropout"
 author = "The jdropout authors"
