@@ -18,6 +18,7 @@ from sphinx.util import logging
 
 # Pages are executed on a CPU wherever they are built, so that they show the same everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 # Without this ipykernel 7 warns that what is sent to it is not encrypted.
 if encryption := getattr(KernelManager, "transport_encryption", None):
     encryption.default_value = "auto"
@@ -45,6 +46,7 @@ html_css_files = ["jdropout.css"]
 html_show_sourcelink = False
 html_theme_options = {
     "home_page_in_toc": False,
+    "navbar_persistent": [],
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "use_download_button": False,
@@ -62,7 +64,7 @@ napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
 python_use_unqualified_type_names = True
 
-myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["attrs_inline", "colon_fence"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "force"
