@@ -8,6 +8,8 @@ import importlib
 import inspect
 import os
 import pathlib
+import re
+import shutil
 from typing import Any
 
 from docutils import nodes
@@ -54,8 +56,6 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-# What is no Sphinx page: a folder that is copied as it is, where there is one.
-playground = pathlib.Path(__file__).parent / "playground"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -63,6 +63,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 myst_heading_anchors = 3
@@ -96,23 +97,27 @@ SHORT = {name.removeprefix("jdropout."): name for name in PUBLIC if name.count("
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-process-signature", name_the_result)
+    app.connect("autodoc-process-signature", shorten_signature)
     app.connect("doctree-read", link_names)
     app.connect("env-check-consistency", find_undocumented)
+    app.connect("build-finished", copy_playground)
 
 
-def name_the_result(
+def shorten_signature(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str, returned: str
 ) -> tuple[str, str] | None:
-    """Show the type of a result if it is one of ours, under its public name."""
-    if what not in ("function", "method") or returned:
+    """Name functions as defaults, and the type of a result if it is one of ours, as users know it."""
+    if not signature:
         return None
+    signature = re.sub(r", parent=<[^>]*>, name=None", "", signature)  # every linen module has them
+    signature = re.sub(r"<(?:class|function) '?(?:\w+\.)*?(\w+)(?:\.<.*?)?'?>", r"\1", signature)
+    if what not in ("function", "method") or returned:
+        return signature, returned
     try:
         annotation = inspect.signature(thing, eval_str=True).return_annotation
     except (NameError, TypeError, ValueError):
-        return None
-    public = CLASSES.get(annotation) if inspect.isclass(annotation) else None
-    return (signature, public) if public else None
+        return signature, returned
+    return signature, CLASSES.get(annotation, "") if inspect.isclass(annotation) else ""
 
 
 def link_names(app: Sphinx, doctree: nodes.document) -> None:
@@ -144,3 +149,10 @@ def find_undocumented(app: Sphinx, env: Any) -> None:
     documented = {name for name, *_ in env.get_domain("py").get_objects()}
     for name in sorted(PUBLIC.keys() - documented):
         logging.getLogger(__name__).warning("%s is on no page of the reference", name)
+
+
+def copy_playground(app: Sphinx, exception: Exception | None) -> None:
+    """The playground is no page of Sphinx: its files are copied as they are, where there are any."""
+    folder = pathlib.Path(app.srcdir, "playground")
+    if folder.is_dir() and not exception:
+        shutil.copytree(folder, pathlib.Path(app.outdir, "playground"), dirs_exist_ok=True)

@@ -20,7 +20,9 @@ from jdropout.keys import site_key
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["attention", "choose", "keys", "performance", "schedules", "subsets"])
+@pytest.mark.parametrize(
+    "page", ["attention", "choose", "keys", "performance", "schedules", "subsets"]
+)
 def test_the_code_of_a_page_runs(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text(), re.S | re.M)
     names = {}
