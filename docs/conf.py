@@ -93,6 +93,7 @@ PUBLIC = {
     for name in importlib.import_module(module).__all__
 }
 CLASSES = {thing: name for name, thing in PUBLIC.items() if inspect.isclass(thing)}
+DEFAULT = r"<(?:class|function) '?(?:\w+\.)*?(\w+)(?:\.<locals>\.\w+)?(?: at 0x\w+)?'?>"
 SHORT = {name.removeprefix("jdropout."): name for name in PUBLIC if name.count(".") == 1}
 
 
@@ -106,11 +107,11 @@ def setup(app: Sphinx) -> None:
 def shorten_signature(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str, returned: str
 ) -> tuple[str, str] | None:
-    """Name functions as defaults, and the type of a result if it is one of ours, as users know it."""
+    """Name defaults, and the type of a result if it is one of ours, as users know them."""
     if not signature:
         return None
     signature = re.sub(r", parent=<[^>]*>, name=None", "", signature)  # every linen module has them
-    signature = re.sub(r"<(?:class|function) '?(?:\w+\.)*?(\w+)(?:\.<.*?)?'?>", r"\1", signature)
+    signature = re.sub(DEFAULT, r"\1", signature)
     if what not in ("function", "method") or returned:
         return signature, returned
     try:
@@ -152,7 +153,7 @@ def find_undocumented(app: Sphinx, env: Any) -> None:
 
 
 def copy_playground(app: Sphinx, exception: Exception | None) -> None:
-    """The playground is no page of Sphinx: its files are copied as they are, where there are any."""
+    """Copy the playground, which is not made of pages, as it is, where there is one."""
     folder = pathlib.Path(app.srcdir, "playground")
     if folder.is_dir() and not exception:
         shutil.copytree(folder, pathlib.Path(app.outdir, "playground"), dirs_exist_ok=True)

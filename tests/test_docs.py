@@ -1,7 +1,6 @@
 """The pages whose code the documentation's build does not run: it runs here.
 
-Others are with what they describe: see `docs` in the tests of the audit, recordings, resuming, testing
-and uncertainty.
+The tests of the audit, recordings, resuming, testing and uncertainty run their own pages' code.
 """
 
 import pathlib
