@@ -50,7 +50,8 @@ export function keepMask(key, rate, shape, { precision = null, ...place } = {}) 
 
 export function maskBelow(key, limit, shape, place = {}) {
   const numbers = uniformNumbers(key, limit.digits, shape, place);
-  const kept = Uint8Array.from(numbers.data, (number) => (number < limit.threshold ? 1 : 0));
+  const kept = new Uint8Array(numbers.data.length);
+  for (let i = 0; i < kept.length; i++) kept[i] = numbers.data[i] < limit.threshold ? 1 : 0;
   return broadcast(kept, numbers.shape, shape);
 }
 
@@ -78,8 +79,10 @@ export function uniformNumbers(key, digits, shape, place = {}) {
   const columns = counts[leads + 1];
   const keys = Array.from({ length: digits }, (_, digit) => maskKey(key, digit));
   const data = new Uint32Array(counts.reduce((product, count) => product * count, 1));
+  const words = keys.map(() => new Uint32Array(2 * columns)); // of the blocks that a row meets
   const word = [0, 0];
   const index = new Array(leads + 1).fill(0);
+  let hashed = null;
   for (let offset = 0; offset < data.length; offset += columns) {
     // Of a row: the index of its first block, and its lane.
     let block = number(0);
@@ -90,14 +93,20 @@ export function uniformNumbers(key, digits, shape, place = {}) {
     const lane = row % LANES;
     block = block * number(blockSizes[leads]) + number(Math.floor(row / LANES));
     block = block * number(sizes[leads + 1]) + number(first[leads + 1]);
-    for (let column = 0; column < columns; column++) {
+    for (let column = 0; column < columns && block !== hashed; column++) {
       const b = block + number(column);
       const high = number === Number ? Math.floor(b / 2 ** 32) : Number(b >> 32n);
       const low = number === Number ? b >>> 0 : Number(b & 0xffffffffn);
+      keys.forEach((key, digit) => {
+        threefryInto(word, key[0], key[1], high, low);
+        words[digit].set(word, 2 * column);
+      });
+    }
+    hashed = block;
+    for (let column = 0; column < columns; column++) {
       let value = 0;
       for (let digit = 0; digit < digits; digit++) {
-        threefryInto(word, keys[digit][0], keys[digit][1], high, low);
-        const half = word[lane >> 1];
+        const half = words[digit][2 * column + (lane >> 1)];
         value = value * 65536 + (lane & 1 ? half >>> 16 : half & 0xffff);
       }
       data[offset + column] = value;
