@@ -1,3 +1,6 @@
+import pathlib
+import runpy
+
 project = "jdropout"
 author = "The jdropout authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -12,3 +15,14 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nitpicky = False
 default_role = "code"
+
+
+def write_playground(app, exception):
+    if exception is None and app.builder.format == "html":
+        build = runpy.run_path(str(pathlib.Path(__file__).parent / "playground" / "build.py"))
+        page = pathlib.Path(app.outdir) / "playground.html"
+        page.write_text(build["bundle"](), encoding="utf-8")
+
+
+def setup(app):
+    app.connect("build-finished", write_playground)

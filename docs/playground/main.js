@@ -41,9 +41,9 @@ function header() {
   return h("header", {},
     h("div", { class: "top" }, t("h1", "title"), languageButtons()),
     t("p", "lead", { class: "lead" }),
-    h("div", { class: "controls seed" }, seed.root, t("p", "seedNote", { class: "note" })),
-    t("p", "importsNote", { class: "note" }),
-    imports.root,
+    h("div", { class: "pair" },
+      h("div", {}, seed.root, t("p", "seedNote", { class: "note" })),
+      h("div", {}, t("p", "importsNote", { class: "note" }), imports.root)),
     labelled(h("nav", {}, h("ol", {}, ...Object.keys(CARDS).map((id) => h("li", {}, t("a", `${id}Title`, { href: `#${id}` }))))), "contents"));
 }
 

@@ -86,12 +86,12 @@ function panelOf(name) {
   const [called, call] = CALLS[name];
   const shape = FAMILY[name](root(), 0.3).shape;
   const [down, across, rows, columns] = shape;
-  const picture = cells(rows, columns, down, across);
+  const picture = cells(rows, columns, down, across, name === "word" ? { wide: 1.75 } : {});
   const line = pythonLine();
   const words = name === "word" ? wordTexts(picture) : null;
   const figure = h("figure", { class: "panel", "data-panel": name },
     h("figcaption", {}, h("code", { translate: "no" }, called), t("span", `panel-${name}`)),
-    h("div", { class: "frame" }, picture.root),
+    picture.root,
     t("p", `axes-${name}`, { class: "panel-axes" }),
     h("details", {}, t("summary", "python"), line.root));
 
@@ -125,7 +125,7 @@ function look(value, side) {
 function wordTexts(picture) {
   const words = SENTENCES.flat();
   const texts = picture.all.map(({ x, y }, i) => {
-    const text = s("text", { class: "word", x, y: y + 0.09, "text-anchor": "middle", "aria-hidden": "true" }, words[i]);
+    const text = s("text", { class: "word", x, y: y + 0.14, "text-anchor": "middle", "aria-hidden": "true" }, words[i]);
     picture.root.append(text);
     return text;
   });

@@ -3,12 +3,12 @@
 import { factorsAt, gridFrom, makeData, meanSquaredError, newNetwork, train, truth } from "../experiment.js";
 import { predict } from "../network.js";
 import { chart, legend } from "../ui/charts.js";
-import { announce, button, card, choice, controls, h, rateControl, t, write } from "../ui/dom.js";
+import { announce, button, card, choice, controls, h, rateControl, t, write, writePython } from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
 import { run } from "../ui/runner.js";
 import { onSeed, root } from "../ui/seed.js";
 
-const STEPS = 600;
+const STEPS = 800;
 const GRID = gridFrom(-1, 1, 81);
 const OPTIONS = { scale: { scaled: false }, key: { sameKey: true }, flag: {} };
 const CODE = {
@@ -27,7 +27,7 @@ const CODE = {
 };
 
 export function mistakesCard() {
-  const state = { rate: 0.4, mistake: "scale", stop: null };
+  const state = { rate: 0.3, mistake: "scale", stop: null };
   const note = h("p", { class: "note" });
   const progress = h("progress", { max: STEPS, value: 0 });
   const step = h("span", {});
@@ -77,7 +77,8 @@ export function mistakesCard() {
     fit.redraw();
     progress.value = state.right.steps;
     write(step, say("stepOf", state.right.steps, STEPS));
-    [wrongCode.textContent, rightCode.textContent] = CODE[state.mistake];
+    writePython(wrongCode, CODE[state.mistake][0]);
+    writePython(rightCode, CODE[state.mistake][1]);
     write(start, say(state.stop ? "pause" : state.right.steps >= STEPS ? "trainAgain" : "mistakesTrain"));
   }
 

@@ -56,13 +56,15 @@ export function nestedCard() {
   return card(
     "nested",
     controls(both[0].root, both[1].root),
-    picture.root,
-    legend(
-      ["blue", t("span", "nestedBoth")],
-      ["orange", t("span", "nestedOne")],
-      ["dropped", t("span", "nestedNone"), "small"],
-    ),
-    note,
+    h("div", { class: "pair nested" },
+      picture.root,
+      h("div", {},
+        legend(
+          ["blue", t("span", "nestedBoth")],
+          ["orange", t("span", "nestedOne")],
+          ["dropped", t("span", "nestedNone"), "small"],
+        ),
+        note)),
     lines[0].root,
     bits[0],
     lines[1].root,

@@ -66,7 +66,9 @@ export function schedulesCard() {
     progress.value = steps();
     write(step, say("stepOf", steps(), STEPS));
     write(cutoffText, say("cutoffAt", state.cutoff));
-    line.show(`jdropout.schedules.early(${state.rate}, ${state.cutoff})`);
+    line.show(
+      ["early", "late"].map((name) => `jdropout.schedules.${name}(${state.rate}, ${state.cutoff})`).join(", "),
+    );
     const value = (number) => (steps() ? number.toFixed(3) : "–");
     body.replaceChildren(...NAMES.map((name, i) =>
       h("tr", {},

@@ -3,7 +3,7 @@
 
 import { h, s } from "./dom.js";
 
-const MARGIN = { top: 14, right: 14, bottom: 44, left: 54 };
+const MARGIN = { top: 14, right: 22, bottom: 44, left: 54 };
 
 /** A place for a chart. `draw` is called with the chart's tools whenever it has to be drawn. */
 export function chart(height, draw) {
@@ -94,11 +94,11 @@ function tools(svg, width, height) {
 let clips = 0;
 
 /**
- * A table of cells. `show` gets a style for every cell, and its side as a part of the pitch, and a
+ * A table of cells, `wide` times as wide as high. `show` gets a style for every cell, and its side as a part of the pitch, and a
  * description of the whole.
  */
-export function cells(rows, columns, tileRows = 1, tileColumns = 1, gap = 0.6) {
-  const width = tileColumns * columns + gap * (tileColumns - 1);
+export function cells(rows, columns, tileRows = 1, tileColumns = 1, { wide = 1, gap = 0.6 } = {}) {
+  const width = wide * tileColumns * columns + gap * (tileColumns - 1);
   const height = tileRows * rows + gap * (tileRows - 1);
   const svg = s("svg", { role: "img", class: "cells", viewBox: `0 0 ${width} ${height}` });
   const all = [];
@@ -106,7 +106,7 @@ export function cells(rows, columns, tileRows = 1, tileColumns = 1, gap = 0.6) {
     for (let across = 0; across < tileColumns; across++) {
       for (let row = 0; row < rows; row++) {
         for (let column = 0; column < columns; column++) {
-          const x = across * (columns + gap) + column + 0.5;
+          const x = across * (wide * columns + gap) + wide * (column + 0.5);
           const y = down * (rows + gap) + row + 0.5;
           const rect = s("rect", {});
           all.push({ rect, x, y });
@@ -120,9 +120,10 @@ export function cells(rows, columns, tileRows = 1, tileColumns = 1, gap = 0.6) {
     all.forEach(({ rect, x, y }, i) => {
       const { style, side = 0.86, fill = null } = look(i);
       rect.setAttribute("class", style);
-      rect.setAttribute("x", (x - side / 2).toFixed(3));
+      const breadth = side + wide - 1;
+      rect.setAttribute("x", (x - breadth / 2).toFixed(3));
       rect.setAttribute("y", (y - side / 2).toFixed(3));
-      rect.setAttribute("width", side.toFixed(3));
+      rect.setAttribute("width", breadth.toFixed(3));
       rect.setAttribute("height", side.toFixed(3));
       rect.setAttribute("rx", (side * 0.16).toFixed(3));
       if (fill) rect.style.fill = fill;

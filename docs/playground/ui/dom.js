@@ -144,7 +144,13 @@ export function pythonLine() {
     announce(say(copied ? "copied" : "selected"));
     setTimeout(() => write(copy, say("copy")), 2000);
   }, { class: "copy" });
-  return { root: h("div", { class: "line" }, code, copy), show: (text) => (code.textContent = text) };
+  return { root: h("div", { class: "line" }, code, copy), show: (text) => writePython(code, text) };
+}
+
+/** Sets a line of Python, which may be broken after a bracket. */
+export function writePython(code, text) {
+  const parts = text.split(/(?<=\()/);
+  code.replaceChildren(...parts.flatMap((part, i) => (i ? [h("wbr", {}), part] : [part])));
 }
 
 async function copyText(element) {
