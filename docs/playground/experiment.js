@@ -22,7 +22,13 @@ export function newNetwork(root) {
 }
 
 /** What training multiplies with at a step: a mask for every example and hidden layer. */
-export function factorsAt(root, step, rate, count, { scaled = true, sameKey = false, traced = false } = {}) {
+export function factorsAt(
+  root,
+  step,
+  rate,
+  count,
+  { scaled = true, sameKey = false, traced = false } = {},
+) {
   const limit = traced ? tracedThreshold(rate) : threshold(rate);
   if (limit.threshold === 2 ** (16 * limit.digits)) return [null, null];
   const scale = scaled ? scaleOf(limit) : 1;

@@ -24,37 +24,83 @@ const CARDS = {
 };
 
 function languageButtons() {
-  const buttons = [["en", "English"], ["zh-Hans", "中文"]].map(([language, name]) =>
-    h("button", { type: "button", lang: language, "data-language": language, onclick: () => setLanguage(language) }, name));
+  const buttons = [
+    ["en", "English"],
+    ["zh-Hans", "中文"],
+  ].map(([language, name]) =>
+    h(
+      "button",
+      {
+        type: "button",
+        lang: language,
+        "data-language": language,
+        onclick: () => setLanguage(language),
+      },
+      name,
+    ),
+  );
   onLanguage(() => {
     document.documentElement.lang = currentLanguage();
     document.title = say("title");
-    for (const each of buttons) each.setAttribute("aria-pressed", String(each.dataset.language === currentLanguage()));
+    for (const each of buttons)
+      each.setAttribute("aria-pressed", String(each.dataset.language === currentLanguage()));
   });
   return labelled(h("div", { class: "languages", role: "group" }, ...buttons), "language");
 }
 
 function header() {
-  const seed = wholeControl({ name: "seed", value: String(currentSeed()), limit: 2n ** 32n, onvalue: setSeed });
+  const seed = wholeControl({
+    name: "seed",
+    value: String(currentSeed()),
+    limit: 2n ** 32n,
+    onvalue: setSeed,
+  });
   const imports = pythonLine();
-  imports.show("import jax, jax.numpy as jnp, jdropout");
-  return h("header", {},
+  imports.show("import jax, jax.numpy as jnp, jdropout, jdropout.schedules");
+  return h(
+    "header",
+    {},
     h("div", { class: "top" }, t("h1", "title"), languageButtons()),
     t("p", "lead", { class: "lead" }),
-    h("div", { class: "pair" },
+    h(
+      "div",
+      { class: "pair" },
       h("div", {}, seed.root, t("p", "seedNote", { class: "note" })),
-      h("div", {}, t("p", "importsNote", { class: "note" }), imports.root)),
-    labelled(h("nav", {}, h("ol", {}, ...Object.keys(CARDS).map((id) => h("li", {}, t("a", `${id}Title`, { href: `#${id}` }))))), "contents"));
+      h("div", {}, t("p", "importsNote", { class: "note" }), imports.root),
+    ),
+    labelled(
+      h(
+        "nav",
+        {},
+        h(
+          "ol",
+          {},
+          ...Object.keys(CARDS).map((id) => h("li", {}, t("a", `${id}Title`, { href: `#${id}` }))),
+        ),
+      ),
+      "contents",
+    ),
+  );
 }
 
 function footer() {
-  return h("footer", {},
+  return h(
+    "footer",
+    {},
     t("h2", "exactTitle"),
-    h("div", { class: "pair" },
+    h(
+      "div",
+      { class: "pair" },
       h("div", {}, t("h3", "exactYes"), t("p", "exactYesText")),
-      h("div", {}, t("h3", "exactNo"), t("p", "exactNoText"))));
+      h("div", {}, t("h3", "exactNo"), t("p", "exactNoText")),
+    ),
+  );
 }
 
 const skip = t("a", "skip", { class: "skip", href: "#main" });
-const main = h("main", { id: "main", tabindex: "-1" }, ...Object.values(CARDS).map((make) => make()));
+const main = h(
+  "main",
+  { id: "main", tabindex: "-1" },
+  ...Object.values(CARDS).map((make) => make()),
+);
 document.body.replaceChildren(skip, header(), main, footer());

@@ -11,9 +11,14 @@ export function createNetwork(key, widths) {
     const place = ["layer", layer];
     const last = layer === widths.length - 2;
     const spread = Math.sqrt((last ? 1 : 2) / inputs);
-    const weights = normals(atSite(key, [...place, "weights"]), [inputs, outputs]).map((z) => z * spread);
+    const weights = normals(atSite(key, [...place, "weights"]), [inputs, outputs]).map(
+      (z) => z * spread,
+    );
     // Kinks of the first layer all over the inputs, where zeros would put them all at 0.
-    const bias = layer > 0 ? new Float64Array(outputs) : symmetricUniforms(atSite(key, [...place, "bias"]), [outputs]);
+    const bias =
+      layer > 0
+        ? new Float64Array(outputs)
+        : symmetricUniforms(atSite(key, [...place, "bias"]), [outputs]);
     return { inputs, outputs, parameters: [weights, bias].map(withMoments) };
   });
   return { layers, steps: 0 };
@@ -73,7 +78,14 @@ export function trainStep(network, inputs, targets, factors, learningRate) {
     return (2 * error) / count;
   });
   for (let index = network.layers.length - 1; index >= 0; index--) {
-    slope = backward(network.layers[index], values[index], slope, count, factors[index - 1], index > 0);
+    slope = backward(
+      network.layers[index],
+      values[index],
+      slope,
+      count,
+      factors[index - 1],
+      index > 0,
+    );
   }
   network.steps += 1;
   for (const { parameters } of network.layers) {

@@ -217,7 +217,7 @@ def test_the_gallery_is_that_of_the_documentation(seed, rate, served, monkeypatc
     drawn = served.evaluate(script, [f"{SERVED}laws/family.js", seed, rate])
     key = jax.random.key(seed)
     panels = [panel for part in gallery["FAMILY"].values() for panel in part(key, rate)]
-    ours = [panel for panel in drawn if panel[0] != "subset"]  # which the picture leaves out
+    ours = [panel for panel in drawn if not panel[0].startswith("subset")]  # not in the picture
     for (name, shape, texts), panel in zip(ours, panels, strict=True):
         values = np.array([float(text) for text in texts]).reshape(shape)
         expected = np.asarray(panel.values, np.float64)
@@ -234,7 +234,7 @@ def test_lines_of_the_gallery_give_what_is_drawn(open_page):
         (line,) = (t for t in panel.locator(".line code").all_text_contents())
         value = np.asarray(evaluate(line), np.float64)
         style = panel.locator("rect").evaluate_all("all => all.map((r) => r.getAttribute('class'))")
-        if name in ("patch", "subset"):
+        if name in ("patch", "subset", "subsetGroups"):
             kept = np.array([style != "left-out" for style in style])
             assert kept.sum() == value.size, name
         elif name == "word":  # of ones, and so without protected words
@@ -266,6 +266,7 @@ def test_in_evaluation_nothing_is_dropped(open_page):
     page.get_by_role("switch").first.check()
     assert page.locator("#scale .cells rect.blue").count() == 100
     assert page.locator("#scale .sums b").all_text_contents() == ["100"]
+    assert evaluate(python_lines(page, "scale")[0]).sum() == 100
     page.get_by_role("switch").first.uncheck()
     assert page.locator("#scale .cells rect.blue").count() < 100
 
@@ -282,9 +283,11 @@ def test_training_reduces_the_loss_and_the_band_opens_in_the_gap(open_page):
 def test_what_is_forgotten_shows(mistake, open_page):
     page = open_page(reduced_motion="reduce")
     page.get_by_label(mistake, exact=True).check()
-    steps, right, wrong = numbers_in(train(page, "mistakes"))[:3]
+    steps, right, wrong, *losses = numbers_in(train(page, "mistakes"))
     assert steps == 800
     assert wrong > 1.5 * right
+    if mistake == "the key":  # which the training loss hides
+        assert losses[1] < losses[0]
 
 
 def test_schedules_race_at_their_rates(open_page):
@@ -321,6 +324,15 @@ def test_schedules_are_those_of_the_library(served):
     ):
         expected = [float(schedule(step)) for step in (0, 3, 6, 7, 20)]
         np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_lines_need_no_other_import_than_the_page_says(open_page):
+    page = open_page()
+    imports = page.locator("header .line code").text_content()
+    names = {line[: line.index("(")] for card in CARDS for line in python_lines(page, card)}
+    assert "jdropout.schedules.early" in names
+    program = "\n".join([imports, *sorted(names)])
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_masks_of_one_key_are_nested(open_page):

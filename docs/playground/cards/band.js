@@ -1,9 +1,29 @@
 // A network trained in the page, and the band of its Monte Carlo samples.
 
-import { gridFrom, makeData, meanSquaredError, monteCarlo, newNetwork, train, truth, WIDTH } from "../experiment.js";
+import {
+  gridFrom,
+  makeData,
+  meanSquaredError,
+  monteCarlo,
+  newNetwork,
+  train,
+  truth,
+  WIDTH,
+} from "../experiment.js";
 import { predict } from "../network.js";
 import { chart, legend } from "../ui/charts.js";
-import { announce, button, card, controls, h, pythonLine, rateControl, t, toggle, write } from "../ui/dom.js";
+import {
+  announce,
+  button,
+  card,
+  controls,
+  h,
+  pythonLine,
+  rateControl,
+  t,
+  toggle,
+  write,
+} from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
 import { pythonKey, pythonMask } from "../ui/python.js";
 import { run } from "../ui/runner.js";
@@ -33,7 +53,13 @@ export function bandCard() {
 
   const fit = chart(330, (plot) => {
     const running = state.stop !== null;
-    const { mean, spread, outputs } = monteCarlo(state.network, root(), state.rate, GRID, running ? 16 : SAMPLES);
+    const { mean, spread, outputs } = monteCarlo(
+      state.network,
+      root(),
+      state.rate,
+      GRID,
+      running ? 16 : SAMPLES,
+    );
     plot.axes({
       x: [-1.5, 1.5],
       y: [-2, 2],
@@ -42,8 +68,14 @@ export function bandCard() {
       xLabel: say("inputX"),
       yLabel: say("outputY"),
     });
-    plot.band(GRID, mean.map((m, i) => m - 2 * spread[i]), mean.map((m, i) => m + 2 * spread[i]), "blue");
-    if (state.singles) outputs.slice(0, 6).forEach((output) => plot.line(GRID, output, "blue thin"));
+    plot.band(
+      GRID,
+      mean.map((m, i) => m - 2 * spread[i]),
+      mean.map((m, i) => m + 2 * spread[i]),
+      "blue",
+    );
+    if (state.singles)
+      outputs.slice(0, 6).forEach((output) => plot.line(GRID, output, "blue thin"));
     plot.line(GRID, GRID.map(truth), "muted dotted");
     plot.line(GRID, mean, "blue");
     plot.line(GRID, predict(state.network, GRID, GRID.length), "ink dashed");
@@ -52,10 +84,18 @@ export function bandCard() {
       const chosen = [...spread].filter((_, i) => inside(Math.abs(GRID[i])));
       return (chosen.reduce((sum, each) => sum + each, 0) / chosen.length).toFixed(3);
     };
-    const facts = [average((x) => x > GAP && x < 1), average((x) => x < GAP / 2), average((x) => x > 1.25)];
+    const facts = [
+      average((x) => x > GAP && x < 1),
+      average((x) => x < GAP / 2),
+      average((x) => x > 1.25),
+    ];
     const loss = meanSquaredError(state.network, state.data);
     plot.describe(say("bandPicture", state.network.steps, loss.toFixed(4), ...facts));
-    if (!running) write(note, say("bandNote", state.network.steps, state.first.toFixed(3), loss.toFixed(4), ...facts));
+    if (!running)
+      write(
+        note,
+        say("bandNote", state.network.steps, state.first.toFixed(3), loss.toFixed(4), ...facts),
+      );
   });
 
   const losses = chart(150, (plot) => {
@@ -68,9 +108,18 @@ export function bandCard() {
       xLabel: say("stepX"),
       yLabel: say("lossY"),
     });
-    if (logs.length > 1) plot.line(logs.map((_, i) => i), logs, "orange");
+    if (logs.length > 1)
+      plot.line(
+        logs.map((_, i) => i),
+        logs,
+        "orange",
+      );
     const last = state.losses.at(-1);
-    plot.describe(last === undefined ? say("lossEmpty") : say("lossPicture", state.losses.length, last.toFixed(4)));
+    plot.describe(
+      last === undefined
+        ? say("lossEmpty")
+        : say("lossPicture", state.losses.length, last.toFixed(4)),
+    );
   });
 
   function draw() {
@@ -94,20 +143,24 @@ export function bandCard() {
     draw();
   }
 
-  const start = button("train", () => {
-    if (state.stop) {
-      const stop = state.stop;
-      state.stop = null;
-      return stop();
-    }
-    if (state.network.steps >= STEPS) begin();
-    state.stop = run(one, draw, () => {
-      state.stop = null;
+  const start = button(
+    "train",
+    () => {
+      if (state.stop) {
+        const stop = state.stop;
+        state.stop = null;
+        return stop();
+      }
+      if (state.network.steps >= STEPS) begin();
+      state.stop = run(one, draw, () => {
+        state.stop = null;
+        draw();
+        announce(note.textContent);
+      });
       draw();
-      announce(note.textContent);
-    });
-    draw();
-  }, { class: "primary" });
+    },
+    { class: "primary" },
+  );
   const rate = rateControl({
     value: state.rate,
     high: 0.9,
@@ -126,8 +179,12 @@ export function bandCard() {
   onLanguage(draw);
   return card(
     "band",
-    controls(rate.root, singles.root, h("div", { class: "buttons" }, start, button("restart", reset)),
-      h("label", { class: "progress" }, progress, step)),
+    controls(
+      rate.root,
+      singles.root,
+      h("div", { class: "buttons" }, start, button("restart", reset)),
+      h("label", { class: "progress" }, progress, step),
+    ),
     fit.root,
     legend(
       ["orange", t("span", "legendData"), "point"],

@@ -12,36 +12,120 @@ const HALVES = "jnp.tile(jnp.arange(18) > 8, (8, 1)).astype(jnp.float32)";
 /** For each panel the function, and the line that makes it, or its first part. */
 const CALLS = {
   dropout: ["dropout", (key, r) => `jdropout.dropout(${key('"dropout"')}, ${TABLE}, ${r})`],
-  broadcast: ["dropout", (key, r) => `jdropout.dropout(${key('"shared"')}, ${TABLE}, ${r}, broadcast_dims=(0,))`],
-  spatial: ["spatial_dropout", (key, r) => `jdropout.spatial_dropout(${key('"spatial"')}, jnp.ones((2, 3, 3, 5)), ${r})`],
-  locked: ["locked_dropout", (key, r) => `jdropout.locked_dropout(${key('"locked"')}, jnp.ones((3, 8, 5)), ${r})`],
+  broadcast: [
+    "dropout",
+    (key, r) => `jdropout.dropout(${key('"shared"')}, ${TABLE}, ${r}, broadcast_dims=(0,))`,
+  ],
+  spatial: [
+    "spatial_dropout",
+    (key, r) => `jdropout.spatial_dropout(${key('"spatial"')}, jnp.ones((2, 3, 3, 5)), ${r})`,
+  ],
+  locked: [
+    "locked_dropout",
+    (key, r) => `jdropout.locked_dropout(${key('"locked"')}, jnp.ones((3, 8, 5)), ${r})`,
+  ],
   path: ["drop_path", (key, r) => `jdropout.drop_path(${key('"path"')}, ${TABLE}, ${r})`],
-  pathBatch: ["drop_path", (key, r) => `jdropout.drop_path(${key('("batch", 0)')}, jnp.ones((8, 3)), ${r}, mode="batch")`],
-  layer: ["layer_drop", (key, r) => `jdropout.layer_drop(${key('("layer", 0, 0)')}, lambda x: x + 1, jnp.float32(0), ${r})`],
-  zoneout: ["zoneout", (key, r) => `jdropout.zoneout(${key('("zoneout", 0)')}, jnp.full(8, jnp.inf), jnp.ones(8), ${r})`],
-  block1: ["drop_block", (key, r) => `jdropout.drop_block(${key('"runs"')}, jnp.ones((8, 17, 1)), ${r}, block_size=3, spatial_axes=(1,))`],
-  block2: ["drop_block", (key, r) => `jdropout.drop_block(${key('"squares"')}, jnp.ones((1, 8, 8, 2)), ${r}, block_size=3)`],
-  blockChannels: ["drop_block", (key, r) => `jdropout.drop_block(${key('"squares"')}, jnp.ones((1, 8, 8, 2)), ${r}, block_size=3, shared_channels=False)`],
-  patch: ["patch_dropout", (key, r) => `jdropout.patch_dropout(${key('"patches"')}, jnp.ones((8, 16, 1)), ${r}, num_prefix_tokens=0)[1]`],
-  subset: ["keep_indices", (key, r) => `jdropout.keep_indices(${key('"subset"')}, ${r}, 16, shape=(8,))`],
-  word: ["word_dropout", (key, r) => `jdropout.word_dropout(${key('"words"')}, jnp.ones((5, 6), jnp.int32), ${r}, replacement=0)`],
-  embedding: ["embedding_dropout", (key, r) => `jdropout.embedding_dropout(${key('"rows"')}, ${TABLE}, ${r})`],
-  connect: ["drop_connect", (key, r) => `jdropout.drop_connect(${key('"connect"')}, ${TABLE}, ${r})`],
-  targeted: ["targeted_dropout", (key, r) => `jdropout.targeted_dropout(${key('"target"')}, jax.random.uniform(${key('"weights"')}, (8, 17), minval=0.15), ${r}, target_fraction=0.5)`],
-  gaussian: ["gaussian_dropout", (key, r) => `jdropout.gaussian_dropout(${key('"times"')}, ${HALVES}, ${r})`],
-  gaussianNoise: ["gaussian_noise", (key, r) => `jdropout.gaussian_noise(${key('"plus"')}, ${HALVES}, (${r} / (1 - ${r})) ** 0.5)`],
-  uniformNoise: ["uniform_noise", (key, r) => `jdropout.uniform_noise(${key('"uniform"')}, ${HALVES}, (3 * ${r} / (1 - ${r})) ** 0.5)`],
-  variational: ["variational_dropout", (key) => `jdropout.variational_dropout(${key('"variational"')}, ${TABLE}, jnp.tile(jnp.linspace(-6.0, 1.0, 17), (8, 1)))`],
+  pathBatch: [
+    "drop_path",
+    (key, r) => `jdropout.drop_path(${key('("batch", 0)')}, jnp.ones((8, 3)), ${r}, mode="batch")`,
+  ],
+  layer: [
+    "layer_drop",
+    (key, r) =>
+      `jdropout.layer_drop(${key('("layer", 0, 0)')}, lambda x: x + 1, jnp.float32(0), ${r})`,
+  ],
+  zoneout: [
+    "zoneout",
+    (key, r) =>
+      `jdropout.zoneout(${key('("zoneout", 0)')}, jnp.full(8, jnp.inf), jnp.ones(8), ${r})`,
+  ],
+  block1: [
+    "drop_block",
+    (key, r) =>
+      `jdropout.drop_block(${key('"runs"')}, jnp.ones((8, 17, 1)), ${r}, block_size=3, spatial_axes=(1,))`,
+  ],
+  block2: [
+    "drop_block",
+    (key, r) =>
+      `jdropout.drop_block(${key('"squares"')}, jnp.ones((1, 8, 8, 2)), ${r}, block_size=3)`,
+  ],
+  blockChannels: [
+    "drop_block",
+    (key, r) =>
+      `jdropout.drop_block(${key('"squares"')}, jnp.ones((1, 8, 8, 2)), ${r}, block_size=3, shared_channels=False)`,
+  ],
+  patch: [
+    "patch_dropout",
+    (key, r) =>
+      `jdropout.patch_dropout(${key('"patches"')}, jnp.ones((8, 16, 1)), ${r}, num_prefix_tokens=0)[1]`,
+  ],
+  subset: [
+    "keep_indices",
+    (key, r) => `jdropout.keep_indices(${key('"subset"')}, ${r}, 16, shape=(8,))`,
+  ],
+  subsetGroups: [
+    "keep_indices",
+    (key, r) => `jdropout.keep_indices(${key('"groups"')}, ${r}, 16, groups=4, shape=(8,))`,
+  ],
+  word: [
+    "word_dropout",
+    (key, r) =>
+      `jdropout.word_dropout(${key('"words"')}, jnp.ones((5, 6), jnp.int32), ${r}, replacement=0)`,
+  ],
+  embedding: [
+    "embedding_dropout",
+    (key, r) => `jdropout.embedding_dropout(${key('"rows"')}, ${TABLE}, ${r})`,
+  ],
+  connect: [
+    "drop_connect",
+    (key, r) => `jdropout.drop_connect(${key('"connect"')}, ${TABLE}, ${r})`,
+  ],
+  targeted: [
+    "targeted_dropout",
+    (key, r) =>
+      `jdropout.targeted_dropout(${key('"target"')}, jax.random.uniform(${key('"weights"')}, (8, 17), minval=0.15), ${r}, target_fraction=0.5)`,
+  ],
+  gaussian: [
+    "gaussian_dropout",
+    (key, r) => `jdropout.gaussian_dropout(${key('"times"')}, ${HALVES}, ${r})`,
+  ],
+  gaussianNoise: [
+    "gaussian_noise",
+    (key, r) => `jdropout.gaussian_noise(${key('"plus"')}, ${HALVES}, (${r} / (1 - ${r})) ** 0.5)`,
+  ],
+  uniformNoise: [
+    "uniform_noise",
+    (key, r) =>
+      `jdropout.uniform_noise(${key('"uniform"')}, ${HALVES}, (3 * ${r} / (1 - ${r})) ** 0.5)`,
+  ],
+  variational: [
+    "variational_dropout",
+    (key) =>
+      `jdropout.variational_dropout(${key('"variational"')}, ${TABLE}, jnp.tile(jnp.linspace(-6.0, 1.0, 17), (8, 1)))`,
+  ],
   alpha: ["alpha_dropout", (key, r) => `jdropout.alpha_dropout(${key('"alpha"')}, ${TABLE}, ${r})`],
-  featureAlpha: ["feature_alpha_dropout", (key, r) => `jdropout.feature_alpha_dropout(${key('"features"')}, jnp.ones((2, 3, 3, 5)), ${r})`],
-  standout: ["standout", (key, r) => `jdropout.standout(${key('"standout"')}, ${TABLE}, jnp.tile(jnp.linspace(-3.0, 3.0, 17), (8, 1)), beta=float(jnp.log((1 - ${r}) / ${r})))`],
-  concrete: ["concrete_dropout", (key, r) => `jdropout.concrete_dropout(${key('"concrete"')}, ${TABLE}, jnp.log(${r} / (1 - ${r})))`],
+  featureAlpha: [
+    "feature_alpha_dropout",
+    (key, r) =>
+      `jdropout.feature_alpha_dropout(${key('"features"')}, jnp.ones((2, 3, 3, 5)), ${r})`,
+  ],
+  standout: [
+    "standout",
+    (key, r) =>
+      `jdropout.standout(${key('"standout"')}, ${TABLE}, jnp.tile(jnp.linspace(-3.0, 3.0, 17), (8, 1)), beta=float(jnp.log((1 - ${r}) / ${r})))`,
+  ],
+  concrete: [
+    "concrete_dropout",
+    (key, r) =>
+      `jdropout.concrete_dropout(${key('"concrete"')}, ${TABLE}, jnp.log(${r} / (1 - ${r})))`,
+  ],
 };
 
 const GROUPS = {
   axes: ["dropout", "broadcast", "spatial", "locked"],
   branches: ["path", "pathBatch", "layer", "zoneout"],
-  regions: ["block1", "block2", "blockChannels", "patch", "subset"],
+  regions: ["block1", "block2", "blockChannels"],
+  subsets: ["patch", "subset", "subsetGroups"],
   words: ["word", "embedding", "connect", "targeted"],
   noise: ["gaussian", "gaussianNoise", "uniformNoise", "variational"],
   values: ["alpha", "featureAlpha", "standout", "concrete"],
@@ -49,7 +133,9 @@ const GROUPS = {
 
 export function galleryCard() {
   const state = { rate: 0.3 };
-  const panels = Object.values(GROUPS).flat().map((name) => panelOf(name));
+  const panels = Object.values(GROUPS)
+    .flat()
+    .map((name) => panelOf(name));
   const draw = () => panels.forEach((panel) => panel.draw(state.rate));
   const rate = rateControl({
     name: "galleryRate",
@@ -76,9 +162,17 @@ export function galleryCard() {
       ["left-out", t("span", "galleryLeftOut")],
     ),
     ...Object.entries(GROUPS).map(([group, names]) =>
-      h("div", { class: "group" },
+      h(
+        "div",
+        { class: "group" },
         t("h3", `group-${group}`),
-        h("div", { class: "panels" }, ...names.map((name) => panels.find((panel) => panel.name === name).root)))),
+        h(
+          "div",
+          { class: "panels" },
+          ...names.map((name) => panels.find((panel) => panel.name === name).root),
+        ),
+      ),
+    ),
   );
 }
 
@@ -89,11 +183,14 @@ function panelOf(name) {
   const picture = cells(rows, columns, down, across, name === "word" ? { wide: 1.75 } : {});
   const line = pythonLine();
   const words = name === "word" ? wordTexts(picture) : null;
-  const figure = h("figure", { class: "panel", "data-panel": name },
+  const figure = h(
+    "figure",
+    { class: "panel", "data-panel": name },
     h("figcaption", {}, h("code", { translate: "no" }, called), t("span", `panel-${name}`)),
     picture.root,
     t("p", `axes-${name}`, { class: "panel-axes" }),
-    h("details", {}, t("summary", "python"), line.root));
+    h("details", {}, t("summary", "python"), line.root),
+  );
 
   function draw(rate) {
     const panel = FAMILY[name](root(), rate);
@@ -125,7 +222,11 @@ function look(value, side) {
 function wordTexts(picture) {
   const words = SENTENCES.flat();
   const texts = picture.all.map(({ x, y }, i) => {
-    const text = s("text", { class: "word", x, y: y + 0.14, "text-anchor": "middle", "aria-hidden": "true" }, words[i]);
+    const text = s(
+      "text",
+      { class: "word", x, y: y + 0.14, "text-anchor": "middle", "aria-hidden": "true" },
+      words[i],
+    );
     picture.root.append(text);
     return text;
   });

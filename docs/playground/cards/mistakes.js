@@ -1,9 +1,28 @@
 // What happens if one forgets the scale, the key or the flag.
 
-import { factorsAt, gridFrom, makeData, meanSquaredError, newNetwork, train, truth } from "../experiment.js";
+import {
+  factorsAt,
+  gridFrom,
+  makeData,
+  meanSquaredError,
+  newNetwork,
+  train,
+  truth,
+} from "../experiment.js";
 import { predict } from "../network.js";
 import { chart, legend } from "../ui/charts.js";
-import { announce, button, card, choice, controls, h, rateControl, t, write, writePython } from "../ui/dom.js";
+import {
+  announce,
+  button,
+  card,
+  choice,
+  controls,
+  h,
+  rateControl,
+  t,
+  write,
+  writePython,
+} from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
 import { run } from "../ui/runner.js";
 import { onSeed, root } from "../ui/seed.js";
@@ -41,6 +60,7 @@ export function mistakesCard() {
     state.data = makeData(root(), 24, { noise: 0.1 });
     state.right = newNetwork(root());
     state.wrong = newNetwork(root());
+    state.losses = null;
   }
 
   /** The wrong predictions in evaluation. With the flag forgotten, each call has other masks. */
@@ -63,14 +83,27 @@ export function mistakesCard() {
     });
     const wrong = wrongCurves();
     plot.line(GRID, curve.y, "muted dotted");
-    wrong.forEach((output) => plot.line(GRID, output, wrong.length > 1 ? "orange thin" : "orange dashed"));
+    wrong.forEach((output) =>
+      plot.line(GRID, output, wrong.length > 1 ? "orange thin" : "orange dashed"),
+    );
     plot.line(GRID, predict(state.right, GRID, GRID.length), "blue");
     plot.points(state.data.x, state.data.y, "ink-fill");
-    const errorOf = (output) => output.reduce((sum, y, i) => sum + (y - curve.y[i]) ** 2, 0) / GRID.length;
+    const errorOf = (output) =>
+      output.reduce((sum, y, i) => sum + (y - curve.y[i]) ** 2, 0) / GRID.length;
     const bad = wrong.reduce((sum, output) => sum + errorOf(output), 0) / wrong.length;
-    const facts = [state.right.steps, meanSquaredError(state.right, curve).toFixed(3), bad.toFixed(3)];
+    const facts = [
+      state.right.steps,
+      meanSquaredError(state.right, curve).toFixed(3),
+      bad.toFixed(3),
+      ...(state.losses ?? []).map((loss) => loss.toFixed(3)),
+    ];
     plot.describe(say("mistakesPicture", ...facts));
-    write(note, state.right.steps ? say(`mistakes-${state.mistake}-note`, ...facts) : say(`mistakes-${state.mistake}-before`));
+    write(
+      note,
+      state.right.steps
+        ? say(`mistakes-${state.mistake}-note`, ...facts)
+        : say(`mistakes-${state.mistake}-before`),
+    );
   });
 
   function draw() {
@@ -79,12 +112,18 @@ export function mistakesCard() {
     write(step, say("stepOf", state.right.steps, STEPS));
     writePython(wrongCode, CODE[state.mistake][0]);
     writePython(rightCode, CODE[state.mistake][1]);
-    write(start, say(state.stop ? "pause" : state.right.steps >= STEPS ? "trainAgain" : "mistakesTrain"));
+    write(
+      start,
+      say(state.stop ? "pause" : state.right.steps >= STEPS ? "trainAgain" : "mistakesTrain"),
+    );
   }
 
   function one() {
-    train(state.right, root(), state.data, state.rate, 0.005);
-    train(state.wrong, root(), state.data, state.rate, 0.005, OPTIONS[state.mistake]);
+    const { rate, data } = state;
+    state.losses = [
+      train(state.right, root(), data, rate, 0.005),
+      train(state.wrong, root(), data, rate, 0.005, OPTIONS[state.mistake]),
+    ];
     return state.right.steps < STEPS;
   }
 
@@ -93,20 +132,24 @@ export function mistakesCard() {
     draw();
   }
 
-  const start = button("mistakesTrain", () => {
-    if (state.stop) {
-      const stop = state.stop;
-      state.stop = null;
-      return stop();
-    }
-    if (state.right.steps >= STEPS) begin();
-    state.stop = run(one, draw, () => {
-      state.stop = null;
+  const start = button(
+    "mistakesTrain",
+    () => {
+      if (state.stop) {
+        const stop = state.stop;
+        state.stop = null;
+        return stop();
+      }
+      if (state.right.steps >= STEPS) begin();
+      state.stop = run(one, draw, () => {
+        state.stop = null;
+        draw();
+        announce(note.textContent);
+      });
       draw();
-      announce(note.textContent);
-    });
-    draw();
-  }, { class: "primary" });
+    },
+    { class: "primary" },
+  );
   const rate = rateControl({
     value: state.rate,
     high: 0.9,
@@ -125,8 +168,12 @@ export function mistakesCard() {
   onLanguage(draw);
   return card(
     "mistakes",
-    controls(which, rate.root, h("div", { class: "buttons" }, start, button("restart", reset)),
-      h("label", { class: "progress" }, progress, step)),
+    controls(
+      which,
+      rate.root,
+      h("div", { class: "buttons" }, start, button("restart", reset)),
+      h("label", { class: "progress" }, progress, step),
+    ),
     fit.root,
     legend(
       ["ink-fill", t("span", "legendData"), "point"],
@@ -135,8 +182,13 @@ export function mistakesCard() {
       ["orange dashed", t("span", "legendWrong"), "line"],
     ),
     note,
-    h("dl", { class: "code-pair" },
-      t("dt", "codeWrong"), h("dd", {}, wrongCode),
-      t("dt", "codeRight"), h("dd", {}, rightCode)),
+    h(
+      "dl",
+      { class: "code-pair" },
+      t("dt", "codeWrong"),
+      h("dd", {}, wrongCode),
+      t("dt", "codeRight"),
+      h("dd", {}, rightCode),
+    ),
   );
 }

@@ -22,7 +22,8 @@ export function nestedCard() {
     const key = siteKey(root(), { step: 0, site: SITE });
     const [low, high] = [...state.rates].sort((a, b) => a - b);
     const masks = [low, high].map((rate) => keepMask(key, rate, SHAPE));
-    const number = (test) => masks[0].reduce((sum, kept, i) => sum + (test(kept, masks[1][i]) ? 1 : 0), 0);
+    const number = (test) =>
+      masks[0].reduce((sum, kept, i) => sum + (test(kept, masks[1][i]) ? 1 : 0), 0);
     const facts = [
       number((a, b) => a && b),
       number((a, b) => a && !b),
@@ -56,15 +57,21 @@ export function nestedCard() {
   return card(
     "nested",
     controls(both[0].root, both[1].root),
-    h("div", { class: "pair nested" },
+    h(
+      "div",
+      { class: "pair nested" },
       picture.root,
-      h("div", {},
+      h(
+        "div",
+        {},
         legend(
           ["blue", t("span", "nestedBoth")],
           ["orange", t("span", "nestedOne")],
           ["dropped", t("span", "nestedNone"), "small"],
         ),
-        note)),
+        note,
+      ),
+    ),
     lines[0].root,
     bits[0],
     lines[1].root,

@@ -3,7 +3,18 @@
 import { siteKey } from "../laws/keys.js";
 import { keepMask, maskHex, scaleOf, threshold } from "../laws/mask.js";
 import { cells, chart, legend } from "../ui/charts.js";
-import { announce, button, card, controls, pythonLine, rateControl, t, toggle, write, h } from "../ui/dom.js";
+import {
+  announce,
+  button,
+  card,
+  controls,
+  pythonLine,
+  rateControl,
+  t,
+  toggle,
+  write,
+  h,
+} from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
 import { pythonKey, pythonMask } from "../ui/python.js";
 import { run } from "../ui/runner.js";
@@ -31,7 +42,10 @@ export function scaleCard() {
     plot.axes({
       x: [0, 200],
       y: [0, top],
-      xTicks: plot.width < 420 ? [0, 50, 100, 150, 200] : [0, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200],
+      xTicks:
+        plot.width < 420
+          ? [0, 50, 100, 150, 200]
+          : [0, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200],
       yTicks: ticksUpTo(top),
       xLabel: say("scaleX"),
       yLabel: say("scaleY"),
@@ -68,14 +82,30 @@ export function scaleCard() {
           ["scaleUnscaled", kept, "orange"],
           ["scaleScaled", kept * factor, "blue"],
         ];
-    sums.replaceChildren(...rows.flatMap(([name, value, style]) => sumRow(say(name), value, style)));
+    sums.replaceChildren(
+      ...rows.flatMap(([name, value, style]) => sumRow(say(name), value, style)),
+    );
     const limit = threshold(state.rate);
     const key = pythonKey(currentSeed(), state.step, SITE);
-    line.show(pythonMask(key, state.rate, [10, 10]));
+    line.show(
+      state.off
+        ? `jdropout.dropout(None, jnp.ones((10, 10)), ${state.rate}, deterministic=True)`
+        : pythonMask(key, state.rate, [10, 10]),
+    );
     write(bits, state.off ? say("scaleNoBits") : say("bits", maskHex(mask)));
-    write(total, state.masks
-      ? say("scaleMeans", state.masks, ...means(), limit.threshold, 2 ** (16 * limit.digits), scale())
-      : say("scaleLaw", limit.threshold, 2 ** (16 * limit.digits), scale()));
+    write(
+      total,
+      state.masks
+        ? say(
+            "scaleMeans",
+            state.masks,
+            ...means(),
+            limit.threshold,
+            2 ** (16 * limit.digits),
+            scale(),
+          )
+        : say("scaleLaw", limit.threshold, 2 ** (16 * limit.digits), scale()),
+    );
     histogram.redraw();
   }
 
@@ -107,16 +137,25 @@ export function scaleCard() {
     const kept = keptOf(maskAt(state.step));
     announce(say("scaleDrawn", kept, (kept * scale()).toFixed(1)));
   });
-  const start = button("scaleRun", () => {
-    if (state.stop) return pause();
-    if (state.masks >= MASKS) clear();
-    state.stop = run(count, draw, () => {
-      state.stop = null;
+  const start = button(
+    "scaleRun",
+    () => {
+      if (state.stop) return pause();
+      if (state.masks >= MASKS) clear();
+      state.stop = run(
+        count,
+        draw,
+        () => {
+          state.stop = null;
+          onoff();
+          announce(say("scaleHistogram", state.masks, ...means()));
+        },
+        4,
+      );
       onoff();
-      announce(say("scaleHistogram", state.masks, ...means()));
-    }, 4);
-    onoff();
-  }, { class: "primary" });
+    },
+    { class: "primary" },
+  );
   const onoff = () => {
     write(start, say(state.stop ? "pause" : "scaleRun"));
     next.disabled = start.disabled = state.off;
@@ -126,7 +165,15 @@ export function scaleCard() {
     state.off = checked;
     onoff();
     draw();
-    announce(checked ? say("scaleNoBits") : say("scaleDrawn", keptOf(maskAt(state.step)), (keptOf(maskAt(state.step)) * scale()).toFixed(1)));
+    announce(
+      checked
+        ? say("scaleNoBits")
+        : say(
+            "scaleDrawn",
+            keptOf(maskAt(state.step)),
+            (keptOf(maskAt(state.step)) * scale()).toFixed(1),
+          ),
+    );
   });
   const rate = rateControl({
     value: state.rate,
@@ -143,11 +190,32 @@ export function scaleCard() {
   });
   return card(
     "scale",
-    controls(rate.root, off.root, h("div", { class: "buttons" }, start, next, button("clear", clear))),
-    h("div", { class: "pair" },
-      h("div", { class: "narrow" }, units.root, legend(["blue", t("span", "kept")], ["dropped", t("span", "dropped"), "small"])),
-      h("div", {}, sums, histogram.root,
-        legend(["orange", t("span", "scaleUnscaled")], ["blue", t("span", "scaleScaled")], ["ink dashed", t("span", "scaleOff"), "line"]))),
+    controls(
+      rate.root,
+      off.root,
+      h("div", { class: "buttons" }, start, next, button("clear", clear)),
+    ),
+    h(
+      "div",
+      { class: "pair" },
+      h(
+        "div",
+        { class: "narrow" },
+        units.root,
+        legend(["blue", t("span", "kept")], ["dropped", t("span", "dropped"), "small"]),
+      ),
+      h(
+        "div",
+        {},
+        sums,
+        histogram.root,
+        legend(
+          ["orange", t("span", "scaleUnscaled")],
+          ["blue", t("span", "scaleScaled")],
+          ["ink dashed", t("span", "scaleOff"), "line"],
+        ),
+      ),
+    ),
     total,
     line.root,
     bits,

@@ -3,7 +3,18 @@
 import { gridFrom, makeData, meanSquaredError, newNetwork, train, truth } from "../experiment.js";
 import { constant, curriculum, early, late } from "../laws/schedules.js";
 import { chart, legend } from "../ui/charts.js";
-import { announce, button, card, controls, h, labelled, pythonLine, rateControl, t, write } from "../ui/dom.js";
+import {
+  announce,
+  button,
+  card,
+  controls,
+  h,
+  labelled,
+  pythonLine,
+  rateControl,
+  t,
+  write,
+} from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
 import { run } from "../ui/runner.js";
 import { onSeed, root } from "../ui/seed.js";
@@ -43,7 +54,15 @@ export function schedulesCard() {
 
   const rates = chart(190, (plot) => {
     const top = Math.max(0.1, Math.ceil(state.rate * 11) / 10);
-    plot.axes({ ...stepAxis(plot), y: [0, top], yTicks: top > 0.5 ? [0, 0.25, 0.5, 0.75, 1].filter((y) => y <= top) : [0, 0.1, 0.2, 0.3, 0.4, 0.5].filter((y) => y <= top), yLabel: say("rateY") });
+    plot.axes({
+      ...stepAxis(plot),
+      y: [0, top],
+      yTicks:
+        top > 0.5
+          ? [0, 0.25, 0.5, 0.75, 1].filter((y) => y <= top)
+          : [0, 0.1, 0.2, 0.3, 0.4, 0.5].filter((y) => y <= top),
+      yLabel: say("rateY"),
+    });
     const xs = Array.from({ length: STEPS + 1 }, (_, i) => i);
     for (const name of NAMES) plot.line(xs, xs.map(schedule(name)), SCHEDULES[name].style);
     if (steps() > 0) plot.mark(steps(), "muted thin");
@@ -51,12 +70,24 @@ export function schedulesCard() {
   });
 
   const errors = chart(240, (plot) => {
-    plot.axes({ ...stepAxis(plot), y: [-2.2, 0.2], yTicks: [-2, -1.5, -1, -0.5, 0], yLabel: say("errorY") });
+    plot.axes({
+      ...stepAxis(plot),
+      y: [-2.2, 0.2],
+      yTicks: [-2, -1.5, -1, -0.5, 0],
+      yLabel: say("errorY"),
+    });
     NAMES.forEach((name, i) => {
       const logs = state.errors[i].map((error) => Math.log10(error));
-      if (logs.length > 1) plot.line(logs.map((_, k) => k * EVERY), logs, SCHEDULES[name].style);
+      if (logs.length > 1)
+        plot.line(
+          logs.map((_, k) => k * EVERY),
+          logs,
+          SCHEDULES[name].style,
+        );
     });
-    const last = NAMES.map((name, i) => `${say(`schedule-${name}`)} ${state.errors[i].at(-1)?.toFixed(3) ?? ""}`);
+    const last = NAMES.map(
+      (name, i) => `${say(`schedule-${name}`)} ${state.errors[i].at(-1)?.toFixed(3) ?? ""}`,
+    );
     plot.describe(steps() ? say("schedulesErrors", steps(), last.join(", ")) : say("lossEmpty"));
   });
 
@@ -67,19 +98,28 @@ export function schedulesCard() {
     write(step, say("stepOf", steps(), STEPS));
     write(cutoffText, say("cutoffAt", state.cutoff));
     line.show(
-      ["early", "late"].map((name) => `jdropout.schedules.${name}(${state.rate}, ${state.cutoff})`).join(", "),
+      ["early", "late"]
+        .map((name) => `jdropout.schedules.${name}(${state.rate}, ${state.cutoff})`)
+        .join(", "),
     );
     const value = (number) => (steps() ? number.toFixed(3) : "–");
-    body.replaceChildren(...NAMES.map((name, i) =>
-      h("tr", {},
-        h("th", { scope: "row" }, say(`schedule-${name}`)),
-        h("td", {}, schedule(name)(Math.min(steps(), STEPS - 1)).toFixed(2)),
-        h("td", {}, value(meanSquaredError(state.networks[i], state.data))),
-        h("td", {}, value(meanSquaredError(state.networks[i], CURVE)))),
-    ));
+    body.replaceChildren(
+      ...NAMES.map((name, i) =>
+        h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, say(`schedule-${name}`)),
+          h("td", {}, schedule(name)(Math.min(steps(), STEPS - 1)).toFixed(2)),
+          h("td", {}, value(meanSquaredError(state.networks[i], state.data))),
+          h("td", {}, value(meanSquaredError(state.networks[i], CURVE))),
+        ),
+      ),
+    );
     write(start, say(state.stop ? "pause" : steps() >= STEPS ? "trainAgain" : "schedulesTrain"));
     if (steps() >= STEPS) {
-      const order = NAMES.map((name, i) => [meanSquaredError(state.networks[i], CURVE), name]).sort((a, b) => a[0] - b[0]);
+      const order = NAMES.map((name, i) => [meanSquaredError(state.networks[i], CURVE), name]).sort(
+        (a, b) => a[0] - b[0],
+      );
       write(note, say("schedulesNote", say(`schedule-${order[0][1]}`), order[0][0].toFixed(3)));
     } else {
       write(note, say("schedulesBefore"));
@@ -100,20 +140,24 @@ export function schedulesCard() {
     draw();
   }
 
-  const start = button("schedulesTrain", () => {
-    if (state.stop) {
-      const stop = state.stop;
-      state.stop = null;
-      return stop();
-    }
-    if (steps() >= STEPS) begin();
-    state.stop = run(one, draw, () => {
-      state.stop = null;
+  const start = button(
+    "schedulesTrain",
+    () => {
+      if (state.stop) {
+        const stop = state.stop;
+        state.stop = null;
+        return stop();
+      }
+      if (steps() >= STEPS) begin();
+      state.stop = run(one, draw, () => {
+        state.stop = null;
+        draw();
+        announce(note.textContent);
+      });
       draw();
-      announce(note.textContent);
-    });
-    draw();
-  }, { class: "primary" });
+    },
+    { class: "primary" },
+  );
   const rate = rateControl({
     value: state.rate,
     high: 0.9,
@@ -123,7 +167,9 @@ export function schedulesCard() {
     },
   });
   const cutoff = labelled(
-    h("input", { type: "range", min: 50, max: STEPS - 50, step: 50, value: state.cutoff }), "cutoff");
+    h("input", { type: "range", min: 50, max: STEPS - 50, step: 50, value: state.cutoff }),
+    "cutoff",
+  );
   cutoff.addEventListener("input", () => {
     state.cutoff = Number(cutoff.value);
     reset();
@@ -135,22 +181,40 @@ export function schedulesCard() {
   onLanguage(draw);
   return card(
     "schedules",
-    controls(rate.root, h("div", { class: "control" }, cutoffText, cutoff),
+    controls(
+      rate.root,
+      h("div", { class: "control" }, cutoffText, cutoff),
       h("div", { class: "buttons" }, start, button("restart", reset)),
-      h("label", { class: "progress" }, progress, step)),
+      h("label", { class: "progress" }, progress, step),
+    ),
     legend(...NAMES.map((name) => [SCHEDULES[name].style, t("span", `schedule-${name}`), "line"])),
     rates.root,
     errors.root,
-    h("table", {},
+    h(
+      "table",
+      {},
       t("caption", "schedulesTable"),
-      h("thead", {}, h("tr", {}, t("th", "schedule", { scope: "col" }), t("th", "rateNow", { scope: "col" }), t("th", "errorTrain", { scope: "col" }), t("th", "errorTest", { scope: "col" }))),
-      body),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          t("th", "schedule", { scope: "col" }),
+          t("th", "rateNow", { scope: "col" }),
+          t("th", "errorTrain", { scope: "col" }),
+          t("th", "errorTest", { scope: "col" }),
+        ),
+      ),
+      body,
+    ),
     note,
     line.root,
   );
 }
 
 function stepAxis(plot) {
-  const xTicks = plot.width < 420 ? [0, 200, 400, 600, 800] : [0, 100, 200, 300, 400, 500, 600, 700, 800];
+  const xTicks =
+    plot.width < 420 ? [0, 200, 400, 600, 800] : [0, 100, 200, 300, 400, 500, 600, 700, 800];
   return { x: [0, STEPS], xTicks, xLabel: say("stepX") };
 }

@@ -2,7 +2,18 @@
 
 import { siteKey } from "../laws/keys.js";
 import { keepMask } from "../laws/mask.js";
-import { announce, button, card, controls, h, pythonLine, rateControl, s, t, write } from "../ui/dom.js";
+import {
+  announce,
+  button,
+  card,
+  controls,
+  h,
+  pythonLine,
+  rateControl,
+  s,
+  t,
+  write,
+} from "../ui/dom.js";
 import { legend } from "../ui/charts.js";
 import { onLanguage, say } from "../ui/language.js";
 import { pythonKey, pythonMask } from "../ui/python.js";
@@ -28,7 +39,13 @@ export function stripCard() {
       const text = masks.map((mask) => mask.join("")).join(" ");
       state.seen.add(text);
       const title = say("stripStep", state.first + i);
-      return h("li", {}, network(masks, say("stripNetwork", text)), h("span", {}, title), h("code", { translate: "no" }, text));
+      return h(
+        "li",
+        {},
+        network(masks, say("stripNetwork", text)),
+        h("span", {}, title),
+        h("code", { translate: "no" }, text),
+      );
     });
     list.replaceChildren(...items);
     write(note, say("stripSeen", state.first + SHOWN, state.seen.size, 2 ** (2 * HIDDEN)));
@@ -48,11 +65,15 @@ export function stripCard() {
       restart();
     },
   });
-  const next = button("stripNext", () => {
-    state.first += SHOWN;
-    draw();
-    announce(note.textContent);
-  }, { class: "primary" });
+  const next = button(
+    "stripNext",
+    () => {
+      state.first += SHOWN;
+      draw();
+      announce(note.textContent);
+    },
+    { class: "primary" },
+  );
 
   onSeed(restart);
   onLanguage(draw);
@@ -68,14 +89,22 @@ export function stripCard() {
 
 function network(masks, describe) {
   const place = (layer, unit) => [12 + layer * 32, 12 + ((unit + 0.5) / LAYERS[layer]) * 96];
-  const alive = (layer, unit) => layer === 0 || layer === LAYERS.length - 1 || masks[layer - 1][unit];
+  const alive = (layer, unit) =>
+    layer === 0 || layer === LAYERS.length - 1 || masks[layer - 1][unit];
   const edges = [];
   const units = [];
   LAYERS.forEach((count, layer) => {
     for (let unit = 0; unit < count; unit++) {
       const [x, y] = place(layer, unit);
       const kept = alive(layer, unit);
-      units.push(s("circle", { class: kept ? (layer % 3 ? "blue" : "ink-fill") : "hollow", cx: x, cy: y, r: 6 }));
+      units.push(
+        s("circle", {
+          class: kept ? (layer % 3 ? "blue" : "ink-fill") : "hollow",
+          cx: x,
+          cy: y,
+          r: 6,
+        }),
+      );
       if (layer === LAYERS.length - 1) continue;
       for (let next = 0; next < LAYERS[layer + 1]; next++) {
         const [x2, y2] = place(layer + 1, next);
@@ -84,5 +113,10 @@ function network(masks, describe) {
       }
     }
   });
-  return s("svg", { role: "img", viewBox: "0 0 120 120", "aria-label": describe }, ...edges, ...units);
+  return s(
+    "svg",
+    { role: "img", viewBox: "0 0 120 120", "aria-label": describe },
+    ...edges,
+    ...units,
+  );
 }

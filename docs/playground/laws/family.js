@@ -3,7 +3,14 @@
 // left out, and Infinity one that was replaced or not updated.
 
 import { atSite } from "./keys.js";
-import { effectiveRate, keepMask, keepProbability, scaleOf, threshold, uniformNumbers } from "./mask.js";
+import {
+  effectiveRate,
+  keepMask,
+  keepProbability,
+  scaleOf,
+  threshold,
+  uniformNumbers,
+} from "./mask.js";
 import { jaxUniforms, logistics, normals, symmetricUniforms } from "./noise.js";
 import { keepIndices, smallestOf } from "./subset.js";
 import { threefry2x32 } from "./threefry.js";
@@ -13,7 +20,10 @@ const COLUMNS = 17;
 const SELU_FLOOR = -1.7580993408473766;
 
 const size = (shape) => shape.reduce((product, count) => product * count, 1);
-const table = (values, rows = ROWS, columns = COLUMNS) => ({ shape: [1, 1, rows, columns], values });
+const table = (values, rows = ROWS, columns = COLUMNS) => ({
+  shape: [1, 1, rows, columns],
+  values,
+});
 
 /** `dropout` of ones. */
 function dropped(key, rate, shape, broadcastDims = [], formula = null) {
@@ -52,7 +62,10 @@ function columns(make, count, rows, width = 1) {
 /** The probability with which `drop_block` starts a block: it makes the dropped part the rate. */
 export function dropBlockGamma(rate, mapShape, block) {
   if (rate === 0 || rate === 1) return rate;
-  const coverage = coverageOf(mapShape, mapShape.map((n) => Math.min(n, block)));
+  const coverage = coverageOf(
+    mapShape,
+    mapShape.map((n) => Math.min(n, block)),
+  );
   let [low, high] = [0, 1];
   for (;;) {
     const gamma = (low + high) / 2;
@@ -86,9 +99,15 @@ function dropBlock(key, rate, [examples, height, width, channels], block, { shar
   const corners = [examples, ...map.map((n) => n - block + 1), channels];
   const limit = threshold(dropBlockGamma(rate, map, block), 32);
   const free = keepProbability(limit);
-  const kept = coverageOf(map, map.map(() => block)).reduce((sum, [n, part]) => sum + part * free ** n, 0);
+  const kept = coverageOf(
+    map,
+    map.map(() => block),
+  ).reduce((sum, [n, part]) => sum + part * free ** n, 0);
   const broadcastDims = shared ? [corners.length - 1] : [];
-  const starts = keepMask(key, dropBlockGamma(rate, map, block), corners, { precision: 32, broadcastDims });
+  const starts = keepMask(key, dropBlockGamma(rate, map, block), corners, {
+    precision: 32,
+    broadcastDims,
+  });
   const values = new Float64Array(examples * height * width * channels).fill(1 / kept);
   const [down, across] = height > 1 ? corners.slice(1) : [1, corners[1]];
   starts.forEach((outside, i) => {
@@ -117,9 +136,9 @@ function patchDropout(key, rate) {
   return { shape: [2, 4, 4, 4], values };
 }
 
-function keptSubsets(key, rate) {
+function keptSubsets(key, rate, groups) {
   const values = new Float64Array(ROWS * 16).fill(NaN);
-  keepIndices(key, rate, 16, { shape: [ROWS] }).forEach((kept, row) => {
+  keepIndices(key, rate, 16, { shape: [ROWS], groups }).forEach((kept, row) => {
     for (const i of kept) values[16 * row + i] = 1;
   });
   return table(values, ROWS, 16);
@@ -136,7 +155,11 @@ export const SENTENCES = [
 function wordDropout(key, rate) {
   const words = SENTENCES.flat();
   const kept = keepMask(key, rate, [SENTENCES.length, 6]);
-  return table(Float64Array.from(kept, (k, i) => (k || words[i] === "<pad>" ? 1 : Infinity)), SENTENCES.length, 6);
+  return table(
+    Float64Array.from(kept, (k, i) => (k || words[i] === "<pad>" ? 1 : Infinity)),
+    SENTENCES.length,
+    6,
+  );
 }
 
 function targetedDropout(key, weightKey, rate) {
@@ -156,7 +179,13 @@ function alpha(key, rate, shape, broadcastDims) {
   const r = effectiveRate(rate);
   if (r === 1) return new Float64Array(size(shape));
   const a = Math.sqrt(1 / (1 - r) / (1 + r * SELU_FLOOR ** 2));
-  return dropped(key, rate, shape, broadcastDims, (kept) => a * (kept ? 1 : SELU_FLOOR) - a * r * SELU_FLOOR);
+  return dropped(
+    key,
+    rate,
+    shape,
+    broadcastDims,
+    (kept) => a * (kept ? 1 : SELU_FLOOR) - a * r * SELU_FLOOR,
+  );
 }
 
 const logistic = (x) => 1 / (1 + Math.exp(-x));
@@ -180,7 +209,11 @@ function concrete(key, rate) {
 /** Noise on zeros at the left and ones at the right. */
 function noisy(noise, combine) {
   const width = COLUMNS + 1;
-  return table(noise.map((z, i) => combine(i % width > COLUMNS / 2 ? 1 : 0, z)), ROWS, width);
+  return table(
+    noise.map((z, i) => combine(i % width > COLUMNS / 2 ? 1 : 0, z)),
+    ROWS,
+    width,
+  );
 }
 
 const HALVES = [ROWS, COLUMNS + 1];
@@ -198,8 +231,13 @@ export const FAMILY = {
   }),
   path: (key, rate) => table(dropped(atSite(key, "path"), rate, [ROWS, COLUMNS], [1])),
   pathBatch: (key, rate) => {
-    const steps = [0, 1, 2, 3].map((i) => dropped(atSite(key, ["batch", i]), rate, [ROWS, 3], [0, 1]));
-    return { shape: [1, 4, ROWS, 3], values: Float64Array.from(steps.flatMap((step) => [...step])) };
+    const steps = [0, 1, 2, 3].map((i) =>
+      dropped(atSite(key, ["batch", i]), rate, [ROWS, 3], [0, 1]),
+    );
+    return {
+      shape: [1, 4, ROWS, 3],
+      values: Float64Array.from(steps.flatMap((step) => [...step])),
+    };
   },
   layer: (key, rate) => {
     const run = (step, layer) => keepMask(atSite(key, ["layer", step, layer]), rate, [])[0];
@@ -208,7 +246,9 @@ export const FAMILY = {
   },
   zoneout: (key, rate) => {
     const update = (time) => [...keepMask(atSite(key, ["zoneout", time]), rate, [ROWS])];
-    return table(columns((time) => update(time).map((kept) => (kept ? 1 : Infinity)), COLUMNS, ROWS));
+    return table(
+      columns((time) => update(time).map((kept) => (kept ? 1 : Infinity)), COLUMNS, ROWS),
+    );
   },
   block1: (key, rate) => table(dropBlock(atSite(key, "runs"), rate, [ROWS, 1, COLUMNS, 1], 3)),
   block2: (key, rate) => {
@@ -220,7 +260,8 @@ export const FAMILY = {
     return tiles(dropBlock(atSite(key, "squares"), rate, shape, 3, { shared: false }), shape);
   },
   patch: (key, rate) => patchDropout(atSite(key, "patches"), rate),
-  subset: (key, rate) => keptSubsets(atSite(key, "subset"), rate),
+  subset: (key, rate) => keptSubsets(atSite(key, "subset"), rate, 1),
+  subsetGroups: (key, rate) => keptSubsets(atSite(key, "groups"), rate, 4),
   word: (key, rate) => wordDropout(atSite(key, "words"), rate),
   embedding: (key, rate) => table(dropped(atSite(key, "rows"), rate, [ROWS, COLUMNS], [1])),
   connect: (key, rate) => table(dropped(atSite(key, "connect"), rate, [ROWS, COLUMNS])),
@@ -230,7 +271,10 @@ export const FAMILY = {
   gaussianNoise: (key, rate) =>
     noisy(normals(atSite(key, "plus"), HALVES), (x, z) => x + deviation(rate) * z),
   uniformNoise: (key, rate) =>
-    noisy(symmetricUniforms(atSite(key, "uniform"), HALVES), (x, z) => x + Math.sqrt(3) * deviation(rate) * z),
+    noisy(
+      symmetricUniforms(atSite(key, "uniform"), HALVES),
+      (x, z) => x + Math.sqrt(3) * deviation(rate) * z,
+    ),
   variational: (key) => {
     const noise = normals(atSite(key, "variational"), [ROWS, COLUMNS]);
     const logAlpha = (i) => -6 + (7 * (i % COLUMNS)) / (COLUMNS - 1);

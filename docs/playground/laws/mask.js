@@ -19,7 +19,8 @@ export function threshold(rate, precision = null) {
   const short = roundedQuotient(kept << 16n, one);
   const miss = (short << bits) - (kept << 16n);
   const near = (miss < 0n ? -miss : miss) * 1000n <= dropped << 16n;
-  if (precision === 16 || (precision === null && near)) return { threshold: Number(short), digits: 1 };
+  if (precision === 16 || (precision === null && near))
+    return { threshold: Number(short), digits: 1 };
   return { threshold: Number(roundedQuotient(kept << 32n, one)), digits: 2 };
 }
 
@@ -72,7 +73,9 @@ export function uniformNumbers(key, digits, shape, place = {}) {
     counts.push(1);
     first.push(0);
   }
-  const blockSizes = sizes.map((size, i) => (i === sizes.length - 2 ? Math.ceil(size / LANES) : size));
+  const blockSizes = sizes.map((size, i) =>
+    i === sizes.length - 2 ? Math.ceil(size / LANES) : size,
+  );
   const total = blockSizes.reduce((product, size) => product * BigInt(size), 1n);
   const number = total > 2n ** 53n ? BigInt : Number; // BigInts are slow, and rarely needed
   const leads = sizes.length - 2;

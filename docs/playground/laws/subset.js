@@ -36,7 +36,9 @@ export function smallestOf(numbers, count) {
 
 function nested(items, shape) {
   for (const size of shape.slice(1).reverse()) {
-    items = Array.from({ length: items.length / size }, (_, i) => items.slice(i * size, (i + 1) * size));
+    items = Array.from({ length: items.length / size }, (_, i) =>
+      items.slice(i * size, (i + 1) * size),
+    );
   }
   return shape.length ? items : items[0];
 }

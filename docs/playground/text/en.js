@@ -7,8 +7,10 @@ export const EN = {
   contents: "Contents",
   skip: "Skip to the experiments",
   seed: "Seed",
-  seedNote: "The seed of everything below. Another seed gives other masks, other data and other networks; the same seed gives the same ones again.",
-  importsNote: "Each experiment shows a line of Python that gives the same mask. The lines need this import:",
+  seedNote:
+    "The seed of everything below. Another seed gives other masks, other data and other networks; the same seed gives the same ones again.",
+  importsNote:
+    "Each experiment shows a line of Python that gives the same mask. The lines need this import:",
   copy: "Copy",
   copied: "Copied",
   selected: "Selected: copy it with your keyboard",
@@ -55,7 +57,8 @@ export const EN = {
     `The ${EN[name].toLowerCase()} must be a whole number from 0 to ${most}, got “${got}”. Type 3, for example. Until then the last good one stays.`,
   badSite: (got) =>
     `A site needs a name or a number in each place, got “${got}”. Type decoder/3/mlp, for example. Until then the last good one stays.`,
-  badIndex: (got) => `A number in a site must be below 2³², got “${got}”. Type a smaller one, or add a letter to make it a name.`,
+  badIndex: (got) =>
+    `A number in a site must be below 2³², got “${got}”. Type a smaller one, or add a letter to make it a name.`,
 
   scaleTitle: "100, then 60, then 100 again",
   scaleTry: "Press Run: single masks differ, but with scaling they are right on average.",
@@ -66,7 +69,8 @@ export const EN = {
   scaleScaled: "dropped and scaled",
   scaleX: "what the neuron receives",
   scaleY: "masks",
-  scaleUnits: (kept, scale) => `100 units: ${kept} kept with value ${scale}, ${100 - kept} dropped.`,
+  scaleUnits: (kept, scale) =>
+    `100 units: ${kept} kept with value ${scale}, ${100 - kept} dropped.`,
   scaleEmpty: "Histogram of sums, empty so far.",
   scaleHistogram: (masks, unscaled, scaled) =>
     `Histogram over ${masks} masks. Mean of the sums: ${unscaled} without scaling, ${scaled} with scaling.`,
@@ -78,15 +82,18 @@ export const EN = {
   scaleNoBits: "In evaluation no mask is drawn. The output is the input itself: 100, every time.",
 
   stripTitle: "Each mask is another network",
-  stripTry: "Press Next eight: every training step trains a different thinned network, and all of them share their weights.",
+  stripTry:
+    "Press Next eight: every training step trains a different thinned network, and all of them share their weights.",
   stripNext: "Next eight",
   stripDropped: "dropped, with all its connections",
   stripStep: (step) => `step ${step}`,
   stripNetwork: (bits) => `Network with two hidden layers; units kept: ${bits}.`,
-  stripSeen: (steps, seen, all) => `${steps} steps, ${seen} different networks out of ${all} possible ones.`,
+  stripSeen: (steps, seen, all) =>
+    `${steps} steps, ${seen} different networks out of ${all} possible ones.`,
 
   bandTitle: "A band that opens where there is no data",
-  bandTry: "Press Train: then keep dropout on and ask many masks, which disagree most where they have seen nothing.",
+  bandTry:
+    "Press Train: then keep dropout on and ask many masks, which disagree most where they have seen nothing.",
   bandSingles: "Show six single masks",
   bandPicture: (step, loss, data, gap, far) =>
     `Regression after ${step} steps, with a gap in the data between -0.5 and 0.5. Mean squared error ${loss}. Standard deviation of the masks: ${data} among the data, ${gap} in the middle of the gap, ${far} beyond the data.`,
@@ -96,19 +103,23 @@ export const EN = {
       : `A network with two hidden layers of 64 units, 30 points, and a gap between -0.5 and 0.5. The standard deviation of the masks is ${data} among the data and ${gap} in the gap: untrained, the band says nothing.`,
 
   mistakesTitle: "Three things to forget",
-  mistakesTry: "Choose a mistake and train: both networks see the same data, and only one of them is right.",
+  mistakesTry:
+    "Choose a mistake and train: both networks see the same data, and only one of them is right.",
   mistakesTrain: "Train both",
   mistake: "Forget",
   "mistake-scale": "the scale",
   "mistake-key": "the key",
   "mistake-flag": "the flag",
-  "mistakes-scale-before": "Units are zeroed in training, but the others are not scaled. In evaluation all units are there, so each layer gets more than it is used to.",
-  "mistakes-key-before": "The key does not depend on the step, so each example has the same mask at every step, and trains only one network of its own.",
-  "mistakes-flag-before": "Training is right, but dropout stays on in evaluation: each call gives another answer. Three calls are drawn.",
+  "mistakes-scale-before":
+    "Units are zeroed in training, but the others are not scaled. In evaluation all units are there, so each layer gets more than it is used to.",
+  "mistakes-key-before":
+    "The key does not depend on the step, so each example has the same mask at every step, and trains only one network of its own.",
+  "mistakes-flag-before":
+    "Training is right, but dropout stays on in evaluation: each call gives another answer. Three calls are drawn.",
   "mistakes-scale-note": (step, right, wrong) =>
     `Error in evaluation after ${step} steps: ${right} if done right, ${wrong} without the scale. In evaluation all units are there, so each layer gets more than it is used to, and the curve is stretched.`,
-  "mistakes-key-note": (step, right, wrong) =>
-    `Error in evaluation after ${step} steps: ${right} if done right, ${wrong} with one key for all steps. Each example has trained a network of its own; the whole network was never trained together. The training loss would look perfect.`,
+  "mistakes-key-note": (step, right, wrong, rightLoss, wrongLoss) =>
+    `Error in evaluation after ${step} steps: ${right} if done right, ${wrong} with one key for all steps. Each example has trained a network of its own, and the whole network never. The training loss tells nothing: ${rightLoss} if done right, ${wrongLoss} with the mistake.`,
   "mistakes-flag-note": (step, right, wrong) =>
     `Error in evaluation after ${step} steps: ${right} if done right, ${wrong} on average with dropout left on. The same network gives another answer at each call; three are drawn.`,
   mistakesPicture: (step, right, wrong) =>
@@ -117,7 +128,8 @@ export const EN = {
   codeRight: "right",
 
   schedulesTitle: "Early and late",
-  schedulesTry: "Move the cutoff, then train: the rate may change from step to step, and five networks race with five schedules.",
+  schedulesTry:
+    "Move the cutoff, then train: the rate may change from step to step, and five networks race with five schedules.",
   schedulesTrain: "Train all five",
   cutoff: "Cutoff of early and late, a step",
   cutoffAt: (step) => `Cutoff of early and late: step ${step}`,
@@ -134,12 +146,14 @@ export const EN = {
   schedulesRates: (rate, cutoff, steps) =>
     `Rates over ${steps} steps: none stays at 0, constant at ${rate}; early falls from ${rate} to 0 at step ${cutoff}; late jumps from 0 to ${rate} there; curriculum rises from 0 towards ${rate}.`,
   schedulesErrors: (step, list) => `Errors to the true curve after ${step} steps: ${list}.`,
-  schedulesBefore: "20 noisy points: enough to learn the curve, few enough to learn the noise. With one key a higher rate drops the same units and more, so a schedule never reshuffles a mask.",
+  schedulesBefore:
+    "20 noisy points: enough to learn the curve, few enough to learn the noise. With one key a higher rate drops the same units and more, so a schedule never reshuffles a mask.",
   schedulesNote: (best, error) =>
     `With this seed ${best} ends closest to the true curve (${error}). Try other seeds before you believe it: one run on 20 points decides nothing.`,
 
   nestedTitle: "One key, two rates",
-  nestedTry: "Move either slider: of one key, the higher rate drops everything that the lower rate drops, and more.",
+  nestedTry:
+    "Move either slider: of one key, the higher rate drops everything that the lower rate drops, and more.",
   nestedBoth: "kept at both rates",
   nestedOne: "dropped only at the higher rate",
   nestedNone: "dropped at both",
@@ -149,7 +163,8 @@ export const EN = {
     `Kept at both: ${both}. Dropped only at ${high}: ${one}. Dropped at both: ${none}. Dropped at ${low} but kept at ${high}: ${never}, always. Each unit has one random number, and a rate is only the line it is compared with.`,
 
   keysTitle: "Keys from step and site",
-  keysTry: "Press Next step, or type another site: no state is carried along, so a training that stops and resumes finds the same masks.",
+  keysTry:
+    "Press Next step, or type another site: no state is carried along, so a training that stops and resumes finds the same masks.",
   keysNext: "Next step",
   keysTable: "How the key is derived",
   keysLevel: "level",
@@ -163,7 +178,8 @@ export const EN = {
     `The masks of these two steps agree in ${same} of 100 places; independent masks at this rate agree in about ${expected}.`,
 
   galleryTitle: "The family",
-  galleryTry: "Move the rate: every function of the library that drops, replaces or disturbs, applied to ones.",
+  galleryTry:
+    "Move the rate: every function of the library that drops, replaces or disturbs, applied to ones.",
   galleryDropped: "0: dropped",
   galleryOne: "1: unchanged",
   galleryScaled: "above 1",
@@ -171,10 +187,12 @@ export const EN = {
   galleryReplaced: "replaced, or not updated",
   galleryLeftOut: "left out",
   python: "Python",
-  panelPicture: (called, what, kept, all) => `${called}, ${what}: ${kept} of ${all} cells are not zero.`,
+  panelPicture: (called, what, kept, all) =>
+    `${called}, ${what}: ${kept} of ${all} cells are not zero.`,
   "group-axes": "Elements, and masks shared along axes",
   "group-branches": "Branches, layers and updates",
-  "group-regions": "Regions, patches and subsets",
+  "group-regions": "Regions",
+  "group-subsets": "Subsets of exact size",
   "group-words": "Words and weights",
   "group-noise": "Noise",
   "group-values": "Other values, other probabilities",
@@ -191,6 +209,7 @@ export const EN = {
   "panel-blockChannels": "squares, different in each channel",
   "panel-patch": "an exact number of 16 patches",
   "panel-subset": "an exact number of 16 elements",
+  "panel-subsetGroups": "an exact number of every 4 elements",
   "panel-word": "each word, but never padding",
   "panel-embedding": "a word, wherever it occurs",
   "panel-connect": "each weight, for all examples",
@@ -216,6 +235,7 @@ export const EN = {
   "axes-blockChannels": "2 channels of a map",
   "axes-patch": "8 examples of 4 × 4 patches. Python: which are kept",
   "axes-subset": "rows: subsets; columns: elements. Python: which are kept",
+  "axes-subsetGroups": "rows: subsets; columns: elements. Python: which are kept",
   "axes-word": "rows: sentences. Python: 0 where a word would be replaced",
   "axes-embedding": "rows: words of the vocabulary; columns: features",
   "axes-connect": "rows: inputs; columns: units",

@@ -55,7 +55,8 @@ export const ZH = {
     `${ZH[name]}应是 0 到 ${most} 之间的整数，而输入的是“${got}”。例如可以填 3。改正之前沿用上一个有效值。`,
   badSite: (got) =>
     `位置的每一段都要有名称或编号，而输入的是“${got}”。例如可以填 decoder/3/mlp。改正之前沿用上一个有效值。`,
-  badIndex: (got) => `位置中的编号必须小于 2³²，而输入的是“${got}”。请换小一些的数，或加个字母使它成为名称。`,
+  badIndex: (got) =>
+    `位置中的编号必须小于 2³²，而输入的是“${got}”。请换小一些的数，或加个字母使它成为名称。`,
 
   scaleTitle: "100，变成 60，又回到 100",
   scaleTry: "按“运行”：每个掩码各不相同，但放大之后，平均起来不多也不少。",
@@ -66,7 +67,8 @@ export const ZH = {
   scaleScaled: "丢弃并放大",
   scaleX: "神经元收到的总和",
   scaleY: "掩码个数",
-  scaleUnits: (kept, scale) => `100 个单元：保留 ${kept} 个，值为 ${scale}；丢弃 ${100 - kept} 个。`,
+  scaleUnits: (kept, scale) =>
+    `100 个单元：保留 ${kept} 个，值为 ${scale}；丢弃 ${100 - kept} 个。`,
   scaleEmpty: "总和的直方图，目前是空的。",
   scaleHistogram: (masks, unscaled, scaled) =>
     `${masks} 个掩码的直方图。总和的平均值：不放大为 ${unscaled}，放大后为 ${scaled}。`,
@@ -83,10 +85,12 @@ export const ZH = {
   stripDropped: "丢弃，连同它的所有连接",
   stripStep: (step) => `第 ${step} 步`,
   stripNetwork: (bits) => `有两个隐藏层的网络，单元的去留：${bits}。`,
-  stripSeen: (steps, seen, all) => `${steps} 步中出现了 ${seen} 个不同的网络，可能的网络共有 ${all} 个。`,
+  stripSeen: (steps, seen, all) =>
+    `${steps} 步中出现了 ${seen} 个不同的网络，可能的网络共有 ${all} 个。`,
 
   bandTitle: "没有数据的地方，区间就张开",
-  bandTry: "按“训练”：训练之后让 dropout 继续开着，问许多个掩码的意见；在没见过数据的地方，它们分歧最大。",
+  bandTry:
+    "按“训练”：训练之后让 dropout 继续开着，问许多个掩码的意见；在没见过数据的地方，它们分歧最大。",
   bandSingles: "画出六个单独的掩码",
   bandPicture: (step, loss, data, gap, far) =>
     `训练 ${step} 步后的回归，数据在 -0.5 到 0.5 之间有缺口。均方误差 ${loss}。各掩码的标准差：数据处 ${data}，缺口中间 ${gap}，数据之外 ${far}。`,
@@ -102,13 +106,16 @@ export const ZH = {
   "mistake-scale": "放大",
   "mistake-key": "换密钥",
   "mistake-flag": "关开关",
-  "mistakes-scale-before": "训练时把一些单元置零，却没有放大其余的。评估时所有单元都在，每一层收到的都比平时多。",
-  "mistakes-key-before": "密钥不随步数变化，于是每个样本在每一步都用同一个掩码，只训练了属于自己的那个网络。",
-  "mistakes-flag-before": "训练没有问题，但评估时 dropout 还开着：每次调用的答案都不一样。图中画了三次。",
+  "mistakes-scale-before":
+    "训练时把一些单元置零，却没有放大其余的。评估时所有单元都在，每一层收到的都比平时多。",
+  "mistakes-key-before":
+    "密钥不随步数变化，于是每个样本在每一步都用同一个掩码，只训练了属于自己的那个网络。",
+  "mistakes-flag-before":
+    "训练没有问题，但评估时 dropout 还开着：每次调用的答案都不一样。图中画了三次。",
   "mistakes-scale-note": (step, right, wrong) =>
     `${step} 步后评估的误差：正确做法为 ${right}，不放大为 ${wrong}。评估时所有单元都在，每一层收到的都比平时多，曲线因此被拉长了。`,
-  "mistakes-key-note": (step, right, wrong) =>
-    `${step} 步后评估的误差：正确做法为 ${right}，所有步共用一个密钥为 ${wrong}。每个样本各练各的网络，整个网络从未一起训练过。而训练损失看上去会很完美。`,
+  "mistakes-key-note": (step, right, wrong, rightLoss, wrongLoss) =>
+    `${step} 步后评估的误差：正确做法为 ${right}，所有步共用一个密钥为 ${wrong}。每个样本各练各的网络，整个网络从未一起训练过。光看训练损失发现不了：正确做法为 ${rightLoss}，犯错的反而只有 ${wrongLoss}。`,
   "mistakes-flag-note": (step, right, wrong) =>
     `${step} 步后评估的误差：正确做法为 ${right}，忘了关 dropout 平均为 ${wrong}。同一个网络，每次调用的答案都不同；图中画了三次。`,
   mistakesPicture: (step, right, wrong) =>
@@ -134,7 +141,8 @@ export const ZH = {
   schedulesRates: (rate, cutoff, steps) =>
     `${steps} 步内的丢弃率：不丢始终为 0；恒定始终为 ${rate}；早丢从 ${rate} 降到第 ${cutoff} 步的 0；晚丢在那一步从 0 跳到 ${rate}；渐增从 0 逐渐升向 ${rate}。`,
   schedulesErrors: (step, list) => `${step} 步后与真实曲线的误差：${list}。`,
-  schedulesBefore: "20 个带噪声的点：足够学到曲线，也少得足以把噪声背下来。密钥不变时，丢弃率提高只会在原来的基础上多丢一些，调整方案绝不会打乱掩码。",
+  schedulesBefore:
+    "20 个带噪声的点：足够学到曲线，也少得足以把噪声背下来。密钥不变时，丢弃率提高只会在原来的基础上多丢一些，调整方案绝不会打乱掩码。",
   schedulesNote: (best, error) =>
     `在这个种子下，“${best}”最后离真实曲线最近（${error}）。先换几个种子看看再下结论：20 个点上的一次运行说明不了什么。`,
 
@@ -149,7 +157,8 @@ export const ZH = {
     `都保留：${both} 个。只在 ${high} 时丢弃：${one} 个。都丢弃：${none} 个。在 ${low} 时丢弃却在 ${high} 时保留：${never} 个，永远如此。每个单元只有一个随机数，丢弃率不过是与之比较的那条线。`,
 
   keysTitle: "由步数和位置得到密钥",
-  keysTry: "按“下一步”，或换一个位置：不需要携带任何状态，所以训练中断后再继续，掩码还是原来的掩码。",
+  keysTry:
+    "按“下一步”，或换一个位置：不需要携带任何状态，所以训练中断后再继续，掩码还是原来的掩码。",
   keysNext: "下一步",
   keysTable: "密钥的由来",
   keysLevel: "层次",
@@ -174,7 +183,8 @@ export const ZH = {
   panelPicture: (called, what, kept, all) => `${called}，${what}：${all} 格中有 ${kept} 格不为零。`,
   "group-axes": "单个元素，以及沿某些轴共用的掩码",
   "group-branches": "分支、层与状态更新",
-  "group-regions": "区域、图块与子集",
+  "group-regions": "区域",
+  "group-subsets": "大小固定的子集",
   "group-words": "词与权重",
   "group-noise": "噪声",
   "group-values": "别样的值，别样的概率",
@@ -191,6 +201,7 @@ export const ZH = {
   "panel-blockChannels": "方块，各通道不同",
   "panel-patch": "16 个图块中丢掉固定个数",
   "panel-subset": "16 个元素中保留固定个数",
+  "panel-subsetGroups": "每 4 个元素中保留固定个数",
   "panel-word": "逐个词，但不碰填充符",
   "panel-embedding": "一个词，无论出现在哪里",
   "panel-connect": "逐个权重，所有样本共用",
@@ -216,6 +227,7 @@ export const ZH = {
   "axes-blockChannels": "一张图的 2 个通道",
   "axes-patch": "8 个样本，各 4 × 4 个图块。Python：保留哪些",
   "axes-subset": "行：子集；列：元素。Python：保留哪些",
+  "axes-subsetGroups": "行：子集；列：元素。Python：保留哪些",
   "axes-word": "行：句子。Python：0 表示会被替换的词",
   "axes-embedding": "行：词表中的词；列：特征",
   "axes-connect": "行：输入；列：单元",

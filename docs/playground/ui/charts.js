@@ -27,7 +27,10 @@ function tools(svg, width, height) {
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("width", width);
   svg.replaceChildren();
-  const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
+  const inner = {
+    width: width - MARGIN.left - MARGIN.right,
+    height: height - MARGIN.top - MARGIN.bottom,
+  };
   const id = `clip-${(clips += 1)}`;
   const plane = s("g", { "clip-path": `url(#${id})` });
   let at;
@@ -48,26 +51,62 @@ function tools(svg, width, height) {
         const left = at.x(tick);
         svg.append(
           s("line", { class: "grid", x1: left, x2: left, y1: MARGIN.top, y2: bottom }),
-          s("text", { class: "tick", x: left, y: bottom + 16, "text-anchor": "middle" }, String(tick)),
+          s(
+            "text",
+            { class: "tick", x: left, y: bottom + 16, "text-anchor": "middle" },
+            String(tick),
+          ),
         );
       }
       for (const tick of yTicks) {
         const top = at.y(tick);
         svg.append(
           s("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: top, y2: top }),
-          s("text", { class: "tick", x: MARGIN.left - 7, y: top + 4, "text-anchor": "end" }, String(tick)),
+          s(
+            "text",
+            { class: "tick", x: MARGIN.left - 7, y: top + 4, "text-anchor": "end" },
+            String(tick),
+          ),
         );
       }
       const middle = MARGIN.top + inner.height / 2;
       svg.append(
-        s("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: bottom, y2: bottom }),
-        s("text", { class: "axis-label", x: MARGIN.left + inner.width / 2, y: height - 6, "text-anchor": "middle" }, xLabel),
-        s("text", { class: "axis-label", x: 13, y: middle, "text-anchor": "middle", transform: `rotate(-90 13 ${middle})` }, yLabel),
+        s("line", {
+          class: "axis",
+          x1: MARGIN.left,
+          x2: width - MARGIN.right,
+          y1: bottom,
+          y2: bottom,
+        }),
+        s(
+          "text",
+          {
+            class: "axis-label",
+            x: MARGIN.left + inner.width / 2,
+            y: height - 6,
+            "text-anchor": "middle",
+          },
+          xLabel,
+        ),
+        s(
+          "text",
+          {
+            class: "axis-label",
+            x: 13,
+            y: middle,
+            "text-anchor": "middle",
+            transform: `rotate(-90 13 ${middle})`,
+          },
+          yLabel,
+        ),
         plane,
       );
     },
     line(xs, ys, style) {
-      const path = Array.from(xs, (x, i) => `${i ? "L" : "M"}${at.x(x).toFixed(1)} ${at.y(ys[i]).toFixed(1)}`);
+      const path = Array.from(
+        xs,
+        (x, i) => `${i ? "L" : "M"}${at.x(x).toFixed(1)} ${at.y(ys[i]).toFixed(1)}`,
+      );
       plane.append(s("path", { class: `stroke ${style}`, d: path.join("") }));
     },
     band(xs, lows, highs, style) {
@@ -77,12 +116,22 @@ function tools(svg, width, height) {
       plane.append(s("path", { class: `area ${style}`, d: `M${[...there, ...back].join("L")}Z` }));
     },
     points(xs, ys, style) {
-      xs.forEach((x, i) => plane.append(s("circle", { class: style, cx: at.x(x), cy: at.y(ys[i]), r: 3.5 })));
+      xs.forEach((x, i) =>
+        plane.append(s("circle", { class: style, cx: at.x(x), cy: at.y(ys[i]), r: 3.5 })),
+      );
     },
     bar(left, right, value, style) {
       const [a, b] = [at.x(left), at.x(right)];
       const top = at.y(value);
-      plane.append(s("rect", { class: style, x: a, y: top, width: Math.max(0.5, b - a), height: at.y(0) - top }));
+      plane.append(
+        s("rect", {
+          class: style,
+          x: a,
+          y: top,
+          width: Math.max(0.5, b - a),
+          height: at.y(0) - top,
+        }),
+      );
     },
     mark(x, style) {
       const ends = { x1: at.x(x), x2: at.x(x), y1: MARGIN.top, y2: MARGIN.top + inner.height };
@@ -117,8 +166,12 @@ export function cells(rows, columns, tileRows = 1, tileColumns = 1, { wide = 1, 
   }
   const show = (describe, look) => {
     svg.setAttribute("aria-label", describe);
-    all.forEach(({ rect, x, y }, i) => {
+    all.forEach((cell, i) => {
       const { style, side = 0.86, fill = null } = look(i);
+      const looks = `${style} ${side} ${fill}`;
+      if (cell.looks === looks) return; // most stay as they are while a slider moves
+      cell.looks = looks;
+      const { rect, x, y } = cell;
       rect.setAttribute("class", style);
       const breadth = side + wide - 1;
       rect.setAttribute("x", (x - breadth / 2).toFixed(3));
@@ -138,9 +191,7 @@ export function legend(...entries) {
   return h(
     "ul",
     { class: "legend" },
-    ...entries.map(([style, text, kind = "rect"]) =>
-      h("li", {}, swatch(style, kind), text),
-    ),
+    ...entries.map(([style, text, kind = "rect"]) => h("li", {}, swatch(style, kind), text)),
   );
 }
 

@@ -5,7 +5,8 @@ const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
 export function checkRate(typed, low, high) {
   const text = typed.trim();
   const value = Number(text);
-  if (!NUMBER.test(text) || value < low || value > high) return { error: ["badRate", text, low, high] };
+  if (!NUMBER.test(text) || value < low || value > high)
+    return { error: ["badRate", text, low, high] };
   return { value };
 }
 

@@ -8,7 +8,8 @@ const SVG = "http://www.w3.org/2000/svg";
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {})) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== false)
+      element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children.filter((child) => child !== null));
   return element;
@@ -23,7 +24,9 @@ export const s = (tag, attributes, ...children) =>
 /** Sets an element's text, in which `backticks` mark code. */
 export function write(element, text) {
   const parts = text.split("`");
-  element.replaceChildren(...parts.map((part, i) => (i % 2 ? h("code", { translate: "no" }, part) : part)));
+  element.replaceChildren(
+    ...parts.map((part, i) => (i % 2 ? h("code", { translate: "no" }, part) : part)),
+  );
 }
 
 /** An element with a text that follows the language. */
@@ -96,10 +99,16 @@ export function rateControl({ name = "rate", value, low = 0, high = 1, onvalue }
     h("input", { type: "range", min: low, max: high, step: 0.01, value }),
     name === "rate" ? "rateSlider" : `${name}Slider`,
   );
-  const text = field(name, value, (typed) => checkRate(typed, low, high), (rate) => {
-    slider.value = rate;
-    onvalue(rate);
-  }, { inputmode: "decimal", class: "short" });
+  const text = field(
+    name,
+    value,
+    (typed) => checkRate(typed, low, high),
+    (rate) => {
+      slider.value = rate;
+      onvalue(rate);
+    },
+    { inputmode: "decimal", class: "short" },
+  );
   slider.addEventListener("input", () => {
     text.show(slider.value);
     onvalue(Number(slider.value));
@@ -117,12 +126,18 @@ export function wholeControl({ name, value, limit, onvalue }) {
   const text = field(name, value, (typed) => checkWhole(name, typed, limit), onvalue, {
     inputmode: "numeric",
   });
-  return { root: h("div", { class: "control" }, text.label, text.input, text.error), show: text.show };
+  return {
+    root: h("div", { class: "control" }, text.label, text.input, text.error),
+    show: text.show,
+  };
 }
 
 export function textControl({ name, value, check, onvalue }) {
   const text = field(name, value, check, onvalue);
-  return { root: h("div", { class: "control" }, text.label, text.input, text.error), show: text.show };
+  return {
+    root: h("div", { class: "control" }, text.label, text.input, text.error),
+    show: text.show,
+  };
 }
 
 export function choice(name, options, value, onchange) {
@@ -138,12 +153,16 @@ export function choice(name, options, value, onchange) {
 /** A line of Python to copy, which `show` sets. */
 export function pythonLine() {
   const code = h("code", { class: "python", translate: "no" });
-  const copy = button("copy", async () => {
-    const copied = await copyText(code);
-    write(copy, say(copied ? "copied" : "selected"));
-    announce(say(copied ? "copied" : "selected"));
-    setTimeout(() => write(copy, say("copy")), 2000);
-  }, { class: "copy" });
+  const copy = button(
+    "copy",
+    async () => {
+      const copied = await copyText(code);
+      write(copy, say(copied ? "copied" : "selected"));
+      announce(say(copied ? "copied" : "selected"));
+      setTimeout(() => write(copy, say("copy")), 2000);
+    },
+    { class: "copy" },
+  );
   return { root: h("div", { class: "line" }, code, copy), show: (text) => writePython(code, text) };
 }
 
