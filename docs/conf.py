@@ -21,7 +21,7 @@ def write_playground(app, exception):
     if exception is None and app.builder.format == "html":
         build = runpy.run_path(str(pathlib.Path(__file__).parent / "playground" / "build.py"))
         page = pathlib.Path(app.outdir) / "playground.html"
-        page.write_text(build["bundle"](), encoding="utf-8")
+        page.write_text(build["bundle"]("index.html"), encoding="utf-8")
 
 
 def setup(app):

@@ -3,7 +3,8 @@
     python docs/playground/build.py [FILE]
 
 Browsers load no modules from a folder, so each becomes a function in a classic script. FILE is
-docs/_build/playground.html by default. A build of the documentation calls `bundle`, too.
+docs/_build/playground.html by default. A build of the documentation calls `bundle`, too, and has
+the page link to it.
 """
 
 import pathlib
@@ -28,8 +29,8 @@ def main() -> None:
     print(path)
 
 
-def bundle() -> str:
-    """The page as one file."""
+def bundle(home: str | None = None) -> str:
+    """The page as one file, with a link to `home` if there is one."""
     modules: dict[pathlib.Path, str] = {}
     _add(HERE / "main.js", modules, ())
     script = '"use strict";\n' + "\n".join(modules.values())
@@ -40,6 +41,7 @@ def bundle() -> str:
         ('<meta charset="utf-8">', f'<meta charset="utf-8">\n    {POLICY}'),
         ('<link rel="stylesheet" href="style.css">', f"<style>\n{style}</style>"),
         ('<script type="module" src="main.js"></script>', f"<script>\n{script}</script>"),
+        ("<body>", f'<body data-home="{home}">' if home else "<body>"),
     ]:
         assert page.count(old) == 1, old
         page = page.replace(old, new)

@@ -94,9 +94,11 @@ function footer() {
       h("div", {}, t("h3", "exactYes"), t("p", "exactYesText")),
       h("div", {}, t("h3", "exactNo"), t("p", "exactNoText")),
     ),
+    home ? t("a", "home", { href: home }) : null,
   );
 }
 
+const { home } = document.body.dataset; // of the documentation, where there is one beside the page
 const skip = t("a", "skip", { class: "skip", href: "#main" });
 const main = h(
   "main",

@@ -227,23 +227,44 @@ def test_the_gallery_is_that_of_the_documentation(seed, rate, served, monkeypatc
 
 def test_lines_of_the_gallery_give_what_is_drawn(open_page):
     page = open_page()
-    # What a line gives beside the values that are drawn: a part of them, or indices.
-    parts = {"pathBatch": (8, 12, 3), "layer": (1, 17, 1), "zoneout": (8, 17, 1)}
     for panel in page.locator("figure.panel").all():
         name = panel.get_attribute("data-panel")
         (line,) = (t for t in panel.locator(".line code").all_text_contents())
         value = np.asarray(evaluate(line), np.float64)
-        style = panel.locator("rect").evaluate_all("all => all.map((r) => r.getAttribute('class'))")
-        if name in ("patch", "subset", "subsetGroups"):
-            kept = np.array([style != "left-out" for style in style])
-            assert kept.sum() == value.size, name
-        elif name == "word":  # of ones, and so without protected words
-            assert all(v == 0 for v, s in zip(value.flat, style, strict=True) if s == "replaced")
-        elif name in parts:
-            assert value.size == parts[name][0] * parts[name][2], name
+        styles = panel.locator("rect").evaluate_all(
+            "all => all.map((r) => r.getAttribute('class'))"
+        )
+        styles = np.array(styles)
+        if name in ("patch", "subset", "subsetGroups"):  # indices of what is kept
+            kept = np.zeros((8, 16), bool)
+            np.put_along_axis(kept, value.astype(int), True, axis=1)
+            expected = np.where(kept, "value", "left-out")
+        elif name == "word":
+            padding = np.array(panel.locator("text").all_text_contents()) == "<pad>"
+            expected = np.where((value.reshape(-1) == 0) & ~padding, "replaced", "value")
         else:
-            zeros = sum(s == "dropped" for s in style)
-            assert (value.size, (value == 0).sum()) == (len(style), zeros), name
+            if value.ndim == 4:  # drawn as a tile for each example and channel
+                value = value.transpose(0, 3, 1, 2)
+            expected = np.where(
+                value == 0, "dropped", np.where(np.isinf(value), "replaced", "value")
+            )
+        # Of three panels the line gives the first step, cell or column.
+        first = {"pathBatch": styles[:24], "layer": styles[:1], "zoneout": styles[::17]}
+        shown = first.get(name, styles)
+        np.testing.assert_array_equal(shown, expected.reshape(-1), err_msg=name)
+
+
+def test_a_unit_is_kept_above_its_own_number_and_not_at_it(served):
+    script = """async (module) => {
+        const { maskBelow, uniformNumbers } = await import(module);
+        const { data } = uniformNumbers([0, 37], 1, [5, 3]);
+        const masks = [0, 1].map((more) => Array.from(data, (number, i) =>
+            maskBelow([0, 37], { threshold: number + more, digits: 1 }, [5, 3])[i]));
+        return masks;
+    }"""
+    at, above = served.evaluate(script, f"{SERVED}laws/mask.js")
+    assert set(at) == {0}
+    assert set(above) == {1}
 
 
 # --- experiments --------------------------------------------------------------------------
@@ -337,7 +358,7 @@ def test_lines_need_no_other_import_than_the_page_says(open_page):
 
 def test_masks_of_one_key_are_nested(open_page):
     page = open_page()
-    for rates in (("0.2", "0.7"), ("0.7", "0.2"), ("0.5", "0.5"), ("0", "1")):
+    for rates in (("0.2", "0.7"), ("0.7", "0.2"), ("0.5", "0.5"), ("0", "1"), ("1e-7", "0.5")):
         fill(page, "nested", "First rate", rates[0])
         fill(page, "nested", "Second rate", rates[1])
         low, high = (page.locator("#nested .note").text_content().split(":")[i] for i in (1, 4))
@@ -472,6 +493,16 @@ def test_bad_input_is_named_and_changes_nothing(open_page):
         assert page.locator('[role="alert"]:not(:empty)').count() == 0
 
 
+def test_only_within_the_documentation_is_there_a_link_to_it(browser, file):
+    build = runpy.run_path(str(SOURCE / "build.py"))
+    page = browser.new_page()
+    page.set_content(build["bundle"]("index.html"))
+    assert page.locator("footer a").get_attribute("href") == "index.html"
+    page.goto(file.as_uri())
+    assert page.locator("footer a").count() == 0
+    page.close()
+
+
 def test_light_and_dark_follow_the_system(open_page):
     def brightness(scheme):
         page = open_page(color_scheme=scheme)
@@ -486,22 +517,21 @@ def test_light_and_dark_follow_the_system(open_page):
 
 
 def test_who_wants_little_motion_gets_the_end_alone(open_page):
-    drawn = {}
+    shown = {}
     for motion in ("reduce", "no-preference"):
         page = open_page(reduced_motion=motion)
         page.evaluate(
             """() => {
-                window.drawn = 0;
-                const count = () => (window.drawn += 1);
-                new MutationObserver(count).observe(document.querySelector("#scale .cells"),
-                    { attributes: true, attributeFilter: ["aria-label"] });
+                window.shown = new Set();
+                const bar = document.querySelector("#band progress");
+                const note = () => bar.value > 0 && shown.add(bar.value);
+                new MutationObserver(note).observe(bar, { attributes: true });
             }"""
         )
-        page.locator("#scale button.primary").click()
-        page.get_by_text("Mean over 1000 masks").wait_for(timeout=60 * SECONDS)
-        drawn[motion] = page.evaluate("window.drawn")
-    assert drawn["reduce"] <= 1
-    assert drawn["no-preference"] > 100
+        train(page, "band")
+        shown[motion] = page.evaluate("[...window.shown]")
+    assert shown["reduce"] == [1200]
+    assert len(shown["no-preference"]) > 10
 
 
 def test_what_is_announced_comes_once_at_the_end(open_page):

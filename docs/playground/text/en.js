@@ -249,6 +249,7 @@ export const EN = {
   "axes-standout": "columns: from low to high activation",
   "axes-concrete": "rows: examples; columns: features",
 
+  home: "The documentation of jdropout",
   exactTitle: "What is exact here",
   exactYes: "Bit for bit the library’s",
   exactYesText:

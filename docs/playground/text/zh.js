@@ -241,6 +241,7 @@ export const ZH = {
   "axes-standout": "列：激活从低到高",
   "axes-concrete": "行：样本；列：特征",
 
+  home: "jdropout 的文档（英文）",
   exactTitle: "哪些是精确的",
   exactYes: "与库逐比特相同",
   exactYesText:
