@@ -534,6 +534,26 @@ def test_who_wants_little_motion_gets_the_end_alone(open_page):
     assert len(shown["no-preference"]) > 10
 
 
+def test_nothing_flickers(open_page):
+    """A run counts hundreds of masks in a second, of which at most three may be drawn."""
+    page = open_page()
+    page.evaluate(
+        """() => {
+            window.times = [];
+            new MutationObserver(() => times.push(performance.now()))
+                .observe(document.querySelector("#scale .cells"), { attributes: true });
+        }"""
+    )
+    page.locator("#scale button.primary").click()
+    page.get_by_text("Mean over 1000 masks").wait_for(timeout=60 * SECONDS)
+    times = page.evaluate("window.times")[:-1]  # the last one is drawn at the end, whenever it is
+    assert len(times) >= 3
+    assert all(later - time > 1000 for time, later in zip(times, times[3:], strict=False))
+    counted = numbers_in(page.locator("#scale .note").text_content())[0]
+    assert counted == 1000
+    assert "step=1000" in python_lines(page, "scale")[0]
+
+
 def test_what_is_announced_comes_once_at_the_end(open_page):
     page = open_page()
     page.evaluate(

@@ -22,10 +22,19 @@ import { currentSeed, onSeed, root } from "../ui/seed.js";
 
 const UNITS = 100;
 const MASKS = 1000;
+const CALM = 450; // ms from mask to mask: what changes faster flickers
 const SITE = "hidden";
 
 export function scaleCard() {
-  const state = { rate: 0.4, step: 0, off: false, counts: new Map(), masks: 0, stop: null };
+  const state = {
+    rate: 0.4,
+    step: 0,
+    off: false,
+    counts: new Map(),
+    masks: 0,
+    stop: null,
+    shown: 0,
+  };
   const units = cells(10, 10);
   const sums = h("dl", { class: "sums" });
   const line = pythonLine();
@@ -65,7 +74,25 @@ export function scaleCard() {
     return [mean.toFixed(1), (mean * scale()).toFixed(1)];
   }
 
+  /** Draws all of it after a change; while masks are counted, a mask only now and then. */
   function draw() {
+    const now = performance.now();
+    if (!state.stop || now - state.shown > CALM) {
+      state.shown = now;
+      drawMask();
+    }
+    const limit = threshold(state.rate);
+    const facts = [limit.threshold, 2 ** (16 * limit.digits), scale()];
+    write(
+      total,
+      state.masks
+        ? say("scaleMeans", state.masks, ...means(), ...facts)
+        : say("scaleLaw", ...facts),
+    );
+    histogram.redraw();
+  }
+
+  function drawMask() {
     const mask = state.off ? new Uint8Array(UNITS).fill(1) : maskAt(state.step);
     const kept = keptOf(mask);
     const factor = state.off ? 1 : scale();
@@ -85,7 +112,6 @@ export function scaleCard() {
     sums.replaceChildren(
       ...rows.flatMap(([name, value, style]) => sumRow(say(name), value, style)),
     );
-    const limit = threshold(state.rate);
     const key = pythonKey(currentSeed(), state.step, SITE);
     line.show(
       state.off
@@ -93,20 +119,6 @@ export function scaleCard() {
         : pythonMask(key, state.rate, [10, 10]),
     );
     write(bits, state.off ? say("scaleNoBits") : say("bits", maskHex(mask)));
-    write(
-      total,
-      state.masks
-        ? say(
-            "scaleMeans",
-            state.masks,
-            ...means(),
-            limit.threshold,
-            2 ** (16 * limit.digits),
-            scale(),
-          )
-        : say("scaleLaw", limit.threshold, 2 ** (16 * limit.digits), scale()),
-    );
-    histogram.redraw();
   }
 
   function count() {
@@ -118,8 +130,9 @@ export function scaleCard() {
   }
 
   function pause() {
-    state.stop?.();
+    const { stop } = state;
     state.stop = null;
+    stop?.();
     onoff();
   }
 
@@ -148,6 +161,7 @@ export function scaleCard() {
         () => {
           state.stop = null;
           onoff();
+          draw();
           announce(say("scaleHistogram", state.masks, ...means()));
         },
         4,

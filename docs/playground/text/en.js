@@ -147,7 +147,7 @@ export const EN = {
     `Rates over ${steps} steps: none stays at 0, constant at ${rate}; early falls from ${rate} to 0 at step ${cutoff}; late jumps from 0 to ${rate} there; curriculum rises from 0 towards ${rate}.`,
   schedulesErrors: (step, list) => `Errors to the true curve after ${step} steps: ${list}.`,
   schedulesBefore:
-    "20 noisy points: enough to learn the curve, few enough to learn the noise. With one key a higher rate drops the same units and more, so a schedule never reshuffles a mask.",
+    "20 noisy points: enough to learn the curve, few enough to learn the noise. With one key a higher rate drops the same units and more, so another schedule never reshuffles the masks of a step.",
   schedulesNote: (best, error) =>
     `With this seed ${best} ends closest to the true curve (${error}). Try other seeds before you believe it: one run on 20 points decides nothing.`,
 
@@ -253,7 +253,7 @@ export const EN = {
   exactTitle: "What is exact here",
   exactYes: "Bit for bit the library’s",
   exactYesText:
-    "Masks, thresholds, keys and subsets: integer arithmetic, checked against the library’s published known answers. A line of Python on this page gives the mask that is drawn next to it.",
+    "Masks, thresholds, keys and subsets: integer arithmetic, checked against the library’s published known answers. A line of Python on this page gives the mask that is used next to it.",
   exactNo: "Not bit for bit",
   exactNoText:
     "Noise, which goes through logarithms and square roots, agrees to about six digits. Training here is plain JavaScript in 64-bit floating point; JAX trains in 32 bits and with other initial values, so losses and curves differ, though masks do not.",
