@@ -4,6 +4,7 @@
 import { siteKey } from "/laws/keys.js";
 import { keepMask, maskHex, maskKey, threshold, uniformNumbers, broadcast } from "/laws/mask.js";
 import { keepIndices } from "/laws/subset.js";
+import { sampleMask } from "/laws/strata.js";
 import { threefry2x32 } from "/laws/threefry.js";
 
 const words = (texts) => texts.map((text) => parseInt(text, 16));
@@ -50,6 +51,12 @@ export function failures(files) {
     const { rate, size, groups, shape, start, indices, checks } = vector;
     const options = { groups, shape, start, globalShape: vector.global_shape };
     expect(keepIndices(words(vector.key_words), rate, size, options), indices, checks);
+  }
+  for (const vector of files["golden_strata.json"].vectors) {
+    const { sample, size, rate, shape, precision, checks } = vector;
+    const options = { precision, ...place(vector) };
+    const mask = sampleMask(words(vector.key_words), rate, shape, sample, size, options);
+    expect(maskHex(mask), vector.mask, checks);
   }
   return { asked, wrong };
 }

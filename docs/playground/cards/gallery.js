@@ -67,6 +67,11 @@ const CALLS = {
     "keep_indices",
     (key, r) => `jdropout.keep_indices(${key('"groups"')}, ${r}, 16, groups=4, shape=(8,))`,
   ],
+  strata: [
+    "stratified_key",
+    (key, r) =>
+      `jnp.stack([jdropout.keep_mask(jdropout.keys.stratified_key(${key('"strata"')}, t, 10), ${r}, (17,)) for t in range(10)])`,
+  ],
   word: [
     "word_dropout",
     (key, r) =>
@@ -125,7 +130,7 @@ const GROUPS = {
   axes: ["dropout", "broadcast", "spatial", "locked"],
   branches: ["path", "pathBatch", "layer", "zoneout"],
   regions: ["block1", "block2", "blockChannels"],
-  subsets: ["patch", "subset", "subsetGroups"],
+  subsets: ["patch", "subset", "subsetGroups", "strata"],
   words: ["word", "embedding", "connect", "targeted"],
   noise: ["gaussian", "gaussianNoise", "uniformNoise", "variational"],
   values: ["alpha", "featureAlpha", "standout", "concrete"],

@@ -12,6 +12,7 @@ import {
   uniformNumbers,
 } from "./mask.js";
 import { jaxUniforms, logistics, normals, symmetricUniforms } from "./noise.js";
+import { sampleMask } from "./strata.js";
 import { keepIndices, smallestOf } from "./subset.js";
 import { threefry2x32 } from "./threefry.js";
 
@@ -262,6 +263,12 @@ export const FAMILY = {
   patch: (key, rate) => patchDropout(atSite(key, "patches"), rate),
   subset: (key, rate) => keptSubsets(atSite(key, "subset"), rate, 1),
   subsetGroups: (key, rate) => keptSubsets(atSite(key, "groups"), rate, 4),
+  strata: (key, rate) => {
+    const samples = Array.from({ length: 10 }, (_, sample) =>
+      sampleMask(atSite(key, "strata"), rate, [COLUMNS], sample, 10),
+    );
+    return table(Float64Array.from(samples.flatMap((mask) => [...mask])), 10);
+  },
   word: (key, rate) => wordDropout(atSite(key, "words"), rate),
   embedding: (key, rate) => table(dropped(atSite(key, "rows"), rate, [ROWS, COLUMNS], [1])),
   connect: (key, rate) => table(dropped(atSite(key, "connect"), rate, [ROWS, COLUMNS])),

@@ -61,6 +61,16 @@ export function maskBelow(key, limit, shape, place = {}) {
  * the axes in broadcastDims have size 1. With `start`, those of a part of an array of globalShape.
  */
 export function uniformNumbers(key, digits, shape, place = {}) {
+  return numbersOf(
+    key,
+    Array.from({ length: digits }, (_, digit) => digit),
+    shape,
+    place,
+  );
+}
+
+/** Numbers whose digits are those under the mask keys of the given numbers. */
+export function numbersOf(key, digits, shape, place = {}) {
   const { broadcastDims = [], start = null, globalShape = null } = place;
   const whole = [...(globalShape ?? shape)];
   for (const axis of broadcastDims) whole[axis < 0 ? axis + whole.length : axis] = 1;
@@ -80,7 +90,7 @@ export function uniformNumbers(key, digits, shape, place = {}) {
   const number = total > 2n ** 53n ? BigInt : Number; // BigInts are slow, and rarely needed
   const leads = sizes.length - 2;
   const columns = counts[leads + 1];
-  const keys = Array.from({ length: digits }, (_, digit) => maskKey(key, digit));
+  const keys = digits.map((digit) => maskKey(key, digit));
   const data = new Uint32Array(counts.reduce((product, count) => product * count, 1));
   const words = keys.map(() => new Uint32Array(2 * columns)); // of the blocks that a row meets
   const word = [0, 0];
@@ -108,7 +118,7 @@ export function uniformNumbers(key, digits, shape, place = {}) {
     hashed = block;
     for (let column = 0; column < columns; column++) {
       let value = 0;
-      for (let digit = 0; digit < digits; digit++) {
+      for (let digit = 0; digit < keys.length; digit++) {
         const half = words[digit][2 * column + (lane >> 1)];
         value = value * 65536 + (lane & 1 ? half >>> 16 : half & 0xffff);
       }

@@ -192,7 +192,7 @@ export const EN = {
   "group-axes": "Elements, and masks shared along axes",
   "group-branches": "Branches, layers and updates",
   "group-regions": "Regions",
-  "group-subsets": "Subsets of exact size",
+  "group-subsets": "Exact numbers",
   "group-words": "Words and weights",
   "group-noise": "Noise",
   "group-values": "Other values, other probabilities",
@@ -210,6 +210,7 @@ export const EN = {
   "panel-patch": "an exact number of 16 patches",
   "panel-subset": "an exact number of 16 elements",
   "panel-subsetGroups": "an exact number of every 4 elements",
+  "panel-strata": "a unit in its share of 10 samples",
   "panel-word": "each word, but never padding",
   "panel-embedding": "a word, wherever it occurs",
   "panel-connect": "each weight, for all examples",
@@ -236,6 +237,7 @@ export const EN = {
   "axes-patch": "8 examples of 4 × 4 patches. Python: which are kept",
   "axes-subset": "rows: subsets; columns: elements. Python: which are kept",
   "axes-subsetGroups": "rows: subsets; columns: elements. Python: which are kept",
+  "axes-strata": "rows: coupled samples; columns: units",
   "axes-word": "rows: sentences. Python: 0 where a word would be replaced",
   "axes-embedding": "rows: words of the vocabulary; columns: features",
   "axes-connect": "rows: inputs; columns: units",
@@ -253,7 +255,7 @@ export const EN = {
   exactTitle: "What is exact here",
   exactYes: "Bit for bit the library’s",
   exactYesText:
-    "Masks, thresholds, keys and subsets: integer arithmetic, checked against the library’s published known answers. A line of Python on this page gives the mask that is used next to it.",
+    "Masks, thresholds, keys, subsets and coupled samples: integer arithmetic, checked against the library’s published known answers. A line of Python on this page gives the mask that is used next to it.",
   exactNo: "Not bit for bit",
   exactNoText:
     "Noise, which goes through logarithms and square roots, agrees to about six digits. Training here is plain JavaScript in 64-bit floating point; JAX trains in 32 bits and with other initial values, so losses and curves differ, though masks do not.",

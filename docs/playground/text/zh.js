@@ -184,7 +184,7 @@ export const ZH = {
   "group-axes": "单个元素，以及沿某些轴共用的掩码",
   "group-branches": "分支、层与状态更新",
   "group-regions": "区域",
-  "group-subsets": "大小固定的子集",
+  "group-subsets": "个数固定",
   "group-words": "词与权重",
   "group-noise": "噪声",
   "group-values": "别样的值，别样的概率",
@@ -202,6 +202,7 @@ export const ZH = {
   "panel-patch": "16 个图块中丢掉固定个数",
   "panel-subset": "16 个元素中保留固定个数",
   "panel-subsetGroups": "每 4 个元素中保留固定个数",
+  "panel-strata": "每个单元在 10 个样本中按比例丢弃",
   "panel-word": "逐个词，但不碰填充符",
   "panel-embedding": "一个词，无论出现在哪里",
   "panel-connect": "逐个权重，所有样本共用",
@@ -228,6 +229,7 @@ export const ZH = {
   "axes-patch": "8 个样本，各 4 × 4 个图块。Python：保留哪些",
   "axes-subset": "行：子集；列：元素。Python：保留哪些",
   "axes-subsetGroups": "行：子集；列：元素。Python：保留哪些",
+  "axes-strata": "行：相互关联的样本；列：单元",
   "axes-word": "行：句子。Python：0 表示会被替换的词",
   "axes-embedding": "行：词表中的词；列：特征",
   "axes-connect": "行：输入；列：单元",
@@ -245,7 +247,7 @@ export const ZH = {
   exactTitle: "哪些是精确的",
   exactYes: "与库逐比特相同",
   exactYesText:
-    "掩码、阈值、密钥和子集：全是整数运算，并用库公布的标准答案核对过。页面上的每一行 Python 都会给出旁边所用的那个掩码。",
+    "掩码、阈值、密钥、子集和相互关联的样本：全是整数运算，并用库公布的标准答案核对过。页面上的每一行 Python 都会给出旁边所用的那个掩码。",
   exactNo: "并非逐比特相同",
   exactNoText:
     "噪声要经过对数和平方根，大约有六位数字一致。这里的训练是普通的 JavaScript，用 64 位浮点数；JAX 用 32 位，初始值也不同，所以损失和曲线会有差别，但掩码没有差别。",
