@@ -9,7 +9,7 @@ import inspect
 import os
 import pathlib
 import re
-import shutil
+import runpy
 from typing import Any
 
 from docutils import nodes
@@ -101,7 +101,7 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-signature", shorten_signature)
     app.connect("doctree-read", link_names)
     app.connect("env-check-consistency", find_undocumented)
-    app.connect("build-finished", copy_playground)
+    app.connect("build-finished", write_playground)
 
 
 def shorten_signature(
@@ -152,8 +152,9 @@ def find_undocumented(app: Sphinx, env: Any) -> None:
         logging.getLogger(__name__).warning("%s is on no page of the reference", name)
 
 
-def copy_playground(app: Sphinx, exception: Exception | None) -> None:
-    """Copy the playground, which is not made of pages, as it is, where there is one."""
-    folder = pathlib.Path(app.srcdir, "playground")
-    if folder.is_dir() and not exception:
-        shutil.copytree(folder, pathlib.Path(app.outdir, "playground"), dirs_exist_ok=True)
+def write_playground(app: Sphinx, exception: Exception | None) -> None:
+    """Write the playground, which is not one of the pages, beside them."""
+    if exception is None and app.builder.format == "html":
+        build = runpy.run_path(str(pathlib.Path(app.srcdir, "playground", "build.py")))
+        page = pathlib.Path(app.outdir, "playground.html")
+        page.write_text(build["bundle"]("index.html"), encoding="utf-8")
