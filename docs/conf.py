@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import pathlib
+import pkgutil
 import re
 import runpy
 from typing import Any
@@ -17,6 +18,8 @@ from jupyter_client.manager import KernelManager
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
+
+import jdropout
 
 # Pages are executed on a CPU wherever they are built, so that they show the same everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -76,17 +79,14 @@ nb_merge_streams = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-MODULES = (
+MODULES = [
     "jdropout",
-    "jdropout.by_position",
-    "jdropout.keys",
-    "jdropout.schedules",
-    "jdropout.uncertainty",
-    "jdropout.testing",
-    "jdropout.nnx",
-    "jdropout.linen",
-    "jdropout.equinox",
-)
+    *(
+        f"jdropout.{module.name}"
+        for module in pkgutil.iter_modules(jdropout.__path__)
+        if not module.name.startswith("_")
+    ),
+]
 PUBLIC = {
     f"{module}.{name}": getattr(importlib.import_module(module), name)
     for module in MODULES

@@ -237,19 +237,9 @@ def _check_axis(axis: Any) -> int:
 
 
 def _check_first(first: Any, size: int, count: int) -> jax.Array | np.uint32:
-    if isinstance(first, jax.core.Tracer) and jnp.issubdtype(first.dtype, np.integer):
-        if first.ndim:
-            raise ValueError(
-                f"first must be a scalar, got an array of shape {first.shape}. For several parts "
-                "use jax.vmap."
-            )
-        return first.astype(jnp.uint32)
-    number = _values.as_integer(first)
-    if number is None:
-        raise TypeError(
-            f"first must be an integer or an integer scalar array, got {first!r} of type "
-            f"{_values.type_name(first)}. Convert it with int() or .astype(jnp.int32)."
-        )
+    number = _values.check_index("first", first)
+    if isinstance(number, jax.Array):
+        return number.astype(jnp.uint32)
     if not 0 <= number <= size - count:
         raise ValueError(
             f"first must be at least 0 and at most {size - count}, where a part of {count} "

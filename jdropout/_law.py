@@ -457,6 +457,7 @@ def _lane(block: WordPair, lane: int) -> jax.Array:
 
 
 def phase(layout: Layout, origin: Origin | None) -> np.uint32 | jax.Array:
+    """Lane of the first row."""
     if layout.phase is not None:
         return np.uint32(layout.phase)
     assert origin is not None  # locate() leaves the phase open only with an origin

@@ -325,9 +325,9 @@ def _prediction(moments: Moments, count: Any, *, size: int, stratified: bool) ->
 
     The squared deviations of n samples from their mean add up to ``n (variance - error)`` on
     average, where error is the variance of the mean. For independent samples it is variance / n.
-    For groups of coupled samples, the deviations of the groups' means tell it. A single group does
-    not tell it: it is then as good as 0 for the variance, and for itself what it would be for
-    independent samples, which is more.
+    For groups of coupled samples it is estimated from the deviations of the groups' means. A single
+    group tells nothing of it: the variance is then computed as if it were 0, and the error itself
+    as for independent samples, which is usually more.
     """
 
     def over(sums: Any, number: Any) -> Any:

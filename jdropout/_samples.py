@@ -21,8 +21,8 @@ def stratified_key(
     A mask of a single sample has the distribution that it would have with any other key. Together,
     the masks of all `size` samples are coupled: at rate r, every unit is dropped in ``r * size``
     of them, rounded up or down, at random and independently of all other units. The mean of a
-    function over these samples is an unbiased estimate of its expectation, with a smaller error
-    than that of independent masks if the units act mostly one by one. Rates are rounded as usual.
+    function over these samples is an unbiased estimate of its expectation. Its error is smaller
+    than with independent masks if the units act mostly one by one.
 
     The result is an ordinary typed key: `jax.random.split` and `fold_in`, `at_site` and Flax's
     streams derive keys of the same sample from it. It couples the noise and the subsets of this
@@ -32,15 +32,15 @@ def stratified_key(
     `jdropout.mc_predict` does all this with ``sampling="stratified"``.
 
     Args:
-      key: PRNG key, typed or raw, the same one for all samples. One for a part of a batch is for
-        the same part afterwards; the sample of a key that has one no longer couples anything.
+      key: PRNG key, typed or raw, the same one for all samples. If it is for a part of a batch, so
+        is the result. If it is itself for one of several samples, these are no longer coupled.
       sample: number of the sample, an integer or a (traced) integer scalar, at least 0 and below
         `size`.
       size: number of samples that are coupled, at least 1 and at most 250.
       axis_name: name of the axis of a `jax.vmap` over all samples, in which the key is used. Random
         numbers that the samples share are then computed once, except in a `jax.shard_map` and under
-        explicit sharding. All samples have to derive their
-        keys in the same way, which they do not if a `jax.lax.while_loop` ends earlier in one.
+        explicit sharding. All samples have to derive their keys in the same way, which they do not
+        if a `jax.lax.while_loop` ends earlier in one.
 
     Returns:
       A typed key.
@@ -107,19 +107,9 @@ def uncoupled(key: Key) -> tuple[Key, jax.Array | None, int | None]:
 
 
 def _check_sample(sample: Any, size: int) -> jax.Array | np.uint32:
-    if isinstance(sample, jax.core.Tracer) and jnp.issubdtype(sample.dtype, np.integer):
-        if sample.ndim:
-            raise ValueError(
-                f"sample must be a scalar, got an array of shape {sample.shape}. For several "
-                "samples use jax.vmap."
-            )
-        return sample.astype(jnp.uint32)
-    number = _values.as_integer(sample)
-    if number is None:
-        raise TypeError(
-            f"sample must be an integer or an integer scalar array, got {sample!r} of type "
-            f"{_values.type_name(sample)}. Convert it with int() or .astype(jnp.int32)."
-        )
+    number = _values.check_index("sample", sample)
+    if isinstance(number, jax.Array):
+        return number.astype(jnp.uint32)
     if not 0 <= number < size:
         raise ValueError(
             f"sample must be at least 0 and below the number of samples, {size}, got {number}. "

@@ -216,6 +216,24 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be between 0 and 1, got {value}. Both ends are excluded.")
 
 
+def check_index(name: str, index: Any) -> jax.Array | int:
+    """Returns a traced integer scalar as it is, and any other integer as one of Python."""
+    if isinstance(index, jax.core.Tracer) and jnp.issubdtype(index.dtype, np.integer):
+        if index.ndim:
+            raise ValueError(
+                f"{name} must be a scalar, got an array of shape {index.shape}. "
+                "For several of them use jax.vmap."
+            )
+        return index
+    number = as_integer(index)
+    if number is None:
+        raise TypeError(
+            f"{name} must be an integer or an integer scalar array, got {index!r} of type "
+            f"{type_name(index)}. Convert it with int() or .astype(jnp.int32)."
+        )
+    return number
+
+
 def as_integer(value: Any) -> int | None:
     """The value of a concrete integer, otherwise None; a boolean is not an integer."""
     try:

@@ -28,7 +28,7 @@ from jdropout._law import MASK_TAG, absorb, key_words, like_key
 from jdropout._samples import stratified_key
 from jdropout._threefry import threefry2x32
 from jdropout._typing import Index, Key, Site, WordPair
-from jdropout._values import as_integer, type_name
+from jdropout._values import as_integer, check_index, type_name
 
 __all__ = ["at_site", "in_batch", "site_key", "step_key", "stratified_key"]
 _INDEX_TAG = 0x6A646978  # "jdix"
@@ -189,23 +189,12 @@ def _descend(key: Key, counters: tuple[WordPair, ...]) -> jax.Array:
 
 def _check_count(name: str, count: Any, bits: int) -> WordPair:
     """Returns an integer in [0, 2**bits) as two 32-bit words."""
-    if isinstance(count, jax.core.Tracer) and jnp.issubdtype(count.dtype, np.integer):
-        if count.ndim:
-            raise ValueError(
-                f"{name} must be a scalar, got an array of shape {count.shape}. "
-                "For several of them use jax.vmap."
-            )
-        low = count.astype(jnp.uint32)
-        if count.dtype.itemsize < 8:
+    number = check_index(name, count)
+    if isinstance(number, jax.Array):
+        low = number.astype(jnp.uint32)
+        if number.dtype.itemsize < 8:
             return jnp.zeros_like(low), low
-        return lax.shift_right_logical(count, lax.full_like(count, 32)).astype(jnp.uint32), low
-    number = as_integer(count)
-    if number is None:
-        raise TypeError(
-            f"{name} must be an integer or an integer scalar array, got {count!r} of type "
-            f"{type_name(count)}."
-            " Convert it with int() or .astype(jnp.int32)."
-        )
+        return lax.shift_right_logical(number, lax.full_like(number, 32)).astype(jnp.uint32), low
     if not 0 <= number < 2**bits:
         raise ValueError(
             f"{name} must be a whole number of at least 0 and below 2**{bits}, got {count!r}."

@@ -68,6 +68,32 @@ def test_every_order_of_every_size_is_the_rank_among_the_multiples_of_its_factor
         np.testing.assert_array_equal(shifts, 2**16 * order.astype(int) // size)
 
 
+def pair_factor(orders, kept):
+    """The sum of a unit's squared correlations with other samples.
+
+    What depends on two units has 1 + this, over T, of its variance in a single sample.
+    """
+    size = orders.shape[1]
+    apart = (orders[:, :, None] - orders[:, None, :]) / size % 1
+    both = np.maximum(0, kept - apart) + np.maximum(0, kept - (1 - apart))
+    correlation = ((both - kept**2) / (kept * (1 - kept))).mean(0)
+    np.fill_diagonal(correlation, 0)
+    return (correlation**2).sum(1).mean()
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [(10, 0.09, 0.145), (50, 0.02, 0.03)])
+def test_pairs_of_samples_are_nearly_those_of_random_orders(size, low, high):
+    """Of random permutations the factor is 1 / (T - 1) where a whole number is kept."""
+    numbers = np.arange(0, 2**16, 16, dtype=np.uint32)[:, None]
+    orders = _strata._order(numbers, np.arange(size, dtype=np.uint32)[None], size).astype(float)
+    factors = [pair_factor(orders, kept) for kept in (0.5, 0.75, 0.9)]
+    assert low < min(factors)
+    assert max(factors) < high
+    # Control: multiples modulo the size itself, of the numbers without a common factor.
+    coprime = np.array([a for a in range(size) if math.gcd(a, size) == 1])[:, None]
+    assert pair_factor(coprime * np.arange(size) % size, 0.5) > 1.3
+
+
 def test_the_order_has_a_key_of_its_own():
     words = np.array([3, 5], np.uint32)
     keys = {law_twin.port.mask_key(tuple(words.tolist()), digit) for digit in range(3)}

@@ -12,22 +12,11 @@ import {
 } from "../experiment.js";
 import { predict } from "../network.js";
 import { chart, legend } from "../ui/charts.js";
-import {
-  announce,
-  button,
-  card,
-  controls,
-  h,
-  pythonLine,
-  rateControl,
-  t,
-  toggle,
-  write,
-} from "../ui/dom.js";
+import { button, card, controls, h, pythonLine, rateControl, t, toggle, write } from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
 import { pythonKey, pythonMask } from "../ui/python.js";
-import { run } from "../ui/runner.js";
 import { currentSeed, onSeed, root } from "../ui/seed.js";
+import { training } from "../ui/training.js";
 
 const STEPS = 1200;
 const POINTS = 30;
@@ -36,15 +25,12 @@ const SAMPLES = 60;
 const GRID = gridFrom(-1.5, 1.5, 91);
 
 export function bandCard() {
-  const state = { rate: 0.1, stop: null, singles: false };
+  const state = { rate: 0.1, singles: false };
   const note = h("p", { class: "note" });
   const line = pythonLine();
-  const progress = h("progress", { max: STEPS, value: 0 });
-  const step = h("span", {});
 
   function begin() {
-    state.stop?.();
-    state.stop = null;
+    trained.pause();
     state.data = makeData(root(), POINTS, { gap: GAP, noise: 0.05 });
     state.network = newNetwork(root());
     state.losses = [];
@@ -52,7 +38,7 @@ export function bandCard() {
   }
 
   const fit = chart(330, (plot) => {
-    const running = state.stop !== null;
+    const running = trained.running();
     const { mean, spread, outputs } = monteCarlo(
       state.network,
       root(),
@@ -125,11 +111,9 @@ export function bandCard() {
   function draw() {
     fit.redraw();
     losses.redraw();
-    progress.value = state.network.steps;
-    write(step, say("stepOf", state.network.steps, STEPS));
     const next = Math.min(state.network.steps, STEPS - 1);
     line.show(pythonMask(pythonKey(currentSeed(), next, "hidden1"), state.rate, [POINTS, WIDTH]));
-    write(start, say(state.stop ? "pause" : state.network.steps >= STEPS ? "trainAgain" : "train"));
+    trained.show();
   }
 
   function one() {
@@ -143,24 +127,13 @@ export function bandCard() {
     draw();
   }
 
-  const start = button(
-    "train",
-    () => {
-      if (state.stop) {
-        const stop = state.stop;
-        state.stop = null;
-        return stop();
-      }
-      if (state.network.steps >= STEPS) begin();
-      state.stop = run(one, draw, () => {
-        state.stop = null;
-        draw();
-        announce(note.textContent);
-      });
-      draw();
-    },
-    { class: "primary" },
-  );
+  const trained = training("train", STEPS, {
+    steps: () => state.network.steps,
+    one,
+    begin,
+    draw,
+    note,
+  });
   const rate = rateControl({
     value: state.rate,
     high: 0.9,
@@ -182,8 +155,8 @@ export function bandCard() {
     controls(
       rate.root,
       singles.root,
-      h("div", { class: "buttons" }, start, button("restart", reset)),
-      h("label", { class: "progress" }, progress, step),
+      h("div", { class: "buttons" }, trained.button, button("restart", reset)),
+      trained.progress,
     ),
     fit.root,
     legend(

@@ -12,7 +12,6 @@ import {
 import { predict } from "../network.js";
 import { chart, legend } from "../ui/charts.js";
 import {
-  announce,
   button,
   card,
   choice,
@@ -24,8 +23,8 @@ import {
   writePython,
 } from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
-import { run } from "../ui/runner.js";
 import { onSeed, root } from "../ui/seed.js";
+import { training } from "../ui/training.js";
 
 const STEPS = 800;
 const GRID = gridFrom(-1, 1, 81);
@@ -46,17 +45,14 @@ const CODE = {
 };
 
 export function mistakesCard() {
-  const state = { rate: 0.3, mistake: "scale", stop: null };
+  const state = { rate: 0.3, mistake: "scale" };
   const note = h("p", { class: "note" });
-  const progress = h("progress", { max: STEPS, value: 0 });
-  const step = h("span", {});
   const wrongCode = h("code", { class: "python", translate: "no" });
   const rightCode = h("code", { class: "python", translate: "no" });
   const curve = { x: GRID, y: GRID.map(truth) };
 
   function begin() {
-    state.stop?.();
-    state.stop = null;
+    trained.pause();
     state.data = makeData(root(), 24, { noise: 0.1 });
     state.right = newNetwork(root());
     state.wrong = newNetwork(root());
@@ -108,14 +104,9 @@ export function mistakesCard() {
 
   function draw() {
     fit.redraw();
-    progress.value = state.right.steps;
-    write(step, say("stepOf", state.right.steps, STEPS));
     writePython(wrongCode, CODE[state.mistake][0]);
     writePython(rightCode, CODE[state.mistake][1]);
-    write(
-      start,
-      say(state.stop ? "pause" : state.right.steps >= STEPS ? "trainAgain" : "mistakesTrain"),
-    );
+    trained.show();
   }
 
   function one() {
@@ -132,24 +123,13 @@ export function mistakesCard() {
     draw();
   }
 
-  const start = button(
-    "mistakesTrain",
-    () => {
-      if (state.stop) {
-        const stop = state.stop;
-        state.stop = null;
-        return stop();
-      }
-      if (state.right.steps >= STEPS) begin();
-      state.stop = run(one, draw, () => {
-        state.stop = null;
-        draw();
-        announce(note.textContent);
-      });
-      draw();
-    },
-    { class: "primary" },
-  );
+  const trained = training("mistakesTrain", STEPS, {
+    steps: () => state.right.steps,
+    one,
+    begin,
+    draw,
+    note,
+  });
   const rate = rateControl({
     value: state.rate,
     high: 0.9,
@@ -171,8 +151,8 @@ export function mistakesCard() {
     controls(
       which,
       rate.root,
-      h("div", { class: "buttons" }, start, button("restart", reset)),
-      h("label", { class: "progress" }, progress, step),
+      h("div", { class: "buttons" }, trained.button, button("restart", reset)),
+      trained.progress,
     ),
     fit.root,
     legend(

@@ -4,7 +4,6 @@ import { gridFrom, makeData, meanSquaredError, newNetwork, train, truth } from "
 import { constant, curriculum, early, late } from "../laws/schedules.js";
 import { chart, legend } from "../ui/charts.js";
 import {
-  announce,
   button,
   card,
   controls,
@@ -16,8 +15,8 @@ import {
   write,
 } from "../ui/dom.js";
 import { onLanguage, say } from "../ui/language.js";
-import { run } from "../ui/runner.js";
 import { onSeed, root } from "../ui/seed.js";
+import { training } from "../ui/training.js";
 
 const STEPS = 800;
 const EVERY = 10;
@@ -33,18 +32,15 @@ const SCHEDULES = {
 const NAMES = Object.keys(SCHEDULES);
 
 export function schedulesCard() {
-  const state = { rate: 0.3, cutoff: 400, stop: null };
+  const state = { rate: 0.3, cutoff: 400 };
   const note = h("p", { class: "note" });
   const body = h("tbody", {});
-  const progress = h("progress", { max: STEPS, value: 0 });
-  const step = h("span", {});
   const line = pythonLine();
 
   const schedule = (name) => SCHEDULES[name].make(state.rate, state.cutoff);
 
   function begin() {
-    state.stop?.();
-    state.stop = null;
+    trained.pause();
     state.data = makeData(root(), 20, { noise: 0.25 });
     state.networks = NAMES.map(() => newNetwork(root()));
     state.errors = NAMES.map(() => []);
@@ -94,8 +90,6 @@ export function schedulesCard() {
   function draw() {
     rates.redraw();
     errors.redraw();
-    progress.value = steps();
-    write(step, say("stepOf", steps(), STEPS));
     write(cutoffText, say("cutoffAt", state.cutoff));
     line.show(
       ["early", "late"]
@@ -115,7 +109,7 @@ export function schedulesCard() {
         ),
       ),
     );
-    write(start, say(state.stop ? "pause" : steps() >= STEPS ? "trainAgain" : "schedulesTrain"));
+    trained.show();
     if (steps() >= STEPS) {
       const order = NAMES.map((name, i) => [meanSquaredError(state.networks[i], CURVE), name]).sort(
         (a, b) => a[0] - b[0],
@@ -140,24 +134,7 @@ export function schedulesCard() {
     draw();
   }
 
-  const start = button(
-    "schedulesTrain",
-    () => {
-      if (state.stop) {
-        const stop = state.stop;
-        state.stop = null;
-        return stop();
-      }
-      if (steps() >= STEPS) begin();
-      state.stop = run(one, draw, () => {
-        state.stop = null;
-        draw();
-        announce(note.textContent);
-      });
-      draw();
-    },
-    { class: "primary" },
-  );
+  const trained = training("schedulesTrain", STEPS, { steps, one, begin, draw, note });
   const rate = rateControl({
     value: state.rate,
     high: 0.9,
@@ -184,8 +161,8 @@ export function schedulesCard() {
     controls(
       rate.root,
       h("div", { class: "control" }, cutoffText, cutoff),
-      h("div", { class: "buttons" }, start, button("restart", reset)),
-      h("label", { class: "progress" }, progress, step),
+      h("div", { class: "buttons" }, trained.button, button("restart", reset)),
+      trained.progress,
     ),
     legend(...NAMES.map((name) => [SCHEDULES[name].style, t("span", `schedule-${name}`), "line"])),
     rates.root,
