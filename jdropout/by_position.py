@@ -64,6 +64,11 @@ class PositionFunction:
       (2024), for functions of positions in place of arrays.
     """
 
+    function: Callable[..., Any]
+    arrays: tuple[Any, ...]
+    key_range: Callable[..., Any] | None
+    per_example: bool
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -72,7 +77,7 @@ class PositionFunction:
         per_example: bool = False,
     ) -> None:
         self.function = function
-        self.arrays: tuple[Any, ...] = arrays
+        self.arrays = arrays
         self.key_range = key_range
         self.per_example = _values.check_flag("per_example", per_example) and bool(arrays)
 

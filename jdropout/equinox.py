@@ -2,12 +2,10 @@
 
 try:
     import equinox as _eqx
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "jdropout.equinox needs Equinox. Install it with: pip install 'jdropout[equinox]'"
-    ) from error
-
-from typing import Any
+    ) from _error
 
 import jax
 
@@ -50,7 +48,7 @@ class Dropout(_eqx.Module):
 
     def __call__(
         self, x: jax.Array, *, key: Key | None = None, inference: Flag | None = None
-    ) -> Any:
+    ) -> jax.Array:
         """Drops and scales `x`; returns it unchanged in inference.
 
         Args:

@@ -2,10 +2,10 @@
 
 try:
     from flax import linen as _linen  # noqa: F401  # only to raise its ImportError
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "jdropout.linen needs Flax. Install it with: pip install 'jdropout[flax]'"
-    ) from error
+    ) from _error
 
 from jdropout.linen._alpha import AlphaDropout as AlphaDropout
 from jdropout.linen._alpha import FeatureAlphaDropout as FeatureAlphaDropout

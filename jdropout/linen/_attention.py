@@ -13,8 +13,8 @@ from jdropout._flax import attention, attention_call
 from jdropout._typing import Flag, Key, Rate
 
 # Taken now: users may put our classes in their place.
-FlaxAttention: Any = linen.MultiHeadDotProductAttention
-FlaxSelfAttention: Any = linen.SelfAttention
+FlaxAttention = linen.MultiHeadDotProductAttention
+FlaxSelfAttention = linen.SelfAttention
 
 
 def dot_product_attention(

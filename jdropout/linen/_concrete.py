@@ -59,7 +59,7 @@ class ConcreteDropout(Layer, linen.Module):
 
     def setup(self) -> None:
         """Creates the parameter."""
-        self.logit = self.param(
+        self.logit: jax.Array = self.param(
             "logit", lambda _: initial_logit(self.initial_rate, self.param_dtype)
         )
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen
@@ -57,7 +57,7 @@ class DropConnect(RateLayer, linen.Module):
       optimizing LSTM language models" (ICLR 2018), section 2, "Weight-dropped LSTM".
     """
 
-    rng_position = None
+    rng_position: ClassVar[int | None] = None
 
     module: linen.Module
     rate: float

@@ -13,7 +13,7 @@ from jdropout._flax import Applied, FunctionLayer, check_module_flag, draws_mask
 from jdropout._typing import Flag, Key
 
 # Taken now: users may put our class in its place.
-FlaxDropout: Any = linen.Dropout
+FlaxDropout = linen.Dropout
 
 
 class Layer:
@@ -91,7 +91,7 @@ class Dropout(RateLayer, FlaxDropout):
     @linen.compact
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
-    ) -> Any:
+    ) -> jax.Array:
         """Drops and scales `inputs`; returns them unchanged if deterministic.
 
         Args:
@@ -122,7 +122,7 @@ class Dropping(RateLayer, linen.Module):
     @linen.compact
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
-    ) -> Any:
+    ) -> jax.Array:
         """Applies this layer's function to `inputs`; returns them unchanged if deterministic.
 
         Args:

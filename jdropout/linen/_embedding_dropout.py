@@ -1,7 +1,7 @@
 """Embedding dropout around a linen embedding."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen
@@ -44,7 +44,7 @@ class EmbeddingDropout(RateLayer, linen.Module):
       networks" (NeurIPS 2016), section 4.2; Merity et al. (ICLR 2018), section 4.3.
     """
 
-    drawing_methods = ("__call__", "attend")
+    drawing_methods: ClassVar[tuple[str, ...]] = ("__call__", "attend")
 
     embed: linen.Module
     rate: float

@@ -1,6 +1,6 @@
 """LayerDrop as a linen module."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import linen
 
@@ -39,7 +39,7 @@ class LayerDrop(RateLayer, linen.Module):
       (ICLR 2020), section 3.
     """
 
-    rng_position = None
+    rng_position: ClassVar[int | None] = None
 
     layer: linen.Module
     rate: float

@@ -1,7 +1,6 @@
 """Noise as linen modules."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import linen
@@ -89,7 +88,7 @@ class GaussianNoise(FunctionLayer, Layer, linen.Module):
     @linen.compact
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
-    ) -> Any:
+    ) -> jax.Array:
         """Adds noise to `inputs`; returns them unchanged if deterministic.
 
         Args:

@@ -8,7 +8,7 @@ from flax import linen
 from jdropout._checks import check_static_flag
 from jdropout._flax import Applied
 from jdropout._tokens import patch_dropout
-from jdropout._typing import Key
+from jdropout._typing import Flag, Key
 from jdropout.linen._dropout import Dropping
 
 
@@ -55,7 +55,26 @@ class PatchDropout(Dropping):
     def _draws(self, flag: bool | jax.Array) -> bool:
         return flag is not True and self.rate != 0  # a rate of 1 leaves one token, at random
 
-    @linen.nowrap
-    def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:
-        kept, indices = super()._drop(key, x, check_static_flag(flag))
+    @linen.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None
+    ) -> Any:
+        """Removes tokens of `inputs`; returns them all if deterministic.
+
+        Args:
+          inputs: array with an axis of tokens, with any dtype.
+          deterministic: if True, keep all tokens; a bool, not traced. Set it here or in the
+            constructor, not in both.
+          rng: PRNG key to use instead of one from the stream.
+
+        Returns:
+          The kept tokens; with ``return_indices`` a pair, of them and their indices.
+
+        Raises:
+          ValueError: if the flag was set both here and in the constructor or in neither, or the
+            rate is outside [0, 1].
+          TypeError: if the rate is not a number, or the flag is traced.
+        """
+        flag, key = self._resolve(deterministic, rng)
+        kept, indices = self._drop(key, inputs, check_static_flag(flag))
         return (kept, indices) if self.return_indices else kept

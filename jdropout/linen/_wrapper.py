@@ -1,6 +1,6 @@
 """Base of linen modules that compute a subset of what another module computes."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen
@@ -13,7 +13,7 @@ from jdropout.linen._dropout import RateLayer
 class SubsetWrapper(RateLayer, linen.Module):
     """A layer around a module; in initialisation, it computes everything."""
 
-    rng_position = None
+    rng_position: ClassVar[int | None] = None
 
     layer: linen.Module
     rate: float

@@ -1,7 +1,7 @@
 """Zoneout around a linen cell."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen
@@ -49,7 +49,7 @@ class Zoneout(Layer, linen.RNNCellBase):
       (ICLR 2017), section 3.2 and equations 5 to 7.
     """
 
-    rng_position = 3
+    rng_position: ClassVar[int | None] = 3
 
     cell: linen.RNNCellBase
     rate: float | Sequence[float]

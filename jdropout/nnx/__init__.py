@@ -2,10 +2,10 @@
 
 try:
     from flax import nnx as _nnx  # noqa: F401  # only to raise its ImportError
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "jdropout.nnx needs Flax. Install it with: pip install 'jdropout[flax]'"
-    ) from error
+    ) from _error
 
 from jdropout.nnx._alpha import AlphaDropout as AlphaDropout
 from jdropout.nnx._alpha import FeatureAlphaDropout as FeatureAlphaDropout

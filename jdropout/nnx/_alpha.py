@@ -94,4 +94,4 @@ class FeatureAlphaDropout(Dropout):
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
         self.channel_axis = channel_axis
-        self.batch_axes = tuple(batch_axes)
+        self.batch_axes: tuple[int, ...] = tuple(batch_axes)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.typing
@@ -13,7 +13,7 @@ from jdropout._flax import attention, attention_call, check_module_rate
 from jdropout._typing import Flag, Key, Rate
 
 # Taken now: users may put our class in its place.
-FlaxAttention: Any = nnx.MultiHeadAttention
+FlaxAttention = nnx.MultiHeadAttention
 
 
 def dot_product_attention(
@@ -197,14 +197,13 @@ class MultiHeadAttention(FlaxAttention):
             # Flax 0.12.4 has no such argument, and for a cache it would place the query before all
             # other keys.
             options["is_causal"] = True
-        source = (lambda: rngs) if isinstance(rngs, jax.Array) else rngs  # Flax calls it
-        cached = decoding and self.cache_index is not None
+        source: Any = (lambda: rngs) if isinstance(rngs, jax.Array) else rngs  # Flax calls it
+        index = self.cache_index if decoding else None
         with attention_call(
-            self.cache_index[...] if cached else None,
+            None if index is None else index[...],
             query_segment_ids=query_segment_ids,
             key_value_segment_ids=key_value_segment_ids,
         ):
-            result = super().__call__(
+            return super().__call__(
                 inputs_q, inputs_k, inputs_v, rngs=source, decode=decode, **options
             )
-        return cast("jax.Array", result)

@@ -65,8 +65,8 @@ class ConcreteDropout(Layer):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
-        self.logit = nnx.Param(initial_logit(initial_rate, param_dtype))
-        self.temperature = float(temperature)
+        self.logit: nnx.Param[jax.Array] = nnx.Param(initial_logit(initial_rate, param_dtype))
+        self.temperature: float = float(temperature)
         self.broadcast_dims = broadcast_dims
         attach(self, deterministic, rng_collection, rngs)
 

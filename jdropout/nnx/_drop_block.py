@@ -69,8 +69,10 @@ class DropBlock(Dropout):
         super().__init__(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
-        self.block_size = block_size if isinstance(block_size, int) else tuple(block_size)
-        self.spatial_axes = tuple(spatial_axes)
+        self.block_size: int | tuple[int, ...] = (
+            block_size if isinstance(block_size, int) else tuple(block_size)
+        )
+        self.spatial_axes: tuple[int, ...] = tuple(spatial_axes)
         self.channel_axis = channel_axis
         self.shared_channels = shared_channels
         self.scale = scale

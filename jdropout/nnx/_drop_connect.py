@@ -71,7 +71,7 @@ class DropConnect(Dropout):
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
         self.module = module
-        self.select = check_select(select)
+        self.select: Callable[[str], bool] | Sequence[str] = check_select(select)
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """Dropout as an nnx module, and how all nnx modules here get their flag and key."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jdropout._flax import Applied, FunctionLayer, check_module_flag, check_modu
 from jdropout._typing import Flag
 
 # Taken now: users may put our class in its place.
-FlaxDropout: Any = nnx.Dropout
+FlaxDropout = nnx.Dropout
 
 
 class Layer(nnx.Module):
@@ -73,7 +73,7 @@ class Layer(nnx.Module):
         )
 
     # Borrowed from Flax, because its contract with nnx.view changed between versions.
-    set_view = FlaxDropout.set_view
+    set_view: Callable[..., None] = FlaxDropout.set_view
 
 
 def attach(
@@ -150,7 +150,7 @@ class Dropout(Layer, FunctionLayer, FlaxDropout):
         *,
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-    ) -> Any:
+    ) -> jax.Array:
         """Drops and scales `inputs`; returns them unchanged if deterministic.
 
         Args:

@@ -62,7 +62,7 @@ class MultiSample(Layer):
     ) -> None:
         check_function("layer", layer)
         self.layer = layer
-        self.num_samples = check_positive("num_samples", num_samples)
+        self.num_samples: int = check_positive("num_samples", num_samples)
         self.batch_size = batch_size
         attach(self, deterministic, rng_collection, rngs)
 

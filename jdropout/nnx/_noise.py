@@ -105,7 +105,7 @@ class GaussianNoise(Layer, FunctionLayer):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
-        self.stddev = check_module_amount("stddev", stddev)
+        self.stddev: float = check_module_amount("stddev", stddev)
         self.broadcast_dims = broadcast_dims
         attach(self, deterministic, rng_collection, rngs)
 
@@ -115,7 +115,7 @@ class GaussianNoise(Layer, FunctionLayer):
         *,
         deterministic: Flag | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-    ) -> Any:
+    ) -> jax.Array:
         """Adds noise to `inputs`; returns them unchanged if deterministic.
 
         Args:

@@ -60,7 +60,7 @@ class SpatialDropout(Dropout):
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
         self.channel_axis = channel_axis
-        self.batch_axes = tuple(batch_axes)
+        self.batch_axes: tuple[int, ...] = tuple(batch_axes)
 
 
 class LockedDropout(Dropout):

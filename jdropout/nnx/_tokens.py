@@ -8,7 +8,7 @@ from flax import nnx
 from jdropout._checks import check_static_flag
 from jdropout._flax import Applied
 from jdropout._tokens import patch_dropout
-from jdropout._typing import Key
+from jdropout._typing import Flag
 from jdropout.nnx._dropout import Dropout
 
 
@@ -76,6 +76,28 @@ class PatchDropout(Dropout):
     def _draws(self, flag: bool | jax.Array) -> bool:
         return flag is not True and self.rate != 0  # a rate of 1 leaves one token, at random
 
-    def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:
-        kept, indices = super()._drop(key, x, check_static_flag(flag))
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        deterministic: Flag | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+    ) -> Any:
+        """Removes tokens of `inputs`; returns them all if deterministic.
+
+        Args:
+          inputs: array with an axis of tokens, with any dtype.
+          deterministic: overrides the constructor's flag; a bool, not traced.
+          rngs: overrides the constructor's source of keys; an `nnx.Rngs`, an `nnx.RngStream` or
+            a key.
+
+        Returns:
+          The kept tokens; with ``return_indices`` a pair, of them and their indices.
+
+        Raises:
+          ValueError: if neither the call nor the constructor gave a flag, or a source of keys.
+          TypeError: if the flag is traced, or `rngs` has the wrong type.
+        """
+        flag, key = self._resolve(deterministic, rngs)
+        kept, indices = self._drop(key, inputs, check_static_flag(flag))
         return (kept, indices) if self.return_indices else kept

@@ -79,6 +79,8 @@ class UnitSubset(SubsetWrapper):
         super().__init__(
             layer, rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
+        self.incoming: tuple[str, ...]
+        self.outgoing: tuple[str, ...]
         self.incoming, self.outgoing = check_paths(incoming, outgoing)
         self.incoming_axis = incoming_axis
         self.outgoing_axis = outgoing_axis

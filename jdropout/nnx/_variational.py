@@ -85,8 +85,11 @@ class VariationalDense(Layer):
             check_positive("in_features", in_features),
             check_positive("out_features", out_features),
         )
+        self.kernel: nnx.Param[jax.Array]
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.log_alpha: nnx.Param[jax.Array]
         self.log_alpha = nnx.Param(log_alpha_init(rngs.params(), shape, param_dtype))
+        self.bias: nnx.Param[jax.Array] | None
         self.bias = nnx.data(
             nnx.Param(bias_init(rngs.params(), shape[1:], param_dtype)) if use_bias else None
         )

@@ -29,7 +29,7 @@ class Wrapper(Layer):
     ) -> None:
         check_function("layer", layer)
         self.layer = layer
-        self.rate = check_module_rate(rate)
+        self.rate: float = check_module_rate(rate)
         attach(self, deterministic, rng_collection, rngs)
 
     def _draws(self, flag: bool | jax.Array) -> bool:

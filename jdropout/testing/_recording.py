@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -97,7 +97,7 @@ class Recording:
         same = self._program == other._program and self._about == other._about
         return same and np.array_equal(self._fingerprints, other._fingerprints)
 
-    __hash__ = None  # type: ignore[assignment]  # arrays are compared, which have no hash
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]  # arrays are compared, which have no hash
 
     def __repr__(self) -> str:
         steps = f"{len(self.steps)} of {self._about['steps']} steps, " if self.steps else ""
