@@ -19,6 +19,8 @@ TEST_SIZE = 797
 POOL_SIZE = 1000
 
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#a21caf", "#0f172a")
+# For readers who see no colours, and for print.
+DASHES = ("-", "--", "-.", ":", (0, (8, 1, 1, 1, 1, 1)))
 
 
 class Samples(NamedTuple):
@@ -177,10 +179,10 @@ def draw_panel(
     axes: Axes, scores: Mapping[str, np.ndarray], steps: Sequence[int] | None = None
 ) -> None:
     """Draws scores, arrays with axes (run, step), with the name at the end of each curve."""
-    for colour, score in zip(COLOURS, scores.values(), strict=False):
+    for colour, dashes, score in zip(COLOURS, DASHES, scores.values(), strict=False):
         mean, spread = score.mean(axis=0), score.std(axis=0, ddof=min(1, len(score) - 1))
         x = np.arange(len(mean)) if steps is None else steps
-        axes.plot(x, mean, color=colour, linewidth=2)
+        axes.plot(x, mean, linestyle=dashes, color=colour, linewidth=2)
         axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
     low, high = axes.get_ylim()
     ends = np.array([score[:, -1].mean() for score in scores.values()])

@@ -154,11 +154,21 @@ def draw_turn(
     p = np.asarray(jax.nn.softmax(logits[:, :, digit]))
     mean, (low, high) = p.mean(axis=0), np.quantile(p, [0.1, 0.9], axis=0)
     for index in np.unique(mean.argmax(axis=1)):
-        above.plot(angles, mean[:, index], color=f"C{index}", label=f"class {index}")
+        above.plot(angles, mean[:, index], color=f"C{index}")
         above.fill_between(
             angles, low[:, index], high[:, index], color=f"C{index}", alpha=0.15, linewidth=0
         )
-    above.set_ylabel("probabilities: mean of the masks\nand their middle 80 %")
+        peak = mean[:, index].argmax()
+        above.annotate(
+            f"class {index}",
+            (angles[peak], mean[peak, index]),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            color=f"C{index}",
+            fontweight="bold",
+        )
+    above.set(ylabel="probabilities: mean of the masks\nand their middle 80 %", ylim=(-0.05, 1.12))
     for name, measure, colour in (
         ("predictive entropy", uncertainty.predictive_entropy, RED),
         ("mutual information", uncertainty.mutual_information, BLUE),
@@ -167,12 +177,12 @@ def draw_turn(
         below.plot(angles, values[:, digit], color=colour, linewidth=2, label=name)
         label = f"the same, mean of {logits.shape[2]} digits"
         below.plot(angles, values.mean(axis=1), "--", color=colour, label=label)
-    below.set(ylabel="uncertainty in nats", xlabel="degrees turned", ylim=(0, None))
+    below.set(ylabel="uncertainty in nats", xlabel="rotation in degrees", ylim=(0, None))
     for axes in (row, above, below):
         axes.set_xlim(angles[0] - step / 2, angles[-1] + step / 2)
+    below.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (above, below):
         axes.set_xticks(angles[::2])
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
     figure.savefig(path, dpi=110)
@@ -182,11 +192,19 @@ def draw_rejection(path: pathlib.Path, curves: Scores) -> None:
     """Draws accuracy against the rejected fraction, averaged over the runs."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    styles = ((PURPLE, "-"), (GREEN, ":"), (GREEN, "-"), (BLUE, "-"), (RED, "-"), (INK, "--"))
-    for (name, curve), (colour, style) in zip(curves.items(), styles, strict=True):
+    solid, dashed, dash_dotted, dotted, long_dashed = _digits.DASHES
+    styles = (
+        (PURPLE, dash_dotted),
+        (GREEN, dotted),
+        (GREEN, solid),
+        (BLUE, dashed),
+        (RED, long_dashed),
+        (INK, solid),
+    )
+    for (name, curve), (colour, dashes) in zip(curves.items(), styles, strict=True):
         rejected = np.arange(curve.shape[1]) / curve.shape[1]
-        axes.plot(rejected, curve.mean(axis=0), style, color=colour, label=name)
-    axes.set(xlim=(0, 1), xlabel="rejected part", ylabel="accuracy of the others")
+        axes.plot(rejected, curve.mean(axis=0), linestyle=dashes, color=colour, label=name)
+    axes.set(xlim=(0, 1), xlabel="fraction rejected", ylabel="accuracy on the rest")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)

@@ -211,9 +211,10 @@ def save_curves(path: pathlib.Path, counts: np.ndarray, accuracies: np.ndarray, 
     panels = {"test accuracy": accuracies, "minus random, in pairs": accuracies - accuracies[:1]}
     for panel, (heading, scores) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         panel.set_title(heading, loc="left", fontsize=11)
-        for colour, name, score in zip(_digits.COLOURS, ACQUISITIONS, scores, strict=False):
+        lines = zip(_digits.COLOURS, _digits.DASHES, ACQUISITIONS, scores, strict=False)
+        for colour, dashes, name, score in lines:
             mean, error = score.mean(axis=0), standard_error(score)
-            panel.plot(counts, mean, color=colour, linewidth=2, label=name)
+            panel.plot(counts, mean, linestyle=dashes, color=colour, linewidth=2, label=name)
             panel.fill_between(counts, mean - error, mean + error, color=colour, alpha=0.2)
         panel.set_xlabel("labels")
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -249,10 +249,11 @@ def save_curves(path: pathlib.Path, runs: Mapping[str, Sequence[Run]], title: st
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11)
-    for colour, (kind, group) in zip(_digits.COLOURS, runs.items(), strict=False):
+    lines = zip(_digits.COLOURS, _digits.DASHES, runs.items(), strict=False)
+    for colour, dashes, (kind, group) in lines:
         seconds, accuracy = mean_seconds(group), mean_accuracies(group)
         label = f"{kind}: {accuracy[-1]:.1%} after {seconds[-1]:.0f} s"
-        axes.plot(seconds, accuracy, color=colour, linewidth=2, label=label)
+        axes.plot(seconds, accuracy, linestyle=dashes, color=colour, linewidth=2, label=label)
         axes.plot(seconds[-1], accuracy[-1], "o", color=colour)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("accuracy on the test images")
