@@ -164,7 +164,7 @@ def draw_turn(
             (angles[peak], mean[peak, index]),
             (0, 3),
             textcoords="offset points",
-            ha="center",
+            ha="center" if peak else "left",
             color=f"C{index}",
             fontweight="bold",
         )

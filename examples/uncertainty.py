@@ -275,7 +275,7 @@ def rejection_curves(parts: list[Answers], labels: jax.Array) -> dict[str, Runs]
             [logits[prediction].argmax(axis=-1) == labels for _, logits in parts], axis=1
         )
         curves[name] = accuracies_of_rest(doubt, right)
-    curves[f"knowing the errors of {prediction}"] = accuracies_of_rest(~right, right)
+    curves[f"knowing {prediction}'s errors"] = accuracies_of_rest(~right, right)
     return curves
 
 

@@ -59,7 +59,7 @@ def test_networks_of_few_steps_already_know_right_from_turned_digits(run):
 def test_accuracy_rises_when_the_doubtful_are_rejected_and_most_when_the_errors_are(run):
     text, _ = run
     _, by_entropy = rows(text, "MC: entropy", 4)
-    (by_errors,) = rows(text, "knowing the errors of MC", 4)
+    (by_errors,) = rows(text, "knowing MC's errors", 4)
     assert by_entropy[0] == by_errors[0]
     assert by_entropy[0] < by_entropy[1] < by_entropy[2]
     assert by_errors[3] > by_entropy[3] + 5
