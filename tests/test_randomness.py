@@ -36,7 +36,7 @@ def alternating(keys):
 
 
 def in_order(**options):
-    return port.keep_mask(ROOT, 0.5, (16, 32), global_shape=(8 * MANY, 32), **options)
+    return port.keep_mask(ROOT, 0.5, (32, 32), global_shape=(16 * MANY, 32), **options)
 
 
 def bits_of(name):
@@ -44,7 +44,7 @@ def bits_of(name):
     if name in ("rows", "20-rounds"):
         return in_order()
     if name == "columns":
-        return port.keep_mask(ROOT, 0.5, (8, 64), global_shape=(8, 4 * MANY)).T
+        return port.keep_mask(ROOT, 0.5, (16, 64), global_shape=(16, 4 * MANY)).T
     if name == "strata":
         return in_order(sample=(3, 10))
     if name == "subsets":
@@ -64,15 +64,15 @@ def bits_of(name):
 
 
 def test_streams_are_the_laws_bits(monkeypatch):
-    sizes = {"ROWS": 8, "COLUMNS": 32, "KEYS": 16, "SIDE": 4, "SUBSETS": (4, 16)}
+    sizes = {"ROWS": 16, "COLUMNS": 32, "KEYS": 16, "SIDE": 4, "SUBSETS": (4, 16)}
     for name, size in sizes.items():
         monkeypatch.setattr(stream, name, size)
     for name in [*stream.STREAMS, "20-rounds"]:
         made = np.concatenate([*itertools.islice(stream.chunks(name, SEED), 2)])
         if name == "uniforms":
-            kept = made.view(np.uint32).reshape(16, 4) < 2**32 * 0.3
-            place = {"start": (0, 0), "global_shape": (8 * MANY, 4), "precision": 32}
-            expected = jdropout.keep_mask(jax.random.key(SEED), 0.7, (16, 4), **place)
+            kept = made.view(np.uint32).reshape(32, 4) < 2**32 * 0.3
+            place = {"start": (0, 0), "global_shape": (16 * MANY, 4), "precision": 32}
+            expected = jdropout.keep_mask(jax.random.key(SEED), 0.7, (32, 4), **place)
             np.testing.assert_array_equal(kept, expected)
         else:
             np.testing.assert_array_equal(made, np.packbits(bits_of(name)), err_msg=name)
