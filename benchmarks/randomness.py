@@ -224,7 +224,7 @@ def table(logs: pathlib.Path) -> str:
             battery,
             amount(log) + stopped,
             str(found.count),
-            f"{found.least:.1e}" if found.least > 1e-299 else "< 1e-299",
+            f"{found.least:.1e}" if found.least > 1e-299 else "0",
             found.name,
             f"{found.corrected:.1g}",
             found.verdict if found.verdict == "passes" else f"**{found.verdict}**",
