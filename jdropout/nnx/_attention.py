@@ -199,12 +199,13 @@ class MultiHeadAttention(FlaxAttention):
             options["is_causal"] = True
         source = (lambda: rngs) if isinstance(rngs, jax.Array) else rngs  # Flax calls it
         cached = decoding and self.cache_index is not None
-        with attention_call(
+        call = super().__call__
+        result = attention_call(
+            functools.partial(
+                call, inputs_q, inputs_k, inputs_v, rngs=source, decode=decode, **options
+            ),
             self.cache_index[...] if cached else None,
             query_segment_ids=query_segment_ids,
             key_value_segment_ids=key_value_segment_ids,
-        ):
-            result = super().__call__(
-                inputs_q, inputs_k, inputs_v, rngs=source, decode=decode, **options
-            )
+        )
         return cast("jax.Array", result)
