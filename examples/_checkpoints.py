@@ -56,8 +56,8 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, settings: Settin
     except Exception as error:  # Orbax and its dependencies raise errors of many types
         raise SystemExit(
             f"the checkpoint of step {step} could not be written to {manager.directory} "
-            f"({reason_of(error)}). Make room, or mend what it says, and run the same command again: "
-            "it resumes from the last checkpoint"
+            f"({reason_of(error)}). Make room, or mend what it says, and run the same command "
+            "again: it resumes from the last checkpoint"
         ) from error
 
 

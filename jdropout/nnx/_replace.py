@@ -173,8 +173,9 @@ def replacing() -> Iterator[None]:
     """
     with _replacing:
         before = {name: getattr(nnx, name) for name in _CLASSES}
+        bind = vars(nnx).update  # one call: Ctrl-C comes before or after it
         try:
             _flax.install(nnx, _CLASSES)
             yield
         finally:
-            vars(nnx).update(before)
+            bind(before)

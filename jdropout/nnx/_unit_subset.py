@@ -168,9 +168,11 @@ def _with_params(module: Any, params: dict[str, jax.Array]) -> Iterator[None]:
     if isinstance(module, nnx.LinearGeneral):  # it reshapes its bias to these
         changes["out_features"] = params["kernel"].shape[-len(module.out_features) :]
     before = {name: vars(module)[name] for name in changes}
-    # Not setattr, which nnx refuses for a module from outside a transformation.
+    # Not setattr, which nnx refuses for a module from outside a transformation. One call for all:
+    # Ctrl-C comes before or after it.
+    bind = vars(module).update
     try:
-        vars(module).update(changes)
+        bind(changes)
         yield
     finally:
-        vars(module).update(before)  # all of them, whenever Ctrl-C comes
+        bind(before)
