@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 import sys
-import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -19,7 +18,11 @@ Settings = Mapping[str, float]
 
 
 def open_directory(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Opens a directory and removes incomplete checkpoints of killed processes from it."""
+    """Opens a directory and removes incomplete checkpoints of killed processes from it.
+
+    Raises:
+      SystemExit: if it cannot be made or changed.
+    """
     hide_late_failures()
     for path in sorted(directory.glob("*.orbax-checkpoint-tmp*")):
         say(f"{path} is half-written: it is not used")
@@ -29,11 +32,18 @@ def open_directory(directory: pathlib.Path) -> ocp.CheckpointManager:
         cleanup_tmp_directories=True,
         lightweight_initialize=True,  # otherwise one damaged checkpoint can prevent opening
     )
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    try:
+        return ocp.CheckpointManager(directory.absolute(), options=options)
+    except Exception as error:  # see save()
+        raise SystemExit(f"{directory} cannot be opened to write ({reason_of(error)})") from error
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, settings: Settings) -> None:
-    """Saves a checkpoint: the state, its settings and step, and a checksum of everything."""
+    """Saves a checkpoint: the state, its settings and step, and a checksum of everything.
+
+    Raises:
+      SystemExit: if it cannot be written, as when the disk is full. The earlier ones stay.
+    """
     label = {"step": step, "settings": dict(settings)}
     metadata = {
         "label": label,
@@ -41,7 +51,14 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, settings: Settin
         "sha256 of state": state_checksum(state),
     }
     items = {"state": ocp.args.StandardSave(state), "metadata": ocp.args.JsonSave(metadata)}
-    manager.save(step, args=ocp.args.Composite(**items))
+    try:
+        manager.save(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and its dependencies raise errors of many types
+        raise SystemExit(
+            f"the checkpoint of step {step} could not be written to {manager.directory} "
+            f"({reason_of(error)}). Make room, or mend what it says, and run the same command "
+            "again: it resumes from the last checkpoint"
+        ) from error
 
 
 def load_newest(
@@ -67,8 +84,7 @@ def load_newest(
         try:
             state = load(manager, step, start, settings)
         except Exception as error:  # Orbax and its dependencies raise errors of many types
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-            say(f"{path} is damaged ({reason}): it is not used")
+            say(f"{path} is damaged ({reason_of(error)}): it is not used")
             damaged.append(step)
         else:
             # Nothing is lost: the following steps will make them again, with the same bits.
@@ -124,19 +140,26 @@ def state_checksum(state: Any) -> str:
 
 
 def hide_late_failures() -> None:
-    """Keeps a damaged checkpoint from printing tracebacks.
+    """Keeps a damaged checkpoint or a full disk from printing tracebacks.
 
-    Orbax reads many arrays at once and raises the first failure, which we report. The others come
-    too late: nobody retrieves them, or they find the event loop closed, and each would print a
-    traceback.
+    Orbax reads and writes many arrays at once and raises the first failure, which we report. The
+    others are logged, or come too late: nobody retrieves them, or they find the event loop closed,
+    and each would print a traceback.
     """
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def report(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = report
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what failed, with which a long text begins, and why, with which it ends."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
 
 
 def say(text: str) -> None:

@@ -1,11 +1,10 @@
 """Code shared by the nnx and linen modules."""
 
-import contextlib
 import contextvars
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -188,26 +187,28 @@ _layer_call: contextvars.ContextVar[_LayerCall | None] = contextvars.ContextVar(
 )
 
 
-@contextlib.contextmanager
-def attention_call(query_position: jax.Array | None = None, **options: Any) -> Iterator[None]:
-    """Adds arguments to the call of `attention` inside.
+def attention_call(
+    layer: Callable[[], Any], query_position: jax.Array | None = None, **options: Any
+) -> Any:
+    """Calls a layer of Flax, and adds arguments to its call of `attention`.
 
     Args:
+      layer: the call.
       query_position: position of the one query in a cache, for which Flax has no argument.
       **options: arguments of `jdropout.dot_product_attention`; None for what the caller left out.
     """
     given = {name: value for name, value in options.items() if value is not None}
     call = _LayerCall(query_position, given)
-    token = _layer_call.set(call)
-    try:
-        yield
-    finally:
-        _layer_call.reset(token)
+    # A copy, which nothing has to undo: Ctrl-C may come at any moment.
+    context = contextvars.copy_context()
+    context.run(_layer_call.set, call)
+    result = context.run(layer)
     if given and not call.taken:
         raise ValueError(
             f"{' and '.join(given)} can only be used with an attention_fn of this library. Pass "
             "attention_fn=jdropout.nnx.dot_product_attention, or that of jdropout.linen."
         )
+    return result
 
 
 def install(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
@@ -217,8 +218,6 @@ def install(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
       framework: `flax.nnx` or `flax.linen`.
       classes: Flax's class and ours, by name.
     """
-    for name, (_, ours) in classes.items():
-        setattr(framework, name, ours)
     elsewhere = sorted(
         f"{module.__name__}.{name}"
         for module in list(sys.modules.values())
@@ -226,6 +225,8 @@ def install(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
         for name, value in list(vars(module).items())
         if any(value is flax for flax, _ in classes.values())
     )
+    # All of them or none, whenever Ctrl-C comes.
+    vars(framework).update({name: ours for name, (_, ours) in classes.items()})
     if elsewhere:
         warnings.warn(
             f"install() cannot reach names that are bound already: {', '.join(elsewhere)}. Import "
@@ -235,8 +236,7 @@ def install(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
 
 
 def uninstall(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
-    for name, (flax, _) in classes.items():
-        setattr(framework, name, flax)
+    vars(framework).update({name: flax for name, (flax, _) in classes.items()})
 
 
 def check_model(model: Any, kind: type) -> None:

@@ -9,6 +9,7 @@ streams, and code that knows nothing of them.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -57,6 +58,7 @@ class Sample(NamedTuple):
 
 
 _kinds: dict[Any, Part | Sample] = {}
+_defining = threading.Lock()
 
 
 def part_of(key: Any) -> Part | None:
@@ -134,9 +136,14 @@ def _key_shape(impl: Any) -> tuple[int, ...]:
     return words.shape
 
 
-@functools.cache  # the dtypes of all keys that exist must stay known
 def _implementation(kind: Part | Sample) -> Any:
     """JAX's description of keys: the original words, and the number."""
+    with _defining:  # two threads would define two, whose keys could not be used together
+        return _definition(kind)
+
+
+@functools.cache  # the dtypes of all keys that exist must stay known
+def _definition(kind: Part | Sample) -> Any:
 
     def words(keys: jax.Array, number: Any) -> jax.Array:
         data = jax.random.key_data(keys)

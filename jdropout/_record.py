@@ -3,12 +3,11 @@
 Without an audit nothing is recorded and nothing is marked.
 """
 
-import contextlib
 import contextvars
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -64,17 +63,19 @@ _audits = itertools.count()
 _PREFIX = "jdropout"
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Records the calls traced inside the context, even in functions that JAX has in its cache."""
+def recorded(trace: Callable[..., Any], *args: Any) -> tuple[Any, list[Call]]:
+    """Records the calls that a function traces, even in functions that JAX has in its cache.
+
+    Returns:
+      The result of the function, and the calls.
+    """
     calls: list[Call] = []
-    token = _calls.set(calls)
-    try:
-        # JAX caches traces per metadata context, so a fresh value forces everything to retrace.
-        with set_xla_metadata(jdropout_audit=str(next(_audits))):
-            yield calls
-    finally:
-        _calls.reset(token)
+    # A copy, which nothing has to undo: Ctrl-C may come at any moment.
+    context = contextvars.copy_context()
+    context.run(_calls.set, calls)
+    # JAX caches traces per metadata context, so a fresh value forces everything to retrace.
+    with set_xla_metadata(jdropout_audit=str(next(_audits))):
+        return context.run(trace, *args), calls
 
 
 def recording() -> bool:

@@ -355,6 +355,25 @@ def test_files_hold_everything_but_the_values(planted, tmp_path):
             Recording.load(path)
 
 
+def test_a_file_that_was_cut_or_altered_anywhere_is_noticed_or_reads_the_same(tmp_path):
+    """As what is left of a process that was killed, or of a full disk."""
+    recording, path = record(jnp.sin, X), tmp_path / "step.rec"
+    recording.save(path)
+    data = path.read_bytes()
+    damaged = [data[:length] for length in range(len(data))]
+    noticed = len(damaged)
+    damaged += [data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :] for i in range(len(data))]
+    reasons = set()
+    for number, wrong in enumerate(damaged):
+        path.write_bytes(wrong)
+        try:
+            assert Recording.load(path) == recording
+            assert number >= noticed
+        except ValueError as error:
+            reasons.add(str(error).partition(", got ")[0])
+    assert reasons == {"path must be a file that Recording.save wrote"}
+
+
 # --- trainings ----------------------------------------------------------------------------
 
 

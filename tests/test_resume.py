@@ -268,6 +268,22 @@ def test_without_damage_the_newest_checkpoint_is_used(read_after_damage):
     assert (one["read"], one["left"], one["report"]) == (2, [1, 2], "")
 
 
+def test_a_checkpoint_that_cannot_be_written_is_named_with_the_reason(example):
+    class OnFullDisk:
+        directory = "/full"
+
+        def save(self, step, args):
+            raise ValueError(f"Error writing /full/{'long/' * 200}: No space left on device")
+
+    with pytest.raises(SystemExit) as ended:
+        example._checkpoints.save(OnFullDisk(), 7, {"a": np.ones(1)}, {})
+    assert re.fullmatch(
+        r"the checkpoint of step 7 could not be written to /full \(ValueError: Error writing .* "
+        r"No space left on device\)\. .*: it resumes from the last checkpoint",
+        ended.value.code,
+    )
+
+
 @pytest.fixture(scope="module")
 def beginning(example, tmp_path_factory):
     """Options, training, data and state of the example, as it is before its first step."""

@@ -50,8 +50,8 @@ def _trace(inputs: Inputs, traced: list[int]) -> Program:
 
     values = [inputs.leaves[i] for i in traced]
     names = [inputs.names[i] for i in traced]
-    with _record.recorded() as calls, jax.debug_key_reuse(False):
-        closed = jax.make_jaxpr(flat)(*values)
+    with jax.debug_key_reuse(False):
+        closed, calls = _record.recorded(jax.make_jaxpr(flat), *values)
     flow = dataflow.walk(closed, values)
     counters = _steps(inputs)
     return Program(

@@ -151,12 +151,12 @@ class _Call(linen.Module):
             or a source of keys that is needed.
         """
         cached = self.decode and self.has_variable("cache", "cache_index")
-        with attention_call(
+        return attention_call(
+            functools.partial(super().__call__, *args, **options),
             self.get_variable("cache", "cache_index") if cached else None,
             query_segment_ids=query_segment_ids,
             key_value_segment_ids=key_value_segment_ids,
-        ):
-            return super().__call__(*args, **options)
+        )
 
 
 class MultiHeadDotProductAttention(_Call, FlaxAttention):

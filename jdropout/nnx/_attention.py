@@ -199,11 +199,17 @@ class MultiHeadAttention(FlaxAttention):
             options["is_causal"] = True
         source: Any = (lambda: rngs) if isinstance(rngs, jax.Array) else rngs  # Flax calls it
         index = self.cache_index if decoding else None
-        with attention_call(
+        return attention_call(
+            functools.partial(
+                super().__call__,
+                inputs_q,
+                inputs_k,
+                inputs_v,
+                rngs=source,
+                decode=decode,
+                **options,
+            ),
             None if index is None else index[...],
             query_segment_ids=query_segment_ids,
             key_value_segment_ids=key_value_segment_ids,
-        ):
-            return super().__call__(
-                inputs_q, inputs_k, inputs_v, rngs=source, decode=decode, **options
-            )
+        )

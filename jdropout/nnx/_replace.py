@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ _CLASSES = {
     "Dropout": (FlaxDropout, Dropout),
     "MultiHeadAttention": (FlaxAttention, MultiHeadAttention),
 }
+_replacing = threading.RLock()
 
 
 def replace_dropout(model: nnx.Module) -> int:
@@ -90,7 +92,8 @@ def _why_not(node: Any, attention: bool) -> str:
     kind = type(node)
     if kind.__call__ is not (FlaxAttention if attention else FlaxDropout).__call__:
         return f"{kind.__name__} has a call of its own"
-    if attention and node.dropout_rate != 0 and node.attention_fn is not flax_attention_fn:
+    known = flax_attention_fn, dot_product_attention  # ours, if Ctrl-C came when it was just set
+    if attention and node.dropout_rate != 0 and node.attention_fn not in known:
         return "its attention_fn is not Flax's"
     return ""
 
@@ -151,7 +154,8 @@ def uninstall() -> None:
 def replacing() -> Iterator[None]:
     """Makes models that are built inside use this library's dropout and attention.
 
-    A context manager, and a decorator of functions that build a model: `install` for a while.
+    A context manager, and a decorator of functions that build a model: `install` for a while, in
+    the whole process. A second thread that enters it waits until the first has left.
 
     Yields:
       None.
@@ -167,10 +171,11 @@ def replacing() -> Iterator[None]:
     References:
       The page "Migrating" of the documentation.
     """
-    before = {name: getattr(nnx, name) for name in _CLASSES}
-    try:
-        _flax.install(nnx, _CLASSES)
-        yield
-    finally:
-        for name, kind in before.items():
-            setattr(nnx, name, kind)
+    with _replacing:
+        before = {name: getattr(nnx, name) for name in _CLASSES}
+        bind = vars(nnx).update  # one call: Ctrl-C comes before or after it
+        try:
+            _flax.install(nnx, _CLASSES)
+            yield
+        finally:
+            bind(before)

@@ -1,6 +1,7 @@
 """Dropout of hidden units, or of heads, as an nnx module."""
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from flax import nnx
 from jdropout._flax import check_paths
 from jdropout._subset import unit_subset
 from jdropout.nnx._wrapper import SubsetWrapper
+
+_exchanging = threading.RLock()
+"""While a call has other parameters in the block's modules, no other thread's call reads them."""
 
 
 class UnitSubset(SubsetWrapper):
@@ -114,30 +118,31 @@ class UnitSubset(SubsetWrapper):
           TypeError: if the flag is traced, or `rngs` has the wrong type.
         """
         flag, key = self._static(deterministic, rngs)
-        sources = {path: _params(_module_at(self.layer, path)) for path in self.incoming}
-        sinks = {path: _module_at(self.layer, path).kernel[...] for path in self.outgoing}
+        with _exchanging:
+            sources = {path: _params(_module_at(self.layer, path)) for path in self.incoming}
+            sinks = {path: _module_at(self.layer, path).kernel[...] for path in self.outgoing}
 
-        def block(sources: Any, sinks: Any, x: Any) -> Any:
-            with contextlib.ExitStack() as stack:
-                for path, params in sources.items():
-                    stack.enter_context(_with_params(_module_at(self.layer, path), params))
-                for path, kernel in sinks.items():
-                    module = _module_at(self.layer, path)
-                    stack.enter_context(_with_params(module, {"kernel": kernel}))
-                return self.layer(x, *args, **options)
+            def block(sources: Any, sinks: Any, x: Any) -> Any:
+                with contextlib.ExitStack() as stack:
+                    for path, params in sources.items():
+                        stack.enter_context(_with_params(_module_at(self.layer, path), params))
+                    for path, kernel in sinks.items():
+                        module = _module_at(self.layer, path)
+                        stack.enter_context(_with_params(module, {"kernel": kernel}))
+                    return self.layer(x, *args, **options)
 
-        return unit_subset(
-            key,
-            block,
-            sources,
-            sinks,
-            inputs,
-            self.rate,
-            incoming_axis=self.incoming_axis,
-            outgoing_axis=self.outgoing_axis,
-            groups=self.groups,
-            deterministic=flag,
-        )
+            return unit_subset(
+                key,
+                block,
+                sources,
+                sinks,
+                inputs,
+                self.rate,
+                incoming_axis=self.incoming_axis,
+                outgoing_axis=self.outgoing_axis,
+                groups=self.groups,
+                deterministic=flag,
+            )
 
 
 def _module_at(module: Any, path: str) -> Any:
@@ -165,11 +170,11 @@ def _with_params(module: Any, params: dict[str, jax.Array]) -> Iterator[None]:
     if isinstance(module, nnx.LinearGeneral):  # it reshapes its bias to these
         changes["out_features"] = params["kernel"].shape[-len(module.out_features) :]
     before = {name: vars(module)[name] for name in changes}
-    # Not setattr, which nnx refuses for a module from outside a transformation.
+    # Not setattr, which nnx refuses for a module from outside a transformation. One call for all:
+    # Ctrl-C comes before or after it.
+    bind = vars(module).update
     try:
-        for name, value in changes.items():
-            object.__setattr__(module, name, value)
+        bind(changes)
         yield
     finally:
-        for name, value in before.items():
-            object.__setattr__(module, name, value)
+        bind(before)

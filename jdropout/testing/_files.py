@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Program, np.ndarray, Any]:
     try:
         with open(path, "rb") as file:
             contents = json.loads(gzip.decompress(file.read()))
-    except (gzip.BadGzipFile, EOFError, ValueError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise _not_a_recording(path) from error
     if not isinstance(contents, dict) or contents.get("format") != _FORMAT:
         raise _not_a_recording(path)

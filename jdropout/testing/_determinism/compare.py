@@ -4,6 +4,7 @@ import contextlib
 import enum
 import hashlib
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -149,14 +150,25 @@ def _plain(value: Any) -> Any:
     return type(value).__name__
 
 
+_replacing = threading.RLock()
+
+
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replaces a function of a module for a while, in this thread."""
+    thread = threading.get_ident()
+    with _replacing:
+        before = getattr(owner, name)
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            chosen = function if threading.get_ident() == thread else before
+            return chosen(*args, **kwargs)
+
+        try:
+            setattr(owner, name, replacement)
+            yield
+        finally:
+            setattr(owner, name, before)
 
 
 @contextlib.contextmanager
