@@ -374,6 +374,21 @@ def test_a_file_that_was_cut_or_altered_anywhere_is_noticed_or_reads_the_same(tm
     assert reasons == {"path must be a file that Recording.save wrote"}
 
 
+def test_a_save_that_fails_keeps_the_earlier_file(tmp_path, monkeypatch):
+    path = tmp_path / "recording"
+    recording = record(jnp.sin, X)
+    recording.save(path)
+
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(gzip, "compress", fail)
+    with pytest.raises(OSError, match="No space"):
+        record(jnp.cos, X).save(path)
+    assert Recording.load(path) == recording
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # --- trainings ----------------------------------------------------------------------------
 
 

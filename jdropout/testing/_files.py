@@ -1,6 +1,7 @@
 """Writes recordings to files that any machine can read: compressed JSON, without times."""
 
 import base64
+import contextlib
 import gzip
 import itertools
 import json
@@ -30,8 +31,14 @@ def write(path: str | os.PathLike[str], program: Program, rows: np.ndarray, abou
         "fingerprints": base64.b64encode(rows.astype("<u8").tobytes()).decode(),
     }
     text = json.dumps(contents, separators=(",", ":"))
-    with open(path, "wb") as file:
-        file.write(gzip.compress(text.encode(), mtime=0))
+    partial = f"{os.fspath(path)}.tmp"
+    try:
+        with open(partial, "wb") as file:
+            file.write(gzip.compress(text.encode(), mtime=0))
+        os.replace(partial, path)  # what fails before leaves an earlier recording as it is
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Program, np.ndarray, Any]:
