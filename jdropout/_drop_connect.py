@@ -203,7 +203,7 @@ def check_select(select: Any) -> Any:
 def _check_paths(paths: Sequence[str]) -> None:
     if "" in paths:
         raise ValueError(
-            "params must be a tree of named parameters, such as a dictionary, got one array. Use "
+            "params must be a tree of named parameters, such as a dictionary, got one leaf. Use "
             "jdropout.drop_connect for it."
         )
 

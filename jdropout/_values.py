@@ -13,11 +13,14 @@ import numpy as np
 
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:
     try:
-        sizes = tuple(operator.index(size) for size in shape)
+        numbers = [as_integer(size) for size in shape]
     except TypeError:
+        numbers = [None]
+    sizes = tuple(number for number in numbers if number is not None)
+    if len(sizes) != len(numbers):
         raise TypeError(
             f"{name} must be a sequence of integers, got {shape!r}. Write (n,) for one axis."
-        ) from None
+        )
     if any(size < 0 for size in sizes):
         raise ValueError(
             f"{name} must not have a negative size, got {sizes}. Use sizes of at least 0."
@@ -101,6 +104,42 @@ def check_flag(name: str, value: Any) -> bool:
     )
 
 
+def check_name(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a string, got {value!r} of type {type_name(value)}. Pass a name, such "
+            "as 'dropout'."
+        )
+
+
+def check_integer(name: str, value: Any) -> None:
+    if as_integer(value) is None:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type_name(value)}."
+            f" Convert it with int({name})."
+        )
+
+
+def check_sequence(name: str, values: Any) -> None:
+    """Checks a sequence of axes, before a module stores it."""
+    if not isinstance(values, Sequence | range) or isinstance(values, str):
+        raise TypeError(
+            f"{name} must be a sequence of axes, got {values!r}. Write (axis,) for one."
+        )
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Checks a dtype of parameters or of a computation."""
+    try:
+        inexact = jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
+    except (TypeError, ValueError):
+        inexact = False
+    if not inexact:
+        raise TypeError(
+            f"{name} must be a floating-point dtype, got {dtype!r}. Pass one such as jnp.float32."
+        )
+
+
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in options:
         raise ValueError(
@@ -141,7 +180,7 @@ def check_scalar(name: str, number: Any) -> float | jax.Array:
                 " For one value per example use jax.vmap."
             )
         return number
-    if isinstance(number, np.ndarray) and number.ndim == 0:
+    if is_numpy_scalar(number):
         return check_scalar(name, number[()])
     real = is_real(number) or (
         isinstance(number, np.generic) and jnp.issubdtype(number.dtype, jnp.floating)
@@ -198,7 +237,10 @@ def check_function(name: str, fn: Any) -> None:
 
 def check_nonempty(name: str, values: Any, of: str) -> None:
     """Checks a sequence with at least one element."""
-    if not isinstance(values, Sequence | np.ndarray | jax.Array) or isinstance(values, str):
+    sequence = isinstance(values, Sequence) or (
+        isinstance(values, np.ndarray | jax.Array) and values.ndim > 0
+    )
+    if not sequence or isinstance(values, str):
         raise TypeError(
             f"{name} must be a sequence of {of}, got {type_name(values)}. Write [a, b] for two."
         )
@@ -242,8 +284,18 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
+def is_numpy_scalar(value: Any) -> bool:
+    """Whether a value is an array without axes; that of `np.ma.masked` holds nothing but itself."""
+    return (
+        isinstance(value, np.ndarray)
+        and value.ndim == 0
+        and not isinstance(value, np.ma.MaskedArray)
+    )
+
+
 def is_real(value: Any) -> bool:
-    return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
+    number = isinstance(value, float | int | np.floating | np.integer)
+    return number and not isinstance(value, bool | np.timedelta64)
 
 
 def as_array(name: str, x: Any) -> jax.Array:
@@ -306,7 +358,8 @@ def readable(name: str, x: Any) -> jax.Array | np.ndarray | np.generic | complex
 def _known_to_jax(dtype: np.dtype) -> bool:
     if dtype in (np.longdouble, np.clongdouble):  # which is float64 on some machines
         return dtype in (np.float64, np.complex128)
-    return dtype.kind in "biufc" or bool(jnp.issubdtype(dtype, np.number))
+    # timedelta64 counts as an integer of NumPy.
+    return dtype.kind in "biufc" or (dtype.kind != "m" and bool(jnp.issubdtype(dtype, np.number)))
 
 
 @functools.lru_cache

@@ -71,6 +71,9 @@ class PositionFunction:
         key_range: Callable[..., Any] | None = None,
         per_example: bool = False,
     ) -> None:
+        _values.check_function("function", function)
+        if key_range is not None:
+            _values.check_function("key_range", key_range)
         self.function = function
         self.arrays: tuple[Any, ...] = arrays
         self.key_range = key_range

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jdropout._checks import check_rate
+from jdropout._checks import check_deterministic, check_rate
 from jdropout._dropout import dropout
 from jdropout._typing import Flag, Key, Rate
 
@@ -45,6 +45,7 @@ class Dropout(_eqx.Module):
 
     def __init__(self, p: Rate = 0.5, inference: Flag = False) -> None:
         check_rate(p, "p")
+        check_deterministic(inference, "inference")
         self.p = p
         self.inference = inference
 

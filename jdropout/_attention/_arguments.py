@@ -1,5 +1,6 @@
 """Argument checks of attention."""
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -100,6 +101,20 @@ def check_logits_operand(name: str, x: Any, shape: tuple[int, ...]) -> jax.Array
             f"heads, queries, keys), got shape {x.shape}. Insert axes of size 1."
         )
     return x
+
+
+def check_matmul_precision(precision: Any) -> None:
+    if precision is None or isinstance(precision, jax.lax.Precision):
+        return
+    try:
+        hash(precision)
+        one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        jax.eval_shape(functools.partial(jnp.matmul, precision=precision), one, one)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"precision must be one of JAX's, got {precision!r} of type {type_name(precision)}. "
+            "Pass 'highest', for example, or None."
+        ) from None
 
 
 def check_positions(whole: tuple[int, ...]) -> None:

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
+from jdropout._flax import check_module
 from jdropout._subset._layer_subset import scan_subset
 from jdropout._typing import Key
+from jdropout._values import as_arrays, check_positive
 from jdropout.keys import at_site
 from jdropout.linen._wrapper import SubsetWrapper
 
@@ -54,6 +56,11 @@ class LayerSubset(SubsetWrapper, kw_only=True):
     groups: int = 1
     unbiased: bool = False
 
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_module("layer", self.layer, linen.Module)
+        check_positive("num_layers", self.num_layers)
+
     def __call__(
         self,
         inputs: Any,
@@ -81,6 +88,7 @@ class LayerSubset(SubsetWrapper, kw_only=True):
           TypeError: if the rate is not a number, or it or the flag is traced.
         """
         flag, key = self._static(deterministic, rng)
+        inputs = as_arrays("inputs", inputs)
         if flag or key is None:
 
             def run_one(module: Any, x: Any, _: None) -> tuple[Any, None]:
@@ -97,6 +105,12 @@ class LayerSubset(SubsetWrapper, kw_only=True):
         # Not linen.scan, which cannot scan a part of a module's variables.
         variables = dict(self.layer.variables)
         params = variables.pop("params", {})
+        sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+        if sizes - {(self.num_layers,)}:
+            raise ValueError(
+                f"num_layers is {self.num_layers}, but the parameters have the sizes "
+                f"{sorted(sizes)} on their first axis. Initialize them with as many layers."
+            )
         changing = [name for name in variables if self.is_mutable_collection(name)]
         assert self.scope is not None  # a called module is bound
         streams = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
@@ -126,6 +140,7 @@ class LayerSubset(SubsetWrapper, kw_only=True):
             groups=self.groups,
             unbiased=self.unbiased,
             deterministic=False,
+            name="layer",
         )
         for collection in changing:
             for name, value in variables[collection].items():

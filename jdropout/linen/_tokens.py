@@ -9,6 +9,7 @@ from jdropout._checks import check_static_flag
 from jdropout._flax import Applied
 from jdropout._tokens import patch_dropout
 from jdropout._typing import Key
+from jdropout._values import check_flag
 from jdropout.linen._dropout import Dropping
 
 
@@ -57,5 +58,6 @@ class PatchDropout(Dropping):
 
     @linen.nowrap
     def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:
+        with_indices = check_flag("return_indices", self.return_indices)
         kept, indices = super()._drop(key, x, check_static_flag(flag))
-        return (kept, indices) if self.return_indices else kept
+        return (kept, indices) if with_indices else kept

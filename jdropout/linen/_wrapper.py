@@ -7,6 +7,7 @@ from flax import linen
 
 from jdropout._checks import check_static_flag
 from jdropout._typing import Key
+from jdropout._values import check_function
 from jdropout.linen._dropout import RateLayer
 
 
@@ -19,6 +20,11 @@ class SubsetWrapper(RateLayer, linen.Module):
     rate: float
     deterministic: bool | None = None
     rng_collection: str = "dropout"
+
+    @linen.nowrap
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_function("layer", self.layer)
 
     @linen.nowrap
     def _draws(self, flag: bool | jax.Array) -> bool:

@@ -48,12 +48,13 @@ def buckets(
     static = np.array(sorted(float(rate) for rate in checked))
 
     def nearest(step: Any) -> float:
-        if isinstance(step, jax.core.Tracer):
+        rate = step if isinstance(step, jax.core.Tracer) else schedule(check_step(step))
+        if isinstance(rate, jax.core.Tracer):  # all arrays are, while JAX traces
             raise TypeError(
-                f"step must be a number here, got {step!r}: each rate compiles a program. Call the "
+                f"step must be a number here, got {rate!r}: each rate compiles a program. Call the "
                 "schedule outside of the compiled step, and pass the rate as a static argument."
             )
-        rate = check_rate(np.asarray(schedule(check_step(step))), "the rate of the schedule")
+        rate = check_rate(np.asarray(rate), "the rate of the schedule")
         return float(static[np.abs(static - rate).argmin()])
 
     return nearest

@@ -10,7 +10,7 @@ import numpy as np
 
 from jdropout._dropout import keep_mask
 from jdropout._typing import Index, Key, Rate
-from jdropout._values import type_name
+from jdropout._values import check_flag, check_function, type_name
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_any_leaves
 from jdropout.testing._explain import explain, record_small
@@ -110,6 +110,8 @@ def assert_reproducible(
       Bouthillier, Laurent and Vincent, "Unreproducible research is reproducible" (ICML 2019),
       for what else changes from one training run to the next.
     """
+    check_function("train", train)
+    clear_caches = check_flag("clear_caches", clear_caches)
     _check_runs(runs)
     first: dict[str, _compare.Leaf] | None = None
     for run in range(1, runs + 1):

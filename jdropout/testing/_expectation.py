@@ -88,6 +88,7 @@ def assert_unbiased(
       Bernstein's inequality; Srivastava et al., JMLR 15 (2014), section 10, for Gaussian
       dropout.
     """
+    _values.check_function("fn", fn)
     x = _check_factors_defined(check_floating(x))
     key = _checks.check_key(key)
     noise = _Noise.of_dropout(_check_static_rate(rate))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _inputs
-from jdropout._values import check_flag, check_function, check_positive
+from jdropout._values import check_flag, check_function, check_positive, type_name
 from jdropout.testing._fingerprint import fingerprint
 from jdropout.testing._recording import MAX_ITERATIONS, Recorder, Recording, about, as_64_bits
 
@@ -68,6 +68,10 @@ def record_training(
     check_flag("values", values)
     every = check_positive("every", every)
     max_iterations = check_positive("max_iterations", max_iterations)
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be iterable, got {type_name(batches)}. Pass a list of batches."
+        )
     return _Training(step, state, every, values, max_iterations).run(batches)
 
 
@@ -113,8 +117,8 @@ class _Training:
         leaves = [leaf for _, leaf in self.leaves()]
         if not leaves:
             raise ValueError(
-                "state must hold an array, so that its changes can be seen. Pass parameters, or a "
-                "Flax nnx module."
+                f"state must hold an array, so that its changes can be seen, got {self.state!r}. "
+                "Pass parameters, or a Flax nnx module."
             )
         return as_64_bits(self.of_state(leaves))
 
