@@ -196,12 +196,8 @@ def check_broadcast_dims(
     broadcast_dims: Any, rank: int, name: str = "broadcast_dims"
 ) -> frozenset[int]:
     """Returns the axes as non-negative numbers."""
-    try:
-        numbers = [_values.as_integer(axis) for axis in broadcast_dims]
-    except TypeError:
-        numbers = [None]
-    axes = [number for number in numbers if number is not None]
-    if len(axes) != len(numbers):
+    axes = _values.as_integers(broadcast_dims)
+    if axes is None:
         raise TypeError(
             f"{name} must be a sequence of axes, got {broadcast_dims!r}. "
             "Write (axis,) for one axis."

@@ -186,7 +186,7 @@ def check_select(select: Any) -> Any:
     """Returns a predicate on paths, or a tuple of names."""
     if callable(select):
         return select
-    if not isinstance(select, Sequence | set | frozenset) or isinstance(select, str):
+    if not isinstance(select, Sequence | set | frozenset) or isinstance(select, str | bytes):
         raise TypeError(
             f"select must be a function of a path or a sequence of names, got {select!r}. Write "
             "('recurrent_kernel',) for one name."

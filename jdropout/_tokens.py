@@ -212,7 +212,8 @@ def _check_tokens(tokens: Any, replacement: Any, protected: Any) -> jax.Array:
             f"tokens must be an array of integers, got dtype {array.dtype}. Drop words before the "
             "embedding, or use jdropout.dropout after it."
         )
-    if not isinstance(protected, Sequence | frozenset | set | range):
+    collection = isinstance(protected, Sequence | frozenset | set | range)
+    if not collection or isinstance(protected, str | bytes):
         raise TypeError(
             f"protected must be a sequence of tokens, got {protected!r}. Write (token,) for one."
         )

@@ -12,12 +12,8 @@ import numpy as np
 
 
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:
-    try:
-        numbers = [as_integer(size) for size in shape]
-    except TypeError:
-        numbers = [None]
-    sizes = tuple(number for number in numbers if number is not None)
-    if len(sizes) != len(numbers):
+    sizes = as_integers(shape)
+    if sizes is None:
         raise TypeError(
             f"{name} must be a sequence of integers, got {shape!r}. Write (n,) for one axis."
         )
@@ -37,15 +33,14 @@ def check_axis(name: str, axis: Any, rank: int) -> int:
             " Negative axes count from the end."
         )
     if not -rank <= number < rank:
-        raise ValueError(
-            f"{name} is {number}, but the array has {rank} axes. Use {-rank} to {rank - 1}."
-        )
+        fix = f"Use {-rank} to {rank - 1}." if rank else "Pass an array with axes."
+        raise ValueError(f"{name} is {number}, but the array has {rank} axes. {fix}")
     return number % rank
 
 
 def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
     """Returns distinct axes as non-negative numbers, in the given order."""
-    if not isinstance(axes, Sequence | range) or isinstance(axes, str):
+    if not isinstance(axes, Sequence | range) or isinstance(axes, str | bytes):
         raise TypeError(f"{name} must be a sequence of axes, got {axes!r}. Write (axis,) for one.")
     counted = tuple(check_axis(name, axis, rank) for axis in axes)
     if len(set(counted)) != len(counted):
@@ -122,7 +117,7 @@ def check_integer(name: str, value: Any) -> None:
 
 def check_sequence(name: str, values: Any) -> None:
     """Checks a sequence of axes, before a module stores it."""
-    if not isinstance(values, Sequence | range) or isinstance(values, str):
+    if not isinstance(values, Sequence | range) or isinstance(values, str | bytes):
         raise TypeError(
             f"{name} must be a sequence of axes, got {values!r}. Write (axis,) for one."
         )
@@ -237,12 +232,15 @@ def check_function(name: str, fn: Any) -> None:
 
 def check_nonempty(name: str, values: Any, of: str) -> None:
     """Checks a sequence with at least one element."""
-    sequence = isinstance(values, Sequence) or (
-        isinstance(values, np.ndarray | jax.Array) and values.ndim > 0
-    )
-    if not sequence or isinstance(values, str):
+    array = isinstance(values, np.ndarray | jax.Array)
+    if not (array or isinstance(values, Sequence)) or isinstance(values, str | bytes):
         raise TypeError(
             f"{name} must be a sequence of {of}, got {type_name(values)}. Write [a, b] for two."
+        )
+    if array and (values.ndim != 1 or values.size > _MOST_ELEMENTS):
+        raise ValueError(
+            f"{name} must have one axis of at most {_MOST_ELEMENTS} {of}, got shape {values.shape}."
+            " Write [a, b] for two."
         )
     if not len(values):
         raise ValueError(f"{name} must not be empty. Pass at least one of the {of}.")
@@ -284,6 +282,26 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
+def as_integers(values: Any) -> tuple[int, ...] | None:
+    """The integers of an iterable, otherwise None."""
+    if isinstance(values, str | bytes):
+        return None
+    if isinstance(values, np.ndarray | jax.Array) and (
+        isinstance(values, jax.core.Tracer) or values.ndim != 1
+    ):
+        return None  # JAX would slice a traced array as often as its axis is long
+    try:
+        numbers = [as_integer(value) for value in values]
+    except TypeError:
+        return None
+    integers = tuple(number for number in numbers if number is not None)
+    return integers if len(integers) == len(numbers) else None
+
+
+_MOST_ELEMENTS = 2**16
+"""Of an array that is iterated over."""
+
+
 def is_numpy_scalar(value: Any) -> bool:
     """Whether a value is an array without axes; that of `np.ma.masked` holds nothing but itself."""
     return (
@@ -303,9 +321,9 @@ def as_array(name: str, x: Any) -> jax.Array:
     x = readable(name, x)
     if isinstance(x, jax.Array):  # also of a dtype such as PRNG keys
         return x
-    dtype = dtype_of(x)
+    dtype = np.dtype(np.int64) if isinstance(x, int) else dtype_of(x)  # of 2**64 it is object
     narrow = jax.dtypes.canonicalize_dtype(dtype)
-    if narrow != dtype and jnp.issubdtype(dtype, np.integer) and np.size(x):
+    if (narrow != dtype or isinstance(x, int)) and jnp.issubdtype(dtype, np.integer) and np.size(x):
         limits = jnp.iinfo(narrow)
         for number in (np.min(x), np.max(x)):
             if not limits.min <= number <= limits.max:

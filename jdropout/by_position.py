@@ -122,7 +122,9 @@ def alibi(slopes: ArrayLike | int) -> PositionFunction:
       Press, Smith and Lewis, "Train short, test long: attention with linear biases enables input
       length extrapolation" (2022), section 3.
     """
-    number = _values.as_integer(slopes)
+    number = (
+        None if _values.as_integer(slopes) is None else _values.check_positive("slopes", slopes)
+    )
     array = _values.check_floating_array(
         "slopes", slopes if number is None else alibi_slopes(number)
     )

@@ -434,7 +434,7 @@ def targets() -> list[Target]:
             name,
             name,
             parsed(base),
-            AFTER.get(name.rpartition(".")[0 if ".sch" in name else 2], ""),
+            AFTER.get(name) or AFTER.get(name.rpartition(".")[0], ""),
         )
         for name, base in BASE.items()
         if base is not None
@@ -528,11 +528,15 @@ def keyword(target: Target, name: str) -> bool:
 
 
 def pool(name: str, annotation: Any, random_: random.Random) -> list[str]:
+    kinds = list(VALUES) if random_.random() < 0.3 else fitting(name, annotation)
+    return VALUES[random_.choice(kinds)]
+
+
+def fitting(name: str, annotation: Any) -> list[str]:
+    """Headings of values that are meant for a parameter, or nearly."""
     words = f"{annotation} {name}"
     kinds = [kind for part, kinds in KINDS.items() if re.search(part, words) for kind in kinds]
-    if not kinds or random_.random() < 0.3:
-        kinds = list(VALUES)
-    return VALUES[random_.choice(kinds)]
+    return kinds or list(VALUES)
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -565,12 +569,8 @@ def of_error(call: Call, error: Exception) -> Verdict:
         trace = trace.tb_next
     package = os.path.dirname(jdropout.__file__)
     own = [i for i, (file, _) in enumerate(frames) if file.startswith(package)]
-    if (
-        not inspect.isclass(error)
-        and re.search(MISFITS, str(error))
-        and len(own)
-        and own[-1] == len(frames) - 1
-    ):
+    in_flax = frames[-1][0].startswith(os.path.dirname(flax.__file__))
+    if own and (in_flax or own[-1] == len(frames) - 1) and re.search(MISFITS, str(error)):
         return Verdict("caller", str(error)[:300])
     described = f"{type(error).__name__}: {str(error)[:300]}"
     if not own:
@@ -615,7 +615,7 @@ ALIASES = {
 """What Flax and Equinox call the arguments of functions."""
 
 
-CALLERS = r"flax/(core/scope|nnx/variablelib)\.py$|flax/(nnx/nn|linen)/(linear|recurrent|attention|normalization)\.py$"
+CALLERS = r"flax/(core/scope|nnx/variablelib|(nnx/nn|linen)/(linear|recurrent|attention))\.py$"
 """Files with the modules of Flax that a caller gives to a layer."""
 MISFITS = r"\(\) (takes|got|missing) .*argument|object is not callable$"
 """What Python says of a function of the caller's that takes other arguments."""
@@ -629,7 +629,7 @@ def is_named(name: str, text: str) -> bool:
 
 def told(value: Any, text: str) -> bool:
     """Whether an error tells a value, its type or what is wrong in it."""
-    words = [repr(value), str(value), type(value).__name__]
+    words = [repr(value), str(value), type(value).__name__, "one leaf"]
     for leaf in [value, *jax.tree.leaves(value)]:
         if isinstance(leaf, ARRAY):
             narrow = str(leaf.dtype).replace("64", "32").replace("complex128", "complex64")
@@ -638,11 +638,13 @@ def told(value: Any, text: str) -> bool:
     if (elements := elements_of(value)) is not None:
         words += ["empty", *map(repr, elements), *(type(x).__name__ for x in elements)]
     if callable(value):
-        words += ["function", "return"]
+        words += ["function", "return", "schedule"]
+    if isinstance(value, int):
+        words += [f"{value.bit_length()} bits"]
     if isinstance(value, bool | int | float | complex):
         words += ["()", "scalar", "float32", "int32", "complex64", "bool"]
     if isinstance(value, dict | list | tuple):
-        words += ["one leaf", "FrozenDict", "an array"]
+        words += ["FrozenDict", "an array"]
     return any(word in text for word in words)
 
 

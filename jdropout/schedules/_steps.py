@@ -10,7 +10,7 @@ import numpy as np
 
 from jdropout import _checks
 from jdropout._typing import ArrayLike, Rate
-from jdropout._values import check_integer
+from jdropout._values import as_integers, check_integer
 
 Schedule: TypeAlias = Callable[[ArrayLike], jax.Array]
 """Function from a step to a rate, a float32 scalar in [0, 1] for `jdropout.dropout`.
@@ -48,7 +48,12 @@ MAX_STEP = 2**31 - 128
 
 
 def check_step(step: Any) -> jax.Array | np.ndarray:
-    array = step if isinstance(step, jax.Array) else np.asarray(step)
+    try:
+        array = step if isinstance(step, jax.Array) else np.asarray(step)
+    except (TypeError, ValueError):  # a list that holds a traced array, or lists of two lengths
+        raise TypeError(
+            f"step must be a number, got {step!r}. Pass the number of the training step."
+        ) from None
     if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
         raise TypeError(
             f"step must be a number, got {step!r} of dtype {array.dtype}."
@@ -83,7 +88,7 @@ def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 
 
 def check_boundaries(boundaries: Any, of: str, count: int) -> tuple[int, ...]:
     """Returns the steps at which ``count`` pieces change, one less than there are pieces."""
-    array = isinstance(boundaries, np.ndarray | jax.Array) and boundaries.ndim > 0
+    array = isinstance(boundaries, np.ndarray | jax.Array) and as_integers(boundaries) is not None
     if not (array or isinstance(boundaries, Sequence)):
         raise TypeError(
             f"boundaries must be a sequence of steps, got {boundaries!r}. Write [step] for one."

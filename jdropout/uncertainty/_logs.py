@@ -71,6 +71,8 @@ def wide(x: jax.Array) -> jax.Array:
 
 def check_categorical(logits: Any, axis: Any) -> tuple[jax.Array, int]:
     array = _values.check_floating_array("logits", logits)
+    if not array.ndim:
+        raise ValueError("logits must have an axis of classes, got shape (). Pass an array.")
     axis = _values.check_axis("axis", axis, array.ndim)
     if array.shape[axis] == 0:
         raise ValueError(
