@@ -29,7 +29,8 @@ def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
         return _check_rate_array(rate, name)
     if _values.is_numpy_scalar(rate):
         return check_rate(rate[()], name)
-    if getattr(rate, "shape", ()) != ():
+    shape = getattr(rate, "shape", ())
+    if isinstance(shape, tuple) and shape:
         raise ValueError(_rate_shape(rate, name))
     number = isinstance(rate, float | int) or (
         isinstance(rate, np.generic)  # unlike np.issubdtype, jnp's knows bfloat16

@@ -109,16 +109,20 @@ def check_dense(use_bias: Any, **initializers: Any) -> None:
 def check_dense_inputs(inputs: Any, kernel_dtype: Any) -> jax.Array:
     """Returns the inputs as an array, for Flax to promote."""
     inputs = _values.as_array("inputs", inputs)
-    try:
-        jnp.promote_types(inputs.dtype, kernel_dtype)
-    except (TypeError, ValueError):  # float8, for example
-        raise TypeError(
-            f"inputs must have a dtype that promotes to the kernel's {kernel_dtype}, got "
-            f"{inputs.dtype}. Convert it with inputs.astype(jnp.float32)."
-        ) from None
+    _check_promotes("inputs", inputs, kernel_dtype)
     if not inputs.ndim:
         raise ValueError("inputs must have an axis of features, got shape (). Pass inputs[None].")
     return inputs
+
+
+def _check_promotes(name: str, x: jax.Array, dtype: Any) -> None:
+    try:
+        jnp.promote_types(x.dtype, dtype)
+    except (TypeError, ValueError):  # of float8, for example
+        raise TypeError(
+            f"{name} must have a dtype that promotes with {jnp.dtype(dtype)}, got {x.dtype}. "
+            f"Convert it with {name}.astype(jnp.float32)."
+        ) from None
 
 
 def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
@@ -131,12 +135,14 @@ def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
 
 def draws_any_mask(rates: Any, deterministic: bool | jax.Array) -> bool:
     """Whether zoneout draws a mask for any of the rates; it draws none at 0 and at 1."""
-    return deterministic is not True and any(rate not in (0, 1) for rate in jax.tree.leaves(rates))
+    return deterministic is not True and any(
+        isinstance(rate, jax.Array) or rate not in (0, 1) for rate in jax.tree.leaves(rates)
+    )
 
 
 def draws_noise(amount: float, deterministic: bool | jax.Array) -> bool:
     """Whether a call draws noise; an amount of 1 draws, unlike a rate of 1."""
-    return deterministic is not True and amount != 0
+    return deterministic is not True and (isinstance(amount, jax.Array) or amount != 0)
 
 
 def same_part(output: Any, new: Any, zoned: Any) -> Any:
@@ -300,6 +306,7 @@ def check_attention(query: Any, key: Any, value: Any, dtype: Any) -> list[jax.Ar
                 f"{name} must be an array of numbers with the axes (..., length, heads, features), "
                 f"got shape {x.shape} and dtype {x.dtype}. Insert axes of size 1."
             )
+        _check_promotes(name, x, arrays[0].dtype if dtype is None else dtype)
     return arrays
 
 

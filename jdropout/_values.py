@@ -126,7 +126,8 @@ def check_sequence(name: str, values: Any) -> None:
 def check_dtype(name: str, dtype: Any) -> None:
     """Checks a dtype of parameters or of a computation."""
     try:
-        inexact = jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
+        array = isinstance(dtype, jax.Array | np.ndarray)  # jnp.dtype takes that of a traced one
+        inexact = not array and jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
     except (TypeError, ValueError):
         inexact = False
     if not inexact:

@@ -287,7 +287,7 @@ def _check_threshold(threshold: Any) -> float | None:
         raise TypeError(
             f"threshold must be None or a number, got {threshold!r}. It is a log_alpha, such as 3."
         )
-    return float(threshold)
+    return _values.as_float("threshold", threshold)
 
 
 def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -37,13 +37,14 @@ import threading
 import types
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
+import law_twin
 import ml_dtypes
 import numpy as np
 import test_api
@@ -371,6 +372,10 @@ class Target(NamedTuple):
             *(name for name in self.arguments if name[0] != "*"),
         }
 
+    def values(self) -> dict[str, Any]:
+        """The arguments of the base call."""
+        return {name: eval(source, dict(SCOPE)) for name, source in self.arguments.items()}
+
     def text(self, changed: dict[str, str]) -> str:
         arguments = self.arguments | changed
         written = [v if k[0] == "*" else f"{k}={v}" for k, v in arguments.items()]
@@ -389,6 +394,18 @@ class Call(NamedTuple):
     def text(self) -> str:
         arguments = {k: "v" if v == self.traced else v for k, v in self.changed.items()}
         return ast.unparse(ast.parse(self.form.format(self.target.text(arguments), self.traced)))
+
+
+SHARED: dict[str, Callable[[int], Iterable[int]]] = {
+    "keep_mask": lambda rank: (),
+    "dropout": lambda rank: (),
+    "drop_connect": lambda rank: (),
+    "spatial_dropout": lambda rank: range(1, rank - 1),
+    "locked_dropout": lambda rank: (1,),
+    "drop_path": lambda rank: range(1, rank),
+    "embedding_dropout": lambda rank: range(1, rank),
+}
+"""Functions whose result is 0 where the mask drops, and along which axes by default."""
 
 
 def known() -> set[str]:
@@ -629,6 +646,8 @@ def is_named(name: str, text: str) -> bool:
 
 def told(value: Any, text: str) -> bool:
     """Whether an error tells a value, its type or what is wrong in it."""
+    if value is None:  # a default
+        return True
     words = [repr(value), str(value), type(value).__name__, "one leaf"]
     for leaf in [value, *jax.tree.leaves(value)]:
         if isinstance(leaf, ARRAY):
@@ -636,11 +655,14 @@ def told(value: Any, text: str) -> bool:
             words += ["array", "Tracer", "masked", str(leaf.dtype), narrow, str(leaf.shape)]
             words += [str(len(leaf.shape)), *map(str, leaf.shape)]
     if (elements := elements_of(value)) is not None:
+        words += ["()"] * (not elements)
         words += ["empty", *map(repr, elements), *(type(x).__name__ for x in elements)]
     if callable(value):
-        words += ["function", "return", "schedule"]
+        words += ["function", "return", "schedule", "under jax.jit", "with a kernel", "State("]
     if isinstance(value, int):
         words += [f"{value.bit_length()} bits"]
+    if isinstance(value, int | float):
+        words.append(str(value).removesuffix(".0"))
     if isinstance(value, bool | int | float | complex):
         words += ["()", "scalar", "float32", "int32", "complex64", "bool"]
     if isinstance(value, dict | list | tuple):
@@ -662,7 +684,58 @@ def of_result(call: Call, result: Any) -> Verdict:
         ignored = re.search("key|rng|deterministic", name) is not None
         if not ignored and not fits(eval(source, dict(SCOPE)), parameters[name]):
             return Verdict("fault", f"accepted {name}={source}, which is not {parameters[name]}")
+    changed = {name: eval(source, dict(SCOPE)) for name, source in call.changed.items()}
+    arguments = call.target.values() | changed
+    like = next((arguments[name] for name in LIKE if name in arguments), None)
+    if call.traced or call.target.name.rpartition(".")[0] != "jdropout":
+        return Verdict("result")
+    function = call.target.name.removeprefix("jdropout.")
+    if function in LIKE_INPUT.split() and described(result) != described(like):
+        return Verdict("fault", f"returned {described(result)} for {described(like)}")
+    if call.form == "{}":
+        return of_values(function, arguments, like, result)
     return Verdict("result")
+
+
+def described(x: Any) -> str:
+    x = x if hasattr(x, "dtype") else np.asarray(x, np.result_type(type(x), np.float32))
+    return f"{jax.dtypes.canonicalize_dtype(x.dtype)}{list(x.shape)}"
+
+
+LIKE = ("x", "w", "table", "tokens")
+LIKE_INPUT = """alpha_dropout bias_dropout_add concrete_dropout drop_block standout
+    feature_alpha_dropout gaussian_dropout gaussian_noise targeted_dropout uniform_noise
+    variational_dropout word_dropout dropout drop_connect spatial_dropout locked_dropout drop_path
+    embedding_dropout"""
+"""Functions that return an array like their input."""
+
+
+def of_values(name: str, arguments: dict[str, Any], x: Any, result: Any) -> Verdict:
+    """Compares masks with the law's twin, and looks for NaN."""
+    if name in LIKE_INPUT.split() and is_floating(x):
+        finite = [np.isfinite(np.asarray(array, np.float64)).all() for array in (x, result)]
+        if finite == [True, False]:
+            return Verdict("fault", "returned NaN or infinity for a finite input")
+    axes = SHARED.get(name, lambda rank: ())
+    key, rate = arguments.get("key"), arguments.get("rate")
+    words = () if name not in SHARED or key is None else np.ravel(jax.random.key_data(key))
+    options = {*arguments} - {"key", "x", "w", "table", "rate", "shape"}
+    if len(words) != 2 or options - {"broadcast_dims", "start", "global_shape", "precision"}:
+        return Verdict("result")
+    shape = arguments["shape"] if x is None else np.shape(x)
+    shared = arguments.get("broadcast_dims", axes(len(shape)))
+    shared = tuple(int(axis) % len(shape) for axis in shared)
+    precision = arguments.get("precision") or (16 if isinstance(rate, jax.Array) else None)
+    place = (arguments.get("start"), arguments.get("global_shape"), precision)
+    expected = law_twin.keep_mask(words, float(rate), tuple(shape), shared, *place)
+    kept = np.asarray(result) if x is None else np.asarray(result) != 0
+    if not (kept == expected & np.asarray(True if x is None else x, bool)).all():
+        return Verdict("fault", "returned another mask than the law's twin")
+    return Verdict("result")
+
+
+def is_floating(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -685,7 +758,7 @@ def fits(value: Any, annotation: Any) -> bool:
     if annotation is int:
         return scalar and not isinstance(value, bool) and hasattr(value, "__index__")
     if annotation in (float, complex):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float | complex) and not isinstance(value, bool)
         return number or (scalar and dtype is not None and jnp.issubdtype(dtype, np.number))
     if annotation in (jax.Array, np.ndarray):
         return fits(value, complex) or dtype is not None or hasattr(value, "__jax_array__")

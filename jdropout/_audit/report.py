@@ -190,7 +190,10 @@ def allowed(allow: Any, codes: Mapping[str, str]) -> dict[str, str]:
 def names_of(argument: str, names: Any) -> tuple[str, ...]:
     """Returns one or several strings as a tuple."""
     names = (names,) if isinstance(names, str) else names
-    found = tuple(names) if isinstance(names, Iterable) else (None,)
+    try:
+        found = tuple(names)
+    except TypeError:
+        found = (None,)
     if not all(isinstance(name, str) for name in found):
         raise TypeError(f"{argument} must hold strings, got {names!r}. Write ('name',) for one.")
     return found

@@ -36,4 +36,4 @@ class SubsetWrapper(RateLayer, linen.Module):
         if self.is_initializing():
             return True, None
         flag, key = self._resolve(deterministic, rng)
-        return bool(flag), key
+        return check_static_flag(flag), key

@@ -34,7 +34,7 @@ def turn_on(model: nnx.Module, only: Any = None) -> bool:
 def check_filter(only: Any, name: str = "only") -> None:
     try:
         nnx.filterlib.to_predicate(... if only is None else only)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             f"{name} must be a filter of Flax nnx, got one of type {type_name(only)}. Pass a type, "
             "or a function of path and layer."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _inputs
-from jdropout._values import check_flag, check_function, check_positive, type_name
+from jdropout._values import check_flag, check_function, check_positive, readable, type_name
 from jdropout.testing._fingerprint import fingerprint
 from jdropout.testing._recording import MAX_ITERATIONS, Recorder, Recording, about, as_64_bits
 
@@ -111,7 +111,11 @@ class _Training:
     def leaves(self) -> list[tuple[str, Any]]:
         inputs = _inputs.flatten(lambda state: None, (self.state,), {})
         pairs = zip(inputs.names, inputs.leaves, strict=True)
-        return [(name, leaf) for name, leaf in pairs if _inputs.is_array(leaf)]
+        return [
+            (name, readable("state", leaf) if isinstance(leaf, np.ndarray) else leaf)
+            for name, leaf in pairs
+            if _inputs.is_array(leaf)
+        ]
 
     def fingerprints(self) -> np.ndarray:
         leaves = [leaf for _, leaf in self.leaves()]

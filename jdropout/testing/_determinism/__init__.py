@@ -145,6 +145,5 @@ def _is_sharded(args: Any) -> bool:
 def _check_platform(platform: Any) -> str:
     if platform is None:
         platform = jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
-    check_option("platform", platform, _PLATFORMS)
-    return str(platform)
+    check_option("platform", platform, (*_PLATFORMS, "gpu"))
+    return "cuda" if platform == "gpu" else str(platform)
