@@ -93,13 +93,6 @@ def check_stream(deterministic: Any, rng_collection: Any) -> None:
     _values.check_name("rng_collection", rng_collection)
 
 
-def check_features(name: str, number: Any) -> int:
-    features = _values.check_positive(name, number)
-    if features >= 2**31:
-        raise ValueError(f"{name} must be below 2**31, got {features}. Use fewer.")
-    return features
-
-
 def check_dense(use_bias: Any, **initializers: Any) -> None:
     _values.check_flag("use_bias", use_bias)
     for name, initializer in initializers.items():

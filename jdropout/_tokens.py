@@ -16,7 +16,7 @@ from jdropout._subset import _rows
 from jdropout._subset._indices import Order, check_fixed_rate, kept_first
 from jdropout._subset._route_tokens import check_prefix, with_prefix
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
-from jdropout._values import as_array, as_integer, type_name
+from jdropout._values import as_array, as_integer, check_indexable, type_name
 
 
 def word_dropout(
@@ -162,6 +162,7 @@ def patch_dropout(
     ordered = _values.check_flag("ordered", ordered)
     token_axis = _values.check_axis("axis", axis, array.ndim)
     length = array.shape[token_axis]
+    check_indexable("x", length)
     prefix = check_prefix(num_prefix_tokens, length)
     lead = array.shape[:token_axis]
     # In floating point 100 * (1 - 0.9) is below 10.

@@ -156,6 +156,23 @@ def check_positive(name: str, value: Any) -> int:
     return number
 
 
+def check_size(name: str, value: Any) -> int:
+    """Returns a positive number that an int32 can hold."""
+    number = check_positive(name, value)
+    if number >= 2**31:
+        raise ValueError(f"{name} must be below 2**31, got {number}. Use a smaller one.")
+    return number
+
+
+def check_indexable(name: str, size: int) -> None:
+    """Checks the size of an axis whose elements are numbered by int32."""
+    if size >= 2**31:
+        raise ValueError(
+            f"{name} must have fewer than 2**31 elements to choose from, got {size}. Split it, and "
+            "give each part its own key."
+        )
+
+
 def check_amount(name: str, amount: Any) -> float | jax.Array:
     """Returns a number of at least 0 as a float, and an array as a floating-point scalar."""
     number = check_scalar(name, amount)

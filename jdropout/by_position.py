@@ -122,9 +122,7 @@ def alibi(slopes: ArrayLike | int) -> PositionFunction:
       Press, Smith and Lewis, "Train short, test long: attention with linear biases enables input
       length extrapolation" (2022), section 3.
     """
-    number = (
-        None if _values.as_integer(slopes) is None else _values.check_positive("slopes", slopes)
-    )
+    number = None if _values.as_integer(slopes) is None else _values.check_size("slopes", slopes)
     array = _values.check_floating_array(
         "slopes", slopes if number is None else alibi_slopes(number)
     )
@@ -158,7 +156,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     References:
       Press, Smith and Lewis, "Train short, test long" (2022), section 3.
     """
-    number = _values.check_positive("num_heads", num_heads)
+    number = _values.check_size("num_heads", num_heads)
     power = 2 ** (number.bit_length() - 1)
     exact = 2.0 ** (-8 * np.arange(1, power + 1) / power)
     between = 2.0 ** (-4 * np.arange(1, 2 * (number - power), 2) / power)
@@ -202,7 +200,7 @@ def relative_bias(
     """
     array = _values.check_floating_array("table", table)
     directions = 2 if _values.check_flag("bidirectional", bidirectional) else 1
-    distance = _values.check_positive("max_distance", max_distance)
+    distance = _values.check_size("max_distance", max_distance)
     if array.ndim != 2 or array.shape[0] % directions or array.shape[0] < 2 * directions:
         raise ValueError(
             "table must have the axes (buckets, heads), with an even number of buckets of at least "

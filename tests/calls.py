@@ -367,6 +367,7 @@ class Target(NamedTuple):
         made = self._replace(name=owner).parameters() if owner not in test_api.MODULES else ()
         return {
             "args",
+            *re.findall(r"(\w+)=", self.text({})),
             *self.parameters(),
             *made,
             *(name for name in self.arguments if name[0] != "*"),
@@ -628,6 +629,9 @@ ALIASES = {
     "rngs": ("key",),
     "p": ("rate",),
     "inference": ("deterministic",),
+    "apply": ("fn",),
+    "fn": ("step",),
+    "layer": ("layers", "stacked_params"),
 }
 """What Flax and Equinox call the arguments of functions."""
 
@@ -655,7 +659,7 @@ def told(value: Any, text: str) -> bool:
             words += ["array", "Tracer", "masked", str(leaf.dtype), narrow, str(leaf.shape)]
             words += [str(len(leaf.shape)), *map(str, leaf.shape)]
     if (elements := elements_of(value)) is not None:
-        words += ["()"] * (not elements)
+        words += [repr(tuple(elements))]
         words += ["empty", *map(repr, elements), *(type(x).__name__ for x in elements)]
     if callable(value):
         words += ["function", "return", "schedule", "under jax.jit", "with a kernel", "State("]
@@ -681,7 +685,7 @@ def of_result(call: Call, result: Any) -> Verdict:
     parameters = call.target.parameters()
     for name, source in call.changed.items():
         # A key is where nothing is drawn, and a flag may be an array where it says "bool".
-        ignored = re.search("key|rng|deterministic", name) is not None
+        ignored = re.search("key|rng|deterministic|broadcast_dropout", name) is not None
         if not ignored and not fits(eval(source, dict(SCOPE)), parameters[name]):
             return Verdict("fault", f"accepted {name}={source}, which is not {parameters[name]}")
     changed = {name: eval(source, dict(SCOPE)) for name, source in call.changed.items()}

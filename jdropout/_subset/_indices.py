@@ -91,6 +91,13 @@ def keep_indices(
     return cast("jax.Array", subset.draw.result(subset.indices()))
 
 
+_CHOSEN_FROM = {
+    "keep_indices": "size",
+    "layer_subset": "stacked_params",
+    "unit_subset": "incoming",
+}
+
+
 class Subset:
     """The choice of one call: what is drawn, and a permutation with the kept elements first.
 
@@ -121,6 +128,7 @@ class Subset:
         rate = check_fixed_rate(rate)
         flag = _checks.check_static_flag(deterministic)
         size = shape[-1]
+        _values.check_indexable(_CHOSEN_FROM.get(kind, "x"), size)
         self.shape = shape
         # In evaluation the last batch may be smaller.
         self.groups = 1 if flag else _check_groups(groups, size)

@@ -54,7 +54,8 @@ class PatchDropout(Dropping):
 
     @linen.nowrap
     def _draws(self, flag: bool | jax.Array) -> bool:
-        return flag is not True and self.rate != 0  # a rate of 1 leaves one token, at random
+        # A rate of 1 leaves one token, at random; a traced rate is an error of the function's.
+        return flag is not True and (isinstance(self.rate, jax.Array) or self.rate != 0)
 
     @linen.nowrap
     def _drop(self, key: Key | None, x: jax.Array, flag: bool | jax.Array) -> Any:

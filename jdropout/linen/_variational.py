@@ -8,9 +8,9 @@ import jax.typing
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 
-from jdropout._flax import check_dense, check_dense_inputs, check_features
+from jdropout._flax import check_dense, check_dense_inputs
 from jdropout._typing import Flag, Key
-from jdropout._values import check_dtype, check_positive
+from jdropout._values import check_dtype, check_positive, check_size
 from jdropout._variational import variational_dense, variational_kl
 from jdropout.linen._dropout import Layer
 
@@ -99,7 +99,7 @@ class VariationalDense(Layer, linen.Module):
 
     @linen.nowrap
     def _check_attributes(self) -> None:
-        check_features("features", self.features)
+        check_size("features", self.features)
         check_dense(
             self.use_bias,
             kernel_init=self.kernel_init,

@@ -28,7 +28,8 @@ class SubsetWrapper(RateLayer, linen.Module):
 
     @linen.nowrap
     def _draws(self, flag: bool | jax.Array) -> bool:
-        return not check_static_flag(flag) and self.rate != 0  # at 1 it draws which one stays
+        # At 1 it draws which one stays; a traced rate is an error of the function's.
+        return not check_static_flag(flag) and (isinstance(self.rate, jax.Array) or self.rate != 0)
 
     @linen.nowrap
     def _static(self, deterministic: bool | None, rng: Key | None) -> tuple[bool, Any]:

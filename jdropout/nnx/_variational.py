@@ -8,9 +8,9 @@ import jax.typing
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jdropout._flax import check_dense, check_dense_inputs, check_features
+from jdropout._flax import check_dense, check_dense_inputs
 from jdropout._typing import Flag
-from jdropout._values import check_dtype, type_name
+from jdropout._values import check_dtype, check_size, type_name
 from jdropout._variational import variational_dense, variational_kl
 from jdropout.nnx._dropout import Layer, attach
 
@@ -83,8 +83,8 @@ class VariationalDense(Layer):
         rngs: nnx.Rngs,
     ) -> None:
         shape = (
-            check_features("in_features", in_features),
-            check_features("out_features", out_features),
+            check_size("in_features", in_features),
+            check_size("out_features", out_features),
         )
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(

@@ -45,6 +45,11 @@ def buckets(
     _values.check_function("schedule", schedule)
     _values.check_nonempty("rates", rates, "rates")
     checked = [check_rate(rate, f"rates[{i}]") for i, rate in enumerate(rates)]
+    if any(isinstance(rate, jax.core.Tracer) for rate in checked):
+        raise TypeError(
+            f"rates must be Python numbers, got {rates!r}: each rate compiles a program. Make them "
+            "outside of the compiled step."
+        )
     static = np.array(sorted(float(rate) for rate in checked))
 
     def nearest(step: Any) -> float:
