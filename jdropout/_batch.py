@@ -208,8 +208,8 @@ def _rows_per_example(part: Part, rows: int) -> int:
     if part.examples is None:
         if rows > part.size:
             raise ValueError(
-                f"key is for a batch of {part.size} examples, but the array has {rows} rows along "
-                f"its batch axis. Check the size{_COUNT}"
+                f"the array has {rows} rows along its batch axis, but by its key the batch has "
+                f"{part.size} examples. Check the size{_COUNT}"
             )
         return 1
     if part.size * rows >= 2**32 * part.examples:
@@ -219,9 +219,9 @@ def _rows_per_example(part: Part, rows: int) -> int:
         )
     if rows % part.examples:
         raise ValueError(
-            f"key is for {part.examples} examples of a batch, but the array has {rows} rows along "
-            "its batch axis, which is not a multiple. Name the axis of the examples: "
-            "jdropout.keys.in_batch(..., axis=...), or batch_axis."
+            f"the array has {rows} rows along its batch axis, which is not a multiple of the "
+            f"{part.examples} examples in its key's part of the batch. Name the axis of the "
+            "examples: jdropout.keys.in_batch(..., axis=...), or batch_axis."
         )
     return rows // part.examples
 

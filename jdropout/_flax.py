@@ -5,7 +5,7 @@ import contextvars
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -99,10 +99,11 @@ def check_dense(use_bias: Any, **initializers: Any) -> None:
         _values.check_function(name, initializer)
 
 
-def check_dense_inputs(inputs: Any, kernel_dtype: Any) -> jax.Array:
+def check_dense_inputs(inputs: Any, dtype: Any, kernel_dtype: Any) -> jax.Array:
     """Returns the inputs as an array, for Flax to promote."""
     inputs = _values.as_array("inputs", inputs)
-    _check_promotes("inputs", inputs, kernel_dtype)
+    if dtype is None:
+        _check_promotes("inputs", inputs, kernel_dtype)
     if not inputs.ndim:
         raise ValueError("inputs must have an axis of features, got shape (). Pass inputs[None].")
     return inputs
@@ -299,7 +300,8 @@ def check_attention(query: Any, key: Any, value: Any, dtype: Any) -> list[jax.Ar
                 f"{name} must be an array of numbers with the axes (..., length, heads, features), "
                 f"got shape {x.shape} and dtype {x.dtype}. Insert axes of size 1."
             )
-        _check_promotes(name, x, arrays[0].dtype if dtype is None else dtype)
+        if dtype is None:
+            _check_promotes(name, x, arrays[0].dtype)
     return arrays
 
 
@@ -317,7 +319,7 @@ def check_paths(incoming: Any, outgoing: Any) -> tuple[tuple[str, ...], tuple[st
     """Returns the paths of the modules around some units."""
     for name, paths in (("incoming", incoming), ("outgoing", outgoing)):
         if (
-            not isinstance(paths, Collection)
+            not isinstance(paths, Sequence | set | frozenset)
             or isinstance(paths, str)
             or not all(isinstance(path, str) for path in paths)
         ):

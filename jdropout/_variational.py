@@ -283,11 +283,11 @@ def variational_kl(log_alpha: ArrayLike) -> jax.Array:
 def _check_threshold(threshold: Any) -> float | None:
     if threshold is None:
         return None
-    if not is_real(threshold) or math.isnan(threshold):
+    if not is_real(threshold) or math.isnan(_values.as_float("threshold", threshold)):
         raise TypeError(
             f"threshold must be None or a number, got {threshold!r}. It is a log_alpha, such as 3."
         )
-    return _values.as_float("threshold", threshold)
+    return float(threshold)
 
 
 def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -605,6 +605,10 @@ def of_error(call: Call, error: Exception) -> Verdict:
     where = " <- ".join(f"{os.path.basename(f)}:{n}" for f, n in frames[: own[-1] - 1 : -1][-3:])
     if not ours or not linecache.getline(file, line).strip().startswith("raise"):
         return Verdict("fault", f"not an error of a check: {described} [{where}]")
+    if in_flax and any(
+        told(eval(source, dict(SCOPE)), str(error)) for source in call.changed.values()
+    ):
+        return Verdict("error", described)
     if not isinstance(error, TypeError | ValueError):
         return Verdict("fault", f"an undocumented type: {described} [{where}]")
     text = str(error)
@@ -631,7 +635,7 @@ ALIASES = {
     "inference": ("deterministic",),
     "apply": ("fn",),
     "fn": ("step",),
-    "layer": ("layers", "stacked_params"),
+    "layer": ("layers", "stacked_params", "step"),
 }
 """What Flax and Equinox call the arguments of functions."""
 
@@ -662,7 +666,15 @@ def told(value: Any, text: str) -> bool:
         words += [repr(tuple(elements))]
         words += ["empty", *map(repr, elements), *(type(x).__name__ for x in elements)]
     if callable(value):
-        words += ["function", "return", "schedule", "under jax.jit", "with a kernel", "State("]
+        words += [
+            "function",
+            "return",
+            "schedule",
+            "under jax.jit",
+            "with a kernel",
+            "State(",
+            "has none",
+        ]
     if isinstance(value, int):
         words += [f"{value.bit_length()} bits"]
     if isinstance(value, int | float):
@@ -670,7 +682,7 @@ def told(value: Any, text: str) -> bool:
     if isinstance(value, bool | int | float | complex):
         words += ["()", "scalar", "float32", "int32", "complex64", "bool"]
     if isinstance(value, dict | list | tuple):
-        words += ["FrozenDict", "an array"]
+        words += ["FrozenDict", "tuple", "an array"]
     return any(word in text for word in words)
 
 
@@ -766,6 +778,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return number or (scalar and dtype is not None and jnp.issubdtype(dtype, np.number))
     if annotation in (jax.Array, np.ndarray):
         return fits(value, complex) or dtype is not None or hasattr(value, "__jax_array__")
+    if annotation in (linen.Module, linen.RNNCellBase):
+        return callable(value)
     if annotation is nnx.Module:
         return isinstance(value, nnx.Pytree)
     if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):

@@ -83,7 +83,7 @@ class VariationalDense(Layer, linen.Module):
           TypeError: if the input is not a real floating-point array.
         """
         flag, key = self._resolve(deterministic, rng)
-        inputs = check_dense_inputs(inputs, self.dtype or self.param_dtype)
+        inputs = check_dense_inputs(inputs, self.dtype, self.param_dtype)
         shape = (check_positive("the last axis of inputs", inputs.shape[-1]), self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         log_alpha = self.param("log_alpha", self.log_alpha_init, shape, self.param_dtype)

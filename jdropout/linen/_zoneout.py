@@ -110,6 +110,6 @@ class Zoneout(Layer, linen.RNNCellBase):
 
     @linen.nowrap
     def _check_attributes(self) -> None:
-        check_function("cell", self.cell)
         for rate in jax.tree.leaves(self.rate):
             _checks.check_rate(rate)
+        check_function("cell", self.cell)

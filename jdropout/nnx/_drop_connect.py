@@ -71,9 +71,9 @@ class DropConnect(Dropout):
         super().__init__(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
+        self.select = check_select(select)
         check_function("module", module)
         self.module = module
-        self.select = check_select(select)
 
     def __call__(
         self,

@@ -130,7 +130,7 @@ class VariationalDense(Layer):
           TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
-        inputs = check_dense_inputs(inputs, self.dtype or self.kernel[...].dtype)
+        inputs = check_dense_inputs(inputs, self.dtype, self.kernel[...].dtype)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         return variational_dense(

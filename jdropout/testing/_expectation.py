@@ -204,10 +204,11 @@ def _check_factors_defined(x: jax.Array) -> jax.Array:
         raise ValueError(
             f"x must have elements, got shape {x.shape}. Pass jnp.ones(shape), for example."
         )
-    if not bool(jnp.all(jnp.isfinite(x) & (x != 0))):
+    wrong = ~np.asarray(jnp.isfinite(x) & (x != 0))
+    if wrong.any():
         raise ValueError(
-            "x must be finite and without zeros, since results are divided by it. Pass "
-            "jnp.ones(shape), for example."
+            "x must be finite and without zeros, since results are divided by it, got "
+            f"{np.asarray(x)[wrong][0]}. Pass jnp.ones(shape), for example."
         )
     return x
 

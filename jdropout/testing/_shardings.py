@@ -203,7 +203,7 @@ def _check_mesh(mesh: Any, devices: Any) -> None:
     if devices is None:
         devices = jax.devices() if mesh is None else mesh.devices.reshape(-1)
     elif not isinstance(devices, Sequence | np.ndarray) or not all(
-        isinstance(device, jax.Device) for device in np.ravel(np.asarray(devices, object))
+        isinstance(device, jax.Device) for device in devices
     ):
         raise TypeError(
             f"devices must be a sequence of JAX devices, got {devices!r}. Pass jax.devices()."

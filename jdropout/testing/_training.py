@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _inputs
-from jdropout._values import check_flag, check_function, check_positive, readable, type_name
+from jdropout._values import check_flag, check_function, check_positive, readable
 from jdropout.testing._fingerprint import fingerprint
 from jdropout.testing._recording import MAX_ITERATIONS, Recorder, Recording, about, as_64_bits
 
@@ -68,10 +68,12 @@ def record_training(
     check_flag("values", values)
     every = check_positive("every", every)
     max_iterations = check_positive("max_iterations", max_iterations)
-    if not isinstance(batches, Iterable):
+    try:
+        batches = iter(batches)
+    except TypeError:  # an array without axes is an Iterable, too
         raise TypeError(
-            f"batches must be iterable, got {type_name(batches)}. Pass a list of batches."
-        )
+            f"batches must be iterable, got {batches!r}. Pass a list of batches."
+        ) from None
     return _Training(step, state, every, values, max_iterations).run(batches)
 
 
