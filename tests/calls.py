@@ -661,7 +661,7 @@ def told(value: Any, text: str) -> bool:
         if isinstance(leaf, ARRAY):
             narrow = str(leaf.dtype).replace("64", "32").replace("complex128", "complex64")
             words += ["array", "Tracer", "masked", str(leaf.dtype), narrow, str(leaf.shape)]
-            words += [str(len(leaf.shape)), *map(str, leaf.shape)]
+            words += [str(leaf.shape[1:]), str(len(leaf.shape)), *map(str, leaf.shape)]
     if (elements := elements_of(value)) is not None:
         words += [repr(tuple(elements))]
         words += ["empty", *map(repr, elements), *(type(x).__name__ for x in elements)]
@@ -714,8 +714,9 @@ def of_result(call: Call, result: Any) -> Verdict:
 
 
 def described(x: Any) -> str:
-    x = x if hasattr(x, "dtype") else np.asarray(x, np.result_type(type(x), np.float32))
-    return f"{jax.dtypes.canonicalize_dtype(x.dtype)}{list(x.shape)}"
+    dtype = getattr(x, "dtype", None) or jnp.result_type(x)
+    native = dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+    return f"{jax.dtypes.canonicalize_dtype(native)}{list(np.shape(x))}"
 
 
 LIKE = ("x", "w", "table", "tokens")

@@ -134,6 +134,8 @@ def _check_runs(runs: Any) -> None:
             f"runs must be an integer, got {runs!r} of type {type_name(runs)}."
             " Convert it with int(runs)."
         )
+    if runs >= 2**31:
+        raise ValueError(f"runs must be below 2**31, got {runs}. Two runs usually tell.")
     if runs < 2:
         raise ValueError(
             f"runs must be at least 2, got {runs}: one run has nothing to equal. Pass 2 or more."
