@@ -172,6 +172,11 @@ def attention(
         if x is None:
             return None
         x = _values.as_array(name, x)
+        if not (x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.number)):
+            raise TypeError(
+                f"{name} must be an array of numbers or booleans, got dtype {x.dtype}. "
+                f"Pass {name}=None for none."
+            )
         x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
         if several:
             x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))

@@ -34,6 +34,7 @@ import resource
 import subprocess
 import sys
 import threading
+import traceback
 import types
 import typing
 import warnings
@@ -568,62 +569,57 @@ class Verdict(NamedTuple):
 
 
 def judge(call: Call) -> Verdict:
-    jax.config.update("jax_traceback_filtering", "off")
-    scope = dict(SCOPE)
+    filtering = jax.config.jax_traceback_filtering
     try:
+        jax.config.update("jax_traceback_filtering", "off")  # else errors begin in JAX's frames
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = eval(compile(call.text, "<call>", "eval"), scope)
+            result = eval(compile(call.text, "<call>", "eval"), dict(SCOPE))
     except Exception as error:
         return of_error(call, error)
+    finally:
+        jax.config.update("jax_traceback_filtering", filtering)
     return of_result(call, result)
 
 
 def of_error(call: Call, error: Exception) -> Verdict:
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-    package = os.path.dirname(jdropout.__file__)
-    own = [i for i, (file, _) in enumerate(frames) if file.startswith(package)]
-    in_flax = frames[-1][0].startswith(os.path.dirname(flax.__file__))
-    if own and (in_flax or own[-1] == len(frames) - 1) and re.search(MISFITS, str(error)):
-        return Verdict("caller", str(error)[:300])
+    frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    own = [i for i, (file, _) in enumerate(frames) if file.startswith(PACKAGE)]
     described = f"{type(error).__name__}: {str(error)[:300]}"
     if not own:
         return Verdict("before", described)
+    file, line = frames[-1]
+    ours = file.startswith((PACKAGE, FLAX))
     # Under the library, the caller's function or module was called.
-    if any(file == "<call>" or re.search(CALLERS, file) for file, _ in frames[own[-1] :]):
+    below = any(name == "<call>" or re.search(CALLERS, name) for name, _ in frames[own[-1] :])
+    if below or (ours and re.search(MISFITS, str(error))):
         return Verdict("caller", described)
     listed = test_api.sections(find(call.target.name))
     kinds = {kind.__name__ for kind in type(error).__mro__} - {"TypeError", "ValueError"}
     if isinstance(error, flax.errors.FlaxError) or any(kind in listed for kind in kinds):
         return Verdict("error", described)
-    file, line = frames[-1]
-    ours = file.startswith((package, os.path.dirname(flax.__file__)))
+    reason = "not an error of a check"
+    if ours and linecache.getline(file, line).strip().startswith("raise"):
+        reason = what_is_missing(call, error, file.startswith(FLAX))
     where = " <- ".join(f"{os.path.basename(f)}:{n}" for f, n in frames[: own[-1] - 1 : -1][-3:])
-    if not ours or not linecache.getline(file, line).strip().startswith("raise"):
-        return Verdict("fault", f"not an error of a check: {described} [{where}]")
-    if in_flax and any(
-        told(eval(source, dict(SCOPE)), str(error)) for source in call.changed.values()
-    ):
-        return Verdict("error", described)
-    if not isinstance(error, TypeError | ValueError):
-        return Verdict("fault", f"an undocumented type: {described} [{where}]")
+    return Verdict("fault", f"{reason}: {described} [{where}]") if reason else Verdict("error")
+
+
+def what_is_missing(call: Call, error: Exception, of_flax: bool) -> str:
+    """What the text of a check's error lacks, if anything."""
     text = str(error)
-    named = [name for name in call.changed if is_named(name, text)]
-    known = {name for name in call.target.all_names() if is_named(name, text)}
+    values = {name: eval(source, dict(SCOPE)) for name, source in call.changed.items()}
+    if of_flax and any(told(value, text) for value in values.values()):
+        return ""
+    if not isinstance(error, TypeError | ValueError):
+        return "an undocumented type"
+    known = [name for name in call.target.all_names() if is_named(name, text)]
     if not known:
-        return Verdict("fault", f"names no argument: {described} [{where}]")
-    if (
-        named
-        and len(known) < 2
-        and file.startswith(package)
-        and not any(told(eval(call.changed[name], dict(SCOPE)), text) for name in named)
-    ):
-        return Verdict("fault", f"does not tell the value: {described} [{where}]")
-    return Verdict("error", described)
+        return "names no argument"
+    named = [value for name, value in values.items() if is_named(name, text)]
+    if named and len(known) == 1 and not of_flax and not any(told(value, text) for value in named):
+        return "does not tell the value"
+    return ""
 
 
 ALIASES = {
@@ -635,15 +631,16 @@ ALIASES = {
     "inference": ("deterministic",),
     "apply": ("fn",),
     "fn": ("step",),
-    "layer": ("layers", "stacked_params", "step"),
+    "layer": ("layers", "stacked_params", "step", "branch"),
 }
 """What Flax and Equinox call the arguments of functions."""
 
 
 CALLERS = r"flax/(core/scope|nnx/variablelib|(nnx/nn|linen)/(linear|recurrent|attention))\.py$"
 """Files with the modules of Flax that a caller gives to a layer."""
-MISFITS = r"\(\) (takes|got|missing) .*argument|object is not callable$"
+MISFITS = r"\(\) (takes|got|missing) .*argument|takes no keyword"
 """What Python says of a function of the caller's that takes other arguments."""
+PACKAGE, FLAX = os.path.dirname(jdropout.__file__), os.path.dirname(flax.__file__)
 ARRAY = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
 
@@ -657,9 +654,11 @@ def told(value: Any, text: str) -> bool:
     if value is None:  # a default
         return True
     words = [repr(value), str(value), type(value).__name__, "one leaf"]
+    words.append(str(jax.tree.structure(value)))
     for leaf in [value, *jax.tree.leaves(value)]:
         if isinstance(leaf, ARRAY):
             narrow = str(leaf.dtype).replace("64", "32").replace("complex128", "complex64")
+            narrow = narrow.removeprefix(">").replace("f4", "float32").replace("i8", "int32")
             words += ["array", "Tracer", "masked", str(leaf.dtype), narrow, str(leaf.shape)]
             words += [str(leaf.shape[1:]), str(len(leaf.shape)), *map(str, leaf.shape)]
     if (elements := elements_of(value)) is not None:
@@ -720,7 +719,7 @@ def described(x: Any) -> str:
 
 
 LIKE = ("x", "w", "table", "tokens")
-LIKE_INPUT = """alpha_dropout bias_dropout_add concrete_dropout drop_block standout
+LIKE_INPUT = """alpha_dropout concrete_dropout drop_block standout
     feature_alpha_dropout gaussian_dropout gaussian_noise targeted_dropout uniform_noise
     variational_dropout word_dropout dropout drop_connect spatial_dropout locked_dropout drop_path
     embedding_dropout"""

@@ -169,6 +169,23 @@ BAD = {
     "mean must fit int32": lambda: uncertainty.gaussian_nll(2**64, X, X),
     "logits must have an axis of classes": lambda: uncertainty.entropy(jnp.float32(1)),
     "block_size must leave at most": lambda: jdropout.drop_block_gamma(0.1, (2**40,), 2**30),
+    "output_axis must be an integer": lambda: jdropout.targeted_dropout(
+        KEY, X, 0.5, target_fraction=0.5, unit_axis=0, output_axis=1.0
+    ),
+    "groups must be an integer": lambda: jdropout.layer_subset(
+        KEY, lambda w, x: x, jnp.ones(3), X, 0.5, groups="1", deterministic=True
+    ),
+    "shape must have sizes below": lambda: jdropout.keep_mask(KEY, 0.5, (2**63,)),
+    "batch_size must be at most": lambda: jdropout.mc_predict(
+        len, KEY, X, num_samples=2, batch_size=2**64
+    ),
+    "threshold must be a number that a float": lambda: jdropout.variational_dropout(
+        KEY, X, jnp.float32(0), threshold=10**400
+    ),
+    "rate must be one rate, or a tree": lambda: jdropout.zoneout(KEY, X, X, ()),
+    "stacked_params must have fewer than": lambda: jax.eval_shape(
+        lambda w: jdropout.layer_subset(KEY, lambda w, x: x, w, X, 0.5), LONG
+    ),
     "rate must be a Python number": lambda: jax.eval_shape(
         lambda rate: jdropout.drop_path_rates(rate, 3), 0.5
     ),

@@ -131,6 +131,7 @@ class Subset:
         _values.check_indexable(_CHOSEN_FROM.get(kind, "x"), size)
         self.shape = shape
         # In evaluation the last batch may be smaller.
+        groups = _values.check_positive("groups", groups)
         self.groups = 1 if flag else _check_groups(groups, size)
         self.group_size = size // self.groups
         # The double closest to 0.95 is less, so that 10 * (1 - 0.95) is above 0.5.
