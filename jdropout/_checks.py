@@ -314,8 +314,8 @@ def check_rate_below_one(rate: float | jax.Array) -> float | jax.Array:
 
 
 def check_static_shape(shape: tuple[Any, ...]) -> None:
-    if any(isinstance(size, int) and size >= 2**63 for size in shape):
-        raise ValueError(f"shape must have sizes below 2**63, got {shape}. Split the array.")
+    if any(isinstance(size, int) and size >= 2**63 for size in (*shape, math.prod(shape))):
+        raise ValueError(f"shape must have fewer than 2**63 elements, got {shape}. Split it.")
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(
             f"x must have a static shape, got {shape}: a mask needs the sizes of the whole array. "

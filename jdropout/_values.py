@@ -156,11 +156,11 @@ def check_positive(name: str, value: Any) -> int:
     return number
 
 
-def check_size(name: str, value: Any) -> int:
-    """Returns a positive number that an int32 can hold."""
+def check_size(name: str, value: Any, bits: int = 31) -> int:
+    """Returns a positive number of fewer bits, by default one that an int32 can hold."""
     number = check_positive(name, value)
-    if number >= 2**31:
-        raise ValueError(f"{name} must be below 2**31, got {number}. Use a smaller one.")
+    if number >= 2**bits:
+        raise ValueError(f"{name} must be below 2**{bits}, got {number}. Use a smaller one.")
     return number
 
 

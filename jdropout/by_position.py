@@ -92,6 +92,9 @@ class PositionFunction:
         return made
 
 
+_HEAD_BITS = 20
+"""More heads than any model has are a mistake, and their slopes would take minutes."""
+
 # --- biases -------------------------------------------------------------------------------
 
 
@@ -122,7 +125,11 @@ def alibi(slopes: ArrayLike | int) -> PositionFunction:
       Press, Smith and Lewis, "Train short, test long: attention with linear biases enables input
       length extrapolation" (2022), section 3.
     """
-    number = None if _values.as_integer(slopes) is None else _values.check_size("slopes", slopes)
+    number = (
+        None
+        if _values.as_integer(slopes) is None
+        else _values.check_size("slopes", slopes, _HEAD_BITS)
+    )
     array = _values.check_floating_array(
         "slopes", slopes if number is None else alibi_slopes(number)
     )
@@ -156,7 +163,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     References:
       Press, Smith and Lewis, "Train short, test long" (2022), section 3.
     """
-    number = _values.check_size("num_heads", num_heads)
+    number = _values.check_size("num_heads", num_heads, _HEAD_BITS)
     power = 2 ** (number.bit_length() - 1)
     exact = 2.0 ** (-8 * np.arange(1, power + 1) / power)
     between = 2.0 ** (-4 * np.arange(1, 2 * (number - power), 2) / power)

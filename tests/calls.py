@@ -592,7 +592,7 @@ def of_error(call: Call, error: Exception) -> Verdict:
     ours = file.startswith((PACKAGE, FLAX))
     # Under the library, the caller's function or module was called.
     below = any(name == "<call>" or re.search(CALLERS, name) for name, _ in frames[own[-1] :])
-    if below or (ours and re.search(MISFITS, str(error))):
+    if below or re.search(MISFITS, str(error)):
         return Verdict("caller", described)
     listed = test_api.sections(find(call.target.name))
     kinds = {kind.__name__ for kind in type(error).__mro__} - {"TypeError", "ValueError"}
@@ -624,6 +624,11 @@ def what_is_missing(call: Call, error: Exception, of_flax: bool) -> str:
 
 ALIASES = {
     "inputs": ("x", "args", "tokens", "carry", "new"),
+    "carry": ("old",),
+    "batch": ("first", "size", "count"),
+    "inputs_k": ("query", "key"),
+    "inputs_v": ("query", "value"),
+    "select": ("step",),
     "dropout_rng": ("key",),
     "rng": ("key",),
     "rngs": ("key",),
@@ -636,7 +641,9 @@ ALIASES = {
 """What Flax and Equinox call the arguments of functions."""
 
 
-CALLERS = r"flax/(core/scope|nnx/variablelib|(nnx/nn|linen)/(linear|recurrent|attention))\.py$"
+CALLERS = (
+    r"flax/(core/scope|nnx/variablelib|(nnx/nn|linen)/(linear|recurrent|attention|stochastic))\.py$"
+)
 """Files with the modules of Flax that a caller gives to a layer."""
 MISFITS = r"\(\) (takes|got|missing) .*argument|takes no keyword"
 """What Python says of a function of the caller's that takes other arguments."""
@@ -653,7 +660,7 @@ def told(value: Any, text: str) -> bool:
     """Whether an error tells a value, its type or what is wrong in it."""
     if value is None:  # a default
         return True
-    words = [repr(value), str(value), type(value).__name__, "one leaf"]
+    words = [repr(value), str(value), type(value).__name__, "one leaf", "has none"]
     words.append(str(jax.tree.structure(value)))
     for leaf in [value, *jax.tree.leaves(value)]:
         if isinstance(leaf, ARRAY):
@@ -662,7 +669,7 @@ def told(value: Any, text: str) -> bool:
             words += ["array", "Tracer", "masked", str(leaf.dtype), narrow, str(leaf.shape)]
             words += [str(leaf.shape[1:]), str(len(leaf.shape)), *map(str, leaf.shape)]
     if (elements := elements_of(value)) is not None:
-        words += [repr(tuple(elements))]
+        words += [repr(tuple(elements)), str((len(elements),))]
         words += ["empty", *map(repr, elements), *(type(x).__name__ for x in elements)]
     if callable(value):
         words += [
@@ -729,7 +736,7 @@ LIKE_INPUT = """alpha_dropout concrete_dropout drop_block standout
 def of_values(name: str, arguments: dict[str, Any], x: Any, result: Any) -> Verdict:
     """Compares masks with the law's twin, and looks for NaN."""
     if name in LIKE_INPUT.split() and is_floating(x):
-        finite = [np.isfinite(np.asarray(array, np.float64)).all() for array in (x, result)]
+        finite = [np.isfinite(np.asarray(array, result.dtype)).all() for array in (x, result)]
         if finite == [True, False]:
             return Verdict("fault", "returned NaN or infinity for a finite input")
     axes = SHARED.get(name, lambda rank: ())

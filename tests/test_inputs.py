@@ -175,7 +175,8 @@ BAD = {
     "groups must be an integer": lambda: jdropout.layer_subset(
         KEY, lambda w, x: x, jnp.ones(3), X, 0.5, groups="1", deterministic=True
     ),
-    "shape must have sizes below": lambda: jdropout.keep_mask(KEY, 0.5, (2**63,)),
+    "num_heads must be below": lambda: by_position.alibi_slopes(2**30),
+    "shape must have fewer than": lambda: jdropout.keep_mask(KEY, 0.5, (2**40, 2**40)),
     "batch_size must be at most": lambda: jdropout.mc_predict(
         len, KEY, X, num_samples=2, batch_size=2**64
     ),
