@@ -628,6 +628,7 @@ ALIASES = {
     "batch": ("first", "size", "count"),
     "inputs_k": ("query", "key"),
     "inputs_v": ("query", "value"),
+    "train": ("result",),
     "select": ("step",),
     "dropout_rng": ("key",),
     "rng": ("key",),
@@ -645,8 +646,8 @@ CALLERS = (
     r"flax/(core/scope|nnx/variablelib|(nnx/nn|linen)/(linear|recurrent|attention|stochastic))\.py$"
 )
 """Files with the modules of Flax that a caller gives to a layer."""
-MISFITS = r"\(\) (takes|got|missing) .*argument|takes no keyword"
-"""What Python says of a function of the caller's that takes other arguments."""
+MISFITS = r"\(\) (takes|got|missing) .*argument|takes no keyword|valid JAX type|^pjit"
+"""What Python and JAX say of a function of the caller's that takes or returns other things."""
 PACKAGE, FLAX = os.path.dirname(jdropout.__file__), os.path.dirname(flax.__file__)
 ARRAY = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
@@ -658,7 +659,7 @@ def is_named(name: str, text: str) -> bool:
 
 def told(value: Any, text: str) -> bool:
     """Whether an error tells a value, its type or what is wrong in it."""
-    if value is None:  # a default
+    if value is None or callable(value):  # a default, or it is told what the function returns
         return True
     words = [repr(value), str(value), type(value).__name__, "one leaf", "has none"]
     words.append(str(jax.tree.structure(value)))
@@ -671,16 +672,6 @@ def told(value: Any, text: str) -> bool:
     if (elements := elements_of(value)) is not None:
         words += [repr(tuple(elements)), str((len(elements),))]
         words += ["empty", *map(repr, elements), *(type(x).__name__ for x in elements)]
-    if callable(value):
-        words += [
-            "function",
-            "return",
-            "schedule",
-            "under jax.jit",
-            "with a kernel",
-            "State(",
-            "has none",
-        ]
     if isinstance(value, int):
         words += [f"{value.bit_length()} bits"]
     if isinstance(value, int | float):
@@ -736,8 +727,9 @@ LIKE_INPUT = """alpha_dropout concrete_dropout drop_block standout
 def of_values(name: str, arguments: dict[str, Any], x: Any, result: Any) -> Verdict:
     """Compares masks with the law's twin, and looks for NaN."""
     if name in LIKE_INPUT.split() and is_floating(x):
-        finite = [np.isfinite(np.asarray(array, result.dtype)).all() for array in (x, result)]
-        if finite == [True, False]:
+        given = [leaf for leaf in jax.tree.leaves(arguments) if is_floating(leaf)]
+        finite = [np.isfinite(np.asarray(array, result.dtype)).all() for array in (*given, result)]
+        if all(finite[:-1]) and not finite[-1]:
             return Verdict("fault", "returned NaN or infinity for a finite input")
     axes = SHARED.get(name, lambda rank: ())
     key, rate = arguments.get("key"), arguments.get("rate")
@@ -758,7 +750,7 @@ def of_values(name: str, arguments: dict[str, Any], x: Any, result: Any) -> Verd
 
 
 def is_floating(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return isinstance(leaf, (*ARRAY, float)) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def fits(value: Any, annotation: Any) -> bool:

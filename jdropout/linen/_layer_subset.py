@@ -89,6 +89,7 @@ class LayerSubset(SubsetWrapper, kw_only=True):
         """
         flag, key = self._static(deterministic, rng)
         inputs = as_arrays("inputs", inputs)
+        num_layers = check_positive("num_layers", self.num_layers)
         if flag or key is None:
 
             def run_one(module: Any, x: Any, _: None) -> tuple[Any, None]:
@@ -98,7 +99,7 @@ class LayerSubset(SubsetWrapper, kw_only=True):
                 run_one,
                 variable_axes={True: 0},
                 split_rngs={True: True},
-                length=self.num_layers,
+                length=num_layers,
             )
             return run_all(self, inputs, None)[0]
 
@@ -106,15 +107,15 @@ class LayerSubset(SubsetWrapper, kw_only=True):
         variables = dict(self.layer.variables)
         params = variables.pop("params", {})
         sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
-        if sizes - {(self.num_layers,)}:
+        if sizes - {(num_layers,)}:
             raise ValueError(
-                f"num_layers is {self.num_layers}, but the parameters have the sizes "
+                f"num_layers is {num_layers}, but the parameters have the sizes "
                 f"{sorted(sizes)} on their first axis. Initialize them with as many layers."
             )
         changing = [name for name in variables if self.is_mutable_collection(name)]
         assert self.scope is not None  # a called module is bound
         streams = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
-        numbers = jnp.arange(self.num_layers, dtype=jnp.uint32)
+        numbers = jnp.arange(num_layers, dtype=jnp.uint32)
         keys = {name: jax.vmap(at_site, (None, 0))(key, numbers) for name, key in streams.items()}
         one = self.layer.clone(parent=None, name=None)
 

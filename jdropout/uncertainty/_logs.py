@@ -100,3 +100,7 @@ def check_has_samples(count: int) -> None:
             "sample_axis must have at least one sample, got size 0."
             " Pass the samples of mc_predict(..., return_samples=True)."
         )
+    if count >= 2**31:
+        raise ValueError(
+            f"sample_axis must have fewer than 2**31 samples, got {count}. Check which axis has them."
+        )
