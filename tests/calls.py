@@ -570,16 +570,16 @@ class Verdict(NamedTuple):
 
 def judge(call: Call) -> Verdict:
     filtering = jax.config.jax_traceback_filtering
-    try:
-        jax.config.update("jax_traceback_filtering", "off")  # else errors begin in JAX's frames
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            jax.config.update("jax_traceback_filtering", "off")  # else errors begin in JAX's frames
             result = eval(compile(call.text, "<call>", "eval"), dict(SCOPE))
-    except Exception as error:
-        return of_error(call, error)
-    finally:
-        jax.config.update("jax_traceback_filtering", filtering)
-    return of_result(call, result)
+        except Exception as error:
+            return of_error(call, error)
+        finally:
+            jax.config.update("jax_traceback_filtering", filtering)
+        return of_result(call, result)
 
 
 def of_error(call: Call, error: Exception) -> Verdict:

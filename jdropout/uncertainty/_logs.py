@@ -102,5 +102,6 @@ def check_has_samples(count: int) -> None:
         )
     if count >= 2**31:
         raise ValueError(
-            f"sample_axis must have fewer than 2**31 samples, got {count}. Check which axis has them."
+            f"sample_axis must have fewer than 2**31 samples, got {count}. Check which axis has "
+            "them."
         )
