@@ -265,7 +265,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
             "jnp.linspace(0, 1, depth) for traced rates."
         )
     last = float(checked)
-    depth = _values.check_positive("depth", depth)
+    depth = _values.check_size("depth", depth, bits=20)  # a list of more layers is a mistake
     if depth == 1:
         return [last]
     return [last * (layer / (depth - 1)) for layer in range(depth)]  # the last one is exact

@@ -126,7 +126,9 @@ def check_sequence(name: str, values: Any) -> None:
 def check_dtype(name: str, dtype: Any) -> None:
     """Checks a dtype of parameters or of a computation."""
     try:
-        array = isinstance(dtype, jax.Array | np.ndarray)  # jnp.dtype takes that of a traced one
+        array = isinstance(
+            dtype, jax.Array | np.ndarray | np.generic
+        )  # jnp.dtype takes that of a traced one
         inexact = not array and jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
     except (TypeError, ValueError):
         inexact = False

@@ -750,7 +750,8 @@ def of_values(name: str, arguments: dict[str, Any], x: Any, result: Any) -> Verd
 
 
 def is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, (*ARRAY, float)) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    array = isinstance(leaf, ARRAY) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return array or isinstance(leaf, float)
 
 
 def fits(value: Any, annotation: Any) -> bool:
