@@ -414,7 +414,9 @@ def type_name(value: object) -> str:
 
 
 def describe_array(x: Any) -> str:
-    """Dtype and shape, such as float32[2, 3]."""
+    """Dtype and shape, such as float32[2, 3]; the type of what is no array."""
+    if isinstance(x, str | bytes) or not (hasattr(x, "dtype") or np.isscalar(x)):
+        return type_name(x)
     return f"{jnp.result_type(x)}{list(np.shape(x))}"
 
 

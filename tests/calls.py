@@ -630,6 +630,7 @@ ALIASES = {
     "inputs_v": ("query", "value"),
     "train": ("result",),
     "select": ("step",),
+    "schedule": ("deterministic",),
     "dropout_rng": ("key",),
     "rng": ("key",),
     "rngs": ("key",),
@@ -661,13 +662,15 @@ def told(value: Any, text: str) -> bool:
     """Whether an error tells a value, its type or what is wrong in it."""
     if value is None or callable(value):  # a default, or it is told what the function returns
         return True
-    words = [repr(value), str(value), type(value).__name__, "one leaf", "has none"]
+    words = [repr(value), str(value), type(value).__name__, "one leaf", "has none", "must return"]
     words.append(str(jax.tree.structure(value)))
     for leaf in [value, *jax.tree.leaves(value)]:
         if isinstance(leaf, ARRAY):
             narrow = str(leaf.dtype).replace("64", "32").replace("complex128", "complex64")
             narrow = narrow.removeprefix(">").replace("f4", "float32").replace("i8", "int32")
             words += ["array", "Tracer", "masked", str(leaf.dtype), narrow, str(leaf.shape)]
+            if isinstance(leaf, np.ndarray):
+                words += [str(number).removesuffix(".0") for number in leaf.ravel()[:1]]
             words += [str(leaf.shape[1:]), str(len(leaf.shape)), *map(str, leaf.shape)]
     if (elements := elements_of(value)) is not None:
         words += [repr(tuple(elements)), str((len(elements),))]
@@ -675,7 +678,7 @@ def told(value: Any, text: str) -> bool:
     if isinstance(value, int):
         words += [f"{value.bit_length()} bits"]
     if isinstance(value, int | float):
-        words.append(str(value).removesuffix(".0"))
+        words.append(str(value).removeprefix("-").removesuffix(".0"))
     if isinstance(value, bool | int | float | complex):
         words += ["()", "scalar", "float32", "int32", "complex64", "bool"]
     if isinstance(value, dict | list | tuple):

@@ -175,6 +175,7 @@ BAD = {
     "groups must be an integer": lambda: jdropout.layer_subset(
         KEY, lambda w, x: x, jnp.ones(3), X, 0.5, groups="1", deterministic=True
     ),
+    "layer must return .* got str": lambda: jdropout.layer_drop(KEY, lambda x: "text", X, 0.0),
     "depth must be below": lambda: jdropout.drop_path_rates(0.5, 2**40),
     "num_heads must be below": lambda: by_position.alibi_slopes(2**30),
     "shape must have fewer than": lambda: jdropout.keep_mask(KEY, 0.5, (2**40, 2**40)),

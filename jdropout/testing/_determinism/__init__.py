@@ -150,5 +150,7 @@ def _is_sharded(args: Any) -> bool:
 def _check_platform(platform: Any) -> str:
     if platform is None:
         platform = jax.default_backend()
-    check_option("platform", platform, (*_PLATFORMS, "gpu"))
-    return "cuda" if platform == "gpu" else str(platform)
+    if isinstance(platform, str) and platform == "gpu":
+        platform = "cuda"
+    check_option("platform", platform, _PLATFORMS)
+    return str(platform)
