@@ -208,8 +208,8 @@ def _rows_per_example(part: Part, rows: int) -> int:
     if part.examples is None:
         if rows > part.size:
             raise ValueError(
-                f"the array has {rows} rows along its batch axis, but the batch has {part.size} "
-                f"examples. Check the size{_COUNT}"
+                f"the array has {rows} rows along its batch axis, but by its key the batch has "
+                f"{part.size} examples. Check the size{_COUNT}"
             )
         return 1
     if part.size * rows >= 2**32 * part.examples:
@@ -220,10 +220,19 @@ def _rows_per_example(part: Part, rows: int) -> int:
     if rows % part.examples:
         raise ValueError(
             f"the array has {rows} rows along its batch axis, which is not a multiple of the "
-            f"{part.examples} examples in this part of the batch. Name the axis of the examples: "
-            "jdropout.keys.in_batch(..., axis=...), or batch_axis."
+            f"{part.examples} examples in its key's part of the batch. Name the axis of the "
+            "examples: jdropout.keys.in_batch(..., axis=...), or batch_axis."
         )
     return rows // part.examples
+
+
+def check_batch_axis(axis: Any) -> None:
+    """Checks an axis, or a function from a path to one, before there is a part of a batch."""
+    if not callable(axis) and (_values.as_integer(axis) is None or axis < 0):
+        raise ValueError(
+            f"batch_axis must be an integer of at least 0, or a function of a path that returns "
+            f"one, got {axis!r}. Count from the first axis."
+        )
 
 
 def _check_axis(axis: Any) -> int:

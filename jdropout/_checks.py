@@ -3,7 +3,6 @@
 import functools
 import inspect
 import math
-import operator
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -28,12 +27,14 @@ def check_rate(rate: Any, name: str = "rate") -> float | jax.Array:
         )
     if isinstance(rate, jax.Array):
         return _check_rate_array(rate, name)
-    if isinstance(rate, np.ndarray) and rate.ndim == 0:
+    if _values.is_numpy_scalar(rate):
         return check_rate(rate[()], name)
-    if getattr(rate, "shape", ()) != ():
+    shape = getattr(rate, "shape", ())
+    if isinstance(shape, tuple) and shape:
         raise ValueError(_rate_shape(rate, name))
     number = isinstance(rate, float | int) or (
         isinstance(rate, np.generic)  # unlike np.issubdtype, jnp's knows bfloat16
+        and rate.dtype.kind != "m"  # timedelta64, an integer of NumPy
         and (jnp.issubdtype(rate.dtype, np.floating) or jnp.issubdtype(rate.dtype, np.integer))
     )
     if not number:
@@ -106,19 +107,19 @@ def check_precision(precision: Any) -> int | None:
     )
 
 
-def check_deterministic(deterministic: Any) -> bool | jax.Array:
+def check_deterministic(deterministic: Any, name: str = "deterministic") -> bool | jax.Array:
     if isinstance(deterministic, bool | np.bool_):
         return bool(deterministic)
-    if isinstance(deterministic, np.ndarray) and deterministic.shape == ():
-        return check_deterministic(deterministic[()])
+    if _values.is_numpy_scalar(deterministic):
+        return check_deterministic(deterministic[()], name)
     if not isinstance(deterministic, jax.Array) or deterministic.dtype != jnp.bool_:
         raise TypeError(
-            f"deterministic must be True, False or a boolean scalar array, got {deterministic!r}. "
+            f"{name} must be True, False or a boolean scalar array, got {deterministic!r}. "
             "Pass True in evaluation and False in training."
         )
     if deterministic.shape != ():
         raise ValueError(
-            f"deterministic must be a scalar, got an array of shape {deterministic.shape}. "
+            f"{name} must be a scalar, got an array of shape {deterministic.shape}. "
             "For one flag per example use jax.vmap."
         )
     return deterministic
@@ -192,19 +193,20 @@ def check_key(key: Any, name: str = "key") -> Key:
     return cast("Key", key)  # a raw NumPy key works too
 
 
-def check_broadcast_dims(broadcast_dims: Any, rank: int) -> frozenset[int]:
+def check_broadcast_dims(
+    broadcast_dims: Any, rank: int, name: str = "broadcast_dims"
+) -> frozenset[int]:
     """Returns the axes as non-negative numbers."""
-    try:
-        axes = [operator.index(axis) for axis in broadcast_dims]
-    except TypeError:
+    axes = _values.as_integers(broadcast_dims)
+    if axes is None:
         raise TypeError(
-            f"broadcast_dims must be a sequence of axes, got {broadcast_dims!r}. "
+            f"{name} must be a sequence of axes, got {broadcast_dims!r}. "
             "Write (axis,) for one axis."
-        ) from None
+        )
     for axis in axes:
         if not -rank <= axis < rank:
             raise ValueError(
-                f"broadcast_dims has axis {axis}, but the array has {rank} axes. "
+                f"{name} has axis {axis}, but the array has {rank} axes. "
                 f"Use axes from {-rank} to {rank - 1}."
             )
     return frozenset(axis % rank for axis in axes)
@@ -255,13 +257,13 @@ def _check_index(index: Any) -> Index:
     traced_scalar = isinstance(index, jax.core.Tracer) and index.ndim == 0
     if traced_scalar and jnp.issubdtype(index.dtype, np.integer):
         return index
-    try:
-        return operator.index(index)  # also accepts a concrete JAX array
-    except TypeError:
+    number = _values.as_integer(index)  # also accepts a concrete JAX array
+    if number is None:
         raise TypeError(
             f"start must hold integers, or integer scalar arrays, got {index!r}. "
             "Inside shard_map: jax.lax.axis_index(name) * block_size."
-        ) from None
+        )
+    return number
 
 
 def check_parent_key(key: Any, name: str) -> Key:
@@ -312,6 +314,8 @@ def check_rate_below_one(rate: float | jax.Array) -> float | jax.Array:
 
 
 def check_static_shape(shape: tuple[Any, ...]) -> None:
+    if any(isinstance(size, int) and size >= 2**63 for size in (*shape, math.prod(shape))):
+        raise ValueError(f"shape must have fewer than 2**63 elements, got {shape}. Split it.")
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(
             f"x must have a static shape, got {shape}: a mask needs the sizes of the whole array. "

@@ -149,14 +149,14 @@ def concrete_regularizer(
     )
     logit = _values.check_floating_array("logit", logit)
     squares = _values.check_parameter("weight_sum_of_squares", weight_sum_of_squares, logit.shape)
-    return _concrete_cost(logit, squares, count, *amounts)
+    return _concrete_cost(logit, squares, _values.as_float("num_inputs", count), *amounts)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _concrete_cost(
     logit: jax.Array,
     squares: jax.Array,
-    count: int,
+    count: float,
     weight_regularizer: jax.Array,
     dropout_regularizer: jax.Array,
 ) -> jax.Array:

@@ -213,11 +213,20 @@ def _traced_gamma(rate: jax.Array, sizes: tuple[int, ...], block: tuple[int, ...
     return jnp.where(inside, gamma, rate)  # 0, 1 and invalid rates pass through
 
 
+_MOST_COUNTS = 2**22
+"""More would take seconds and gigabytes, and drop a fourth of an axis of millions at once."""
+
+
 def _coverage(sizes: tuple[int, ...], block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of blocks that can cover an element, and the fraction of elements with each."""
     together = Counter({1: 1})
     for n, size in zip(sizes, block, strict=True):
         most = min(size, n - size + 1)  # blocks that can cover an element in the middle
+        if most * len(together) > _MOST_COUNTS:
+            raise ValueError(
+                f"block_size must leave at most {_MOST_COUNTS} numbers of blocks that can cover an "
+                f"element, got blocks of {block} in {sizes}. Use smaller blocks."
+            )
         axis = Counter(dict.fromkeys(range(1, most), 2))
         axis[most] += n - 2 * (most - 1)
         product: Counter[int] = Counter()
@@ -332,7 +341,7 @@ def _check_sizes(name: str, sizes: Any, count: int) -> tuple[int, ...]:
     """Returns one size of at least 1 per axis; a single number stands for all axes."""
     if as_integer(sizes) is not None:
         return (_values.check_positive(name, sizes),) * count
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
         raise TypeError(
             f"{name} must be an integer or a sequence of integers, got {sizes!r}."
             " Write 7, or (7, 7) for one size per axis."

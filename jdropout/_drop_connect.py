@@ -186,7 +186,7 @@ def check_select(select: Any) -> Any:
     """Returns a predicate on paths, or a tuple of names."""
     if callable(select):
         return select
-    if not isinstance(select, Sequence | set | frozenset) or isinstance(select, str):
+    if not isinstance(select, Sequence | set | frozenset) or isinstance(select, str | bytes):
         raise TypeError(
             f"select must be a function of a path or a sequence of names, got {select!r}. Write "
             "('recurrent_kernel',) for one name."
@@ -203,7 +203,7 @@ def check_select(select: Any) -> Any:
 def _check_paths(paths: Sequence[str]) -> None:
     if "" in paths:
         raise ValueError(
-            "params must be a tree of named parameters, such as a dictionary, got one array. Use "
+            "params must be a tree of named parameters, such as a dictionary, got one leaf. Use "
             "jdropout.drop_connect for it."
         )
 

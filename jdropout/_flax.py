@@ -4,7 +4,7 @@ import contextvars
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -73,15 +73,49 @@ def check_module_amount(name: str, amount: Any) -> float:
 def initial_logit(rate: Any, dtype: Any) -> jax.Array:
     """The logit that a learned rate starts from."""
     _values.check_fraction("initial_rate", rate)
+    _values.check_dtype("param_dtype", dtype)
     return jnp.asarray(math.log(rate / (1 - rate)), dtype)
 
 
 def check_module_flag(deterministic: Any) -> bool | jax.Array:
     """Returns the flag, as a bool if it is concrete, like Flax's own modules."""
-    if isinstance(deterministic, int):  # Flax accepts 0 and 1 too
+    if isinstance(deterministic, int) and deterministic in (0, 1):  # which Flax accepts too
         deterministic = bool(deterministic)
     flag = _checks.check_deterministic(deterministic)
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
+
+
+def check_stream(deterministic: Any, rng_collection: Any) -> None:
+    """Checks what the constructors of all layers take; the flag may be left to the call."""
+    if deterministic is not None:
+        check_module_flag(deterministic)
+    _values.check_name("rng_collection", rng_collection)
+
+
+def check_dense(use_bias: Any, **initializers: Any) -> None:
+    _values.check_flag("use_bias", use_bias)
+    for name, initializer in initializers.items():
+        _values.check_function(name, initializer)
+
+
+def check_dense_inputs(inputs: Any, dtype: Any, kernel_dtype: Any) -> jax.Array:
+    """Returns the inputs as an array, for Flax to promote."""
+    inputs = _values.as_array("inputs", inputs)
+    if dtype is None:
+        _check_promotes("inputs", inputs, kernel_dtype)
+    if not inputs.ndim:
+        raise ValueError("inputs must have an axis of features, got shape (). Pass inputs[None].")
+    return inputs
+
+
+def _check_promotes(name: str, x: jax.Array, dtype: Any) -> None:
+    try:
+        jnp.promote_types(x.dtype, dtype)
+    except (TypeError, ValueError):  # of float8, for example
+        raise TypeError(
+            f"{name} must have a dtype that promotes with {jnp.dtype(dtype)}, got {x.dtype}. "
+            f"Convert it with {name}.astype(jnp.float32)."
+        ) from None
 
 
 def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
@@ -94,12 +128,14 @@ def draws_mask(rate: Rate, deterministic: bool | jax.Array) -> bool:
 
 def draws_any_mask(rates: Any, deterministic: bool | jax.Array) -> bool:
     """Whether zoneout draws a mask for any of the rates; it draws none at 0 and at 1."""
-    return deterministic is not True and any(rate not in (0, 1) for rate in jax.tree.leaves(rates))
+    return deterministic is not True and any(
+        isinstance(rate, jax.Array) or rate not in (0, 1) for rate in jax.tree.leaves(rates)
+    )
 
 
 def draws_noise(amount: float, deterministic: bool | jax.Array) -> bool:
     """Whether a call draws noise; an amount of 1 draws, unlike a rate of 1."""
-    return deterministic is not True and amount != 0
+    return deterministic is not True and (isinstance(amount, jax.Array) or amount != 0)
 
 
 def same_part(output: Any, new: Any, zoned: Any) -> Any:
@@ -123,6 +159,7 @@ def attention(
     **options: Any,
 ) -> jax.Array:
     """Attention with Flax's conventions: any number of batch axes, which operands broadcast to."""
+    broadcast_dropout = _values.check_flag("broadcast_dropout", broadcast_dropout)
     batch = query.shape[:-3]
     several = len(batch) > 1
     full = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
@@ -130,10 +167,15 @@ def attention(
     def one_batch(x: jax.Array, own_axes: int = 3) -> jax.Array:
         return x.reshape(math.prod(batch), *x.shape[x.ndim - own_axes :]) if several else x
 
-    def operand(x: Any) -> jax.Array | None:
+    def operand(name: str, x: Any) -> jax.Array | None:
         if x is None:
             return None
-        x = jnp.asarray(x)
+        x = _values.as_array(name, x)
+        if not (x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.number)):
+            raise TypeError(
+                f"{name} must be an array of numbers or booleans, got dtype {x.dtype}. "
+                f"Pass {name}=None for none."
+            )
         x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
         if several:
             x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
@@ -152,13 +194,13 @@ def attention(
     for name in ("query_segment_ids", "key_value_segment_ids"):
         ids = options.get(name)
         if ids is not None and several:
-            options[name] = one_batch(jnp.asarray(ids), 1)
-    mask = operand(mask)
+            options[name] = one_batch(_values.as_array(name, ids), 1)
+    mask = operand("mask", mask)
     output, *weights = dot_product_attention(
         one_batch(query),
         one_batch(key),
         one_batch(value),
-        operand(bias),
+        operand("bias", bias),
         None if mask is None else mask.astype(bool),
         dropout_key=dropout_rng,
         dropout_rate=dropout_rate,
@@ -240,11 +282,32 @@ def uninstall(framework: Any, classes: dict[str, tuple[Any, Any]]) -> None:
 
 
 def check_model(model: Any, kind: type) -> None:
-    if not isinstance(model, kind):
+    check_module("model", model, kind, "Sample a function with jdropout.mc_predict.")
+
+
+def check_module(name: str, module: Any, kind: Any, fix: str = "Build it first.") -> None:
+    if not isinstance(module, kind):
         raise TypeError(
-            f"model must be a {kind.__module__.split('.')[1]} module, got {type_name(model)}. "
-            "Sample a function with jdropout.mc_predict."
+            f"{name} must be a {kind.__module__.split('.')[1]} module, got {type_name(module)}. "
+            f"{fix}"
         )
+
+
+def check_attention(query: Any, key: Any, value: Any, dtype: Any) -> list[jax.Array]:
+    """Returns the operands as arrays, for Flax to promote."""
+    if dtype is not None:
+        _values.check_dtype("dtype", dtype)
+    pairs = {"query": query, "key": key, "value": value}.items()
+    arrays = [_values.as_array(name, x) for name, x in pairs]
+    for (name, _), x in zip(pairs, arrays, strict=True):
+        if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.number):
+            raise ValueError(
+                f"{name} must be an array of numbers with the axes (..., length, heads, features), "
+                f"got shape {x.shape} and dtype {x.dtype}. Insert axes of size 1."
+            )
+        if dtype is None:
+            _check_promotes(name, x, arrays[0].dtype)
+    return arrays
 
 
 def check_any_dropout(drops: bool, only: Any = None) -> None:
@@ -260,7 +323,11 @@ def check_any_dropout(drops: bool, only: Any = None) -> None:
 def check_paths(incoming: Any, outgoing: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the paths of the modules around some units."""
     for name, paths in (("incoming", incoming), ("outgoing", outgoing)):
-        if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
+        if (
+            not isinstance(paths, Sequence | set | frozenset)
+            or isinstance(paths, str)
+            or not all(isinstance(path, str) for path in paths)
+        ):
             raise TypeError(
                 f"{name} must be a sequence of paths, got {paths!r}. Write ('up',) for one."
             )
@@ -277,7 +344,9 @@ def check_paths(incoming: Any, outgoing: Any) -> tuple[tuple[str, ...], tuple[st
     return tuple(incoming), tuple(outgoing)
 
 
-def check_positions(positions: Any, argument: str | None) -> None:
+def check_positions(positions: Any, argument: Any) -> None:
+    if argument is not None:
+        _values.check_name("positions_argument", argument)
     if positions is not None and argument is None:
         raise ValueError(
             "positions were given, but positions_argument is None, so the layer would not get "

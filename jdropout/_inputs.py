@@ -37,7 +37,7 @@ def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         dict(bound.arguments), is_leaf=lambda leaf: isinstance(leaf, objects)
     )
     names = [name_of(path) for path, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
+    leaves = [_native(leaf) for _, leaf in paths_and_leaves]
     modules = [i for i, leaf in enumerate(leaves) if isinstance(leaf, objects)]
     others = [i for i in range(len(leaves)) if i not in modules]
     state: list[tuple[Any, Any]] = []
@@ -73,6 +73,11 @@ def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         of_optimizer,
         call,
     )
+
+
+def _native(leaf: Any) -> Any:
+    foreign = isinstance(leaf, np.ndarray) and not leaf.dtype.isnative
+    return leaf.astype(leaf.dtype.newbyteorder("=")) if foreign else leaf
 
 
 def is_array(leaf: Any) -> bool:

@@ -219,6 +219,7 @@ class _Sampler:
         numbers = bool, int, float, complex, np.generic
         number_of_fn = len(jax.tree.leaves(fn))
         leaves, structure = jax.tree.flatten((fn, args))
+        leaves = [_values.readable("args", x) if isinstance(x, np.ndarray) else x for x in leaves]
         is_array = [
             isinstance(leaf, jax.Array | np.ndarray)
             or (i >= number_of_fn and isinstance(leaf, numbers))  # those of fn may be its options
@@ -356,6 +357,11 @@ def _check_batch_size(batch_size: Any, count: Any, stratified: bool) -> int:
             return count
         return large if count >= _ENOUGH_GROUPS * large else small
     size = _values.check_positive("batch_size", batch_size)
+    if size > 2**30:
+        raise ValueError(
+            f"batch_size must be at most 2**30, got {size}. Pass the number of samples to compute "
+            "at once, or leave it out."
+        )
     if stratified and isinstance(count, int):
         size = min(size, count)  # or each sample would have one of more strata than samples
     if stratified and size > LARGEST_SIZE:

@@ -67,7 +67,7 @@ def multi_sample(
       section 3, which averages the losses of the samples.
     """
     _values.check_function("fn", fn)
-    count = _values.check_positive("num_samples", num_samples)
+    count = _values.check_size("num_samples", num_samples)
     most = count if batch_size is None else _values.check_positive("batch_size", batch_size)
     _checks.check_parent_key(key, "key")
 

@@ -63,7 +63,7 @@ def new_draw(
     precision = _checks.check_precision(precision)
     static_rate = None if isinstance(checked, jax.Array) else checked
     threshold = None if static_rate is None else _threshold.static_threshold(static_rate, precision)
-    shared = _checks.check_broadcast_dims(broadcast_dims, len(shape))
+    shared = _checks.check_broadcast_dims(broadcast_dims, len(shape), f"{prefix}broadcast_dims")
     first, whole = _checks.check_block(start, global_shape, shape)
 
     outcome = _outcome(threshold, flag, off)

@@ -258,8 +258,14 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
       probabilities", which counts from the input and so starts at rate / depth; later vision
       models start at 0, as here.
     """
-    last = float(_checks.check_rate(rate))
-    depth = _values.check_positive("depth", depth)
+    checked = _checks.check_rate(rate)
+    if isinstance(checked, jax.core.Tracer):
+        raise TypeError(
+            f"rate must be a Python number here, got {rate!r}. Multiply it by "
+            "jnp.linspace(0, 1, depth) for traced rates."
+        )
+    last = float(checked)
+    depth = _values.check_size("depth", depth, bits=20)  # a list of more layers is a mistake
     if depth == 1:
         return [last]
     return [last * (layer / (depth - 1)) for layer in range(depth)]  # the last one is exact

@@ -83,6 +83,7 @@ def targeted_dropout(
     w = _checks.check_input(w, "w")
     fraction = _check_target_fraction(target_fraction)
     shape = jnp.shape(w)
+    _values.check_integer("output_axis", output_axis)
     if unit_axis is None:
         _check_has_inputs(w)
         axis = _values.check_axis("output_axis", output_axis, len(shape))

@@ -16,7 +16,7 @@ from jdropout._subset import _rows
 from jdropout._subset._indices import Order, check_fixed_rate, kept_first
 from jdropout._subset._route_tokens import check_prefix, with_prefix
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
-from jdropout._values import as_array, as_integer, type_name
+from jdropout._values import as_array, as_integer, check_indexable, type_name
 
 
 def word_dropout(
@@ -162,6 +162,7 @@ def patch_dropout(
     ordered = _values.check_flag("ordered", ordered)
     token_axis = _values.check_axis("axis", axis, array.ndim)
     length = array.shape[token_axis]
+    check_indexable("x", length)
     prefix = check_prefix(num_prefix_tokens, length)
     lead = array.shape[:token_axis]
     # In floating point 100 * (1 - 0.9) is below 10.
@@ -212,7 +213,8 @@ def _check_tokens(tokens: Any, replacement: Any, protected: Any) -> jax.Array:
             f"tokens must be an array of integers, got dtype {array.dtype}. Drop words before the "
             "embedding, or use jdropout.dropout after it."
         )
-    if not isinstance(protected, Sequence | frozenset | set | range):
+    collection = isinstance(protected, Sequence | frozenset | set | range)
+    if not collection or isinstance(protected, str | bytes):
         raise TypeError(
             f"protected must be a sequence of tokens, got {protected!r}. Write (token,) for one."
         )

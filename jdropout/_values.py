@@ -12,12 +12,11 @@ import numpy as np
 
 
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
+    sizes = as_integers(shape)
+    if sizes is None:
         raise TypeError(
             f"{name} must be a sequence of integers, got {shape!r}. Write (n,) for one axis."
-        ) from None
+        )
     if any(size < 0 for size in sizes):
         raise ValueError(
             f"{name} must not have a negative size, got {sizes}. Use sizes of at least 0."
@@ -34,15 +33,14 @@ def check_axis(name: str, axis: Any, rank: int) -> int:
             " Negative axes count from the end."
         )
     if not -rank <= number < rank:
-        raise ValueError(
-            f"{name} is {number}, but the array has {rank} axes. Use {-rank} to {rank - 1}."
-        )
+        fix = f"Use {-rank} to {rank - 1}." if rank else "Pass an array with axes."
+        raise ValueError(f"{name} is {number}, but the array has {rank} axes. {fix}")
     return number % rank
 
 
 def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
     """Returns distinct axes as non-negative numbers, in the given order."""
-    if not isinstance(axes, Sequence | range) or isinstance(axes, str):
+    if not isinstance(axes, Sequence | range) or isinstance(axes, str | bytes):
         raise TypeError(f"{name} must be a sequence of axes, got {axes!r}. Write (axis,) for one.")
     counted = tuple(check_axis(name, axis, rank) for axis in axes)
     if len(set(counted)) != len(counted):
@@ -101,6 +99,45 @@ def check_flag(name: str, value: Any) -> bool:
     )
 
 
+def check_name(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a string, got {value!r} of type {type_name(value)}. Pass a name, such "
+            "as 'dropout'."
+        )
+
+
+def check_integer(name: str, value: Any) -> None:
+    if as_integer(value) is None:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type_name(value)}."
+            f" Convert it with int({name})."
+        )
+
+
+def check_sequence(name: str, values: Any) -> None:
+    """Checks a sequence of axes, before a module stores it."""
+    if not isinstance(values, Sequence | range) or isinstance(values, str | bytes):
+        raise TypeError(
+            f"{name} must be a sequence of axes, got {values!r}. Write (axis,) for one."
+        )
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Checks a dtype of parameters or of a computation."""
+    try:
+        array = isinstance(
+            dtype, jax.Array | np.ndarray | np.generic
+        )  # jnp.dtype takes that of a traced one
+        inexact = not array and jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
+    except (TypeError, ValueError):
+        inexact = False
+    if not inexact:
+        raise TypeError(
+            f"{name} must be a floating-point dtype, got {dtype!r}. Pass one such as jnp.float32."
+        )
+
+
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in options:
         raise ValueError(
@@ -119,6 +156,23 @@ def check_positive(name: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}. Pass 1 or more.")
     return number
+
+
+def check_size(name: str, value: Any, bits: int = 31) -> int:
+    """Returns a positive number of fewer bits, by default one that an int32 can hold."""
+    number = check_positive(name, value)
+    if number >= 2**bits:
+        raise ValueError(f"{name} must be below 2**{bits}, got {number}. Use a smaller one.")
+    return number
+
+
+def check_indexable(name: str, size: int) -> None:
+    """Checks the size of an axis whose elements are numbered by int32."""
+    if size >= 2**31:
+        raise ValueError(
+            f"{name} must have fewer than 2**31 elements to choose from, got {size}. Split it, and "
+            "give each part its own key."
+        )
 
 
 def check_amount(name: str, amount: Any) -> float | jax.Array:
@@ -141,7 +195,7 @@ def check_scalar(name: str, number: Any) -> float | jax.Array:
                 " For one value per example use jax.vmap."
             )
         return number
-    if isinstance(number, np.ndarray) and number.ndim == 0:
+    if is_numpy_scalar(number):
         return check_scalar(name, number[()])
     real = is_real(number) or (
         isinstance(number, np.generic) and jnp.issubdtype(number.dtype, jnp.floating)
@@ -198,9 +252,15 @@ def check_function(name: str, fn: Any) -> None:
 
 def check_nonempty(name: str, values: Any, of: str) -> None:
     """Checks a sequence with at least one element."""
-    if not isinstance(values, Sequence | np.ndarray | jax.Array) or isinstance(values, str):
+    array = isinstance(values, np.ndarray | jax.Array)
+    if not (array or isinstance(values, Sequence)) or isinstance(values, str | bytes):
         raise TypeError(
             f"{name} must be a sequence of {of}, got {type_name(values)}. Write [a, b] for two."
+        )
+    if array and (values.ndim != 1 or values.size > _MOST_ELEMENTS):
+        raise ValueError(
+            f"{name} must have one axis of at most {_MOST_ELEMENTS} {of}, got shape {values.shape}."
+            " Write [a, b] for two."
         )
     if not len(values):
         raise ValueError(f"{name} must not be empty. Pass at least one of the {of}.")
@@ -242,8 +302,38 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
+def as_integers(values: Any) -> tuple[int, ...] | None:
+    """The integers of an iterable, otherwise None."""
+    if isinstance(values, str | bytes):
+        return None
+    if isinstance(values, np.ndarray | jax.Array) and (
+        isinstance(values, jax.core.Tracer) or values.ndim != 1
+    ):
+        return None  # JAX would slice a traced array as often as its axis is long
+    try:
+        numbers = [as_integer(value) for value in values]
+    except TypeError:
+        return None
+    integers = tuple(number for number in numbers if number is not None)
+    return integers if len(integers) == len(numbers) else None
+
+
+_MOST_ELEMENTS = 2**16
+"""Of an array that is iterated over."""
+
+
+def is_numpy_scalar(value: Any) -> bool:
+    """Whether a value is an array without axes; that of `np.ma.masked` holds nothing but itself."""
+    return (
+        isinstance(value, np.ndarray)
+        and value.ndim == 0
+        and not isinstance(value, np.ma.MaskedArray)
+    )
+
+
 def is_real(value: Any) -> bool:
-    return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
+    number = isinstance(value, float | int | np.floating | np.integer)
+    return number and not isinstance(value, bool | np.timedelta64)
 
 
 def as_array(name: str, x: Any) -> jax.Array:
@@ -251,9 +341,9 @@ def as_array(name: str, x: Any) -> jax.Array:
     x = readable(name, x)
     if isinstance(x, jax.Array):  # also of a dtype such as PRNG keys
         return x
-    dtype = dtype_of(x)
+    dtype = np.dtype(np.int64) if isinstance(x, int) else dtype_of(x)  # of 2**64 it is object
     narrow = jax.dtypes.canonicalize_dtype(dtype)
-    if narrow != dtype and jnp.issubdtype(dtype, np.integer) and np.size(x):
+    if (narrow != dtype or isinstance(x, int)) and jnp.issubdtype(dtype, np.integer) and np.size(x):
         limits = jnp.iinfo(narrow)
         for number in (np.min(x), np.max(x)):
             if not limits.min <= number <= limits.max:
@@ -306,7 +396,8 @@ def readable(name: str, x: Any) -> jax.Array | np.ndarray | np.generic | complex
 def _known_to_jax(dtype: np.dtype) -> bool:
     if dtype in (np.longdouble, np.clongdouble):  # which is float64 on some machines
         return dtype in (np.float64, np.complex128)
-    return dtype.kind in "biufc" or bool(jnp.issubdtype(dtype, np.number))
+    # timedelta64 counts as an integer of NumPy.
+    return dtype.kind in "biufc" or (dtype.kind != "m" and bool(jnp.issubdtype(dtype, np.number)))
 
 
 @functools.lru_cache
@@ -323,7 +414,9 @@ def type_name(value: object) -> str:
 
 
 def describe_array(x: Any) -> str:
-    """Dtype and shape, such as float32[2, 3]."""
+    """Dtype and shape, such as float32[2, 3]; the type of what is no array."""
+    if isinstance(x, str | bytes) or not (hasattr(x, "dtype") or np.isscalar(x)):
+        return type_name(x)
     return f"{jnp.result_type(x)}{list(np.shape(x))}"
 
 

@@ -283,7 +283,7 @@ def variational_kl(log_alpha: ArrayLike) -> jax.Array:
 def _check_threshold(threshold: Any) -> float | None:
     if threshold is None:
         return None
-    if not is_real(threshold) or math.isnan(threshold):
+    if not is_real(threshold) or math.isnan(_values.as_float("threshold", threshold)):
         raise TypeError(
             f"threshold must be None or a number, got {threshold!r}. It is a log_alpha, such as 3."
         )

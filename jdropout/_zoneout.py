@@ -142,7 +142,7 @@ def _check_rate_for_each(rate: Any, structure: Any) -> list[Any]:
     leaves, given = jax.tree.flatten(rate, is_leaf=lambda leaf: leaf is None)
     if given == structure:
         return leaves
-    if not jax.tree_util.treedef_is_leaf(given):
+    if not jax.tree_util.treedef_is_leaf(given) or not leaves:
         raise ValueError(
             f"rate must be one rate, or a tree of them with the structure {structure} of the "
             f"state, got {given}."

@@ -76,6 +76,9 @@ class PositionFunction:
         key_range: Callable[..., Any] | None = None,
         per_example: bool = False,
     ) -> None:
+        _values.check_function("function", function)
+        if key_range is not None:
+            _values.check_function("key_range", key_range)
         self.function = function
         self.arrays = arrays
         self.key_range = key_range
@@ -93,6 +96,9 @@ class PositionFunction:
         made.function, made.key_range, made.per_example = static
         return made
 
+
+_HEAD_BITS = 20
+"""More heads than any model has are a mistake, and their slopes would take minutes."""
 
 # --- biases -------------------------------------------------------------------------------
 
@@ -124,7 +130,11 @@ def alibi(slopes: ArrayLike | int) -> PositionFunction:
       Press, Smith and Lewis, "Train short, test long: attention with linear biases enables input
       length extrapolation" (2022), section 3.
     """
-    number = _values.as_integer(slopes)
+    number = (
+        None
+        if _values.as_integer(slopes) is None
+        else _values.check_size("slopes", slopes, _HEAD_BITS)
+    )
     array = _values.check_floating_array(
         "slopes", slopes if number is None else alibi_slopes(number)
     )
@@ -158,7 +168,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     References:
       Press, Smith and Lewis, "Train short, test long" (2022), section 3.
     """
-    number = _values.check_positive("num_heads", num_heads)
+    number = _values.check_size("num_heads", num_heads, _HEAD_BITS)
     power = 2 ** (number.bit_length() - 1)
     exact = 2.0 ** (-8 * np.arange(1, power + 1) / power)
     between = 2.0 ** (-4 * np.arange(1, 2 * (number - power), 2) / power)
@@ -202,7 +212,7 @@ def relative_bias(
     """
     array = _values.check_floating_array("table", table)
     directions = 2 if _values.check_flag("bidirectional", bidirectional) else 1
-    distance = _values.check_positive("max_distance", max_distance)
+    distance = _values.check_size("max_distance", max_distance)
     if array.ndim != 2 or array.shape[0] % directions or array.shape[0] < 2 * directions:
         raise ValueError(
             "table must have the axes (buckets, heads), with an even number of buckets of at least "

@@ -9,7 +9,7 @@ except ImportError as _error:
 
 import jax
 
-from jdropout._checks import check_rate
+from jdropout._checks import check_deterministic, check_rate
 from jdropout._dropout import dropout
 from jdropout._typing import Flag, Key, Rate
 
@@ -43,6 +43,7 @@ class Dropout(_eqx.Module):
 
     def __init__(self, p: Rate = 0.5, inference: Flag = False) -> None:
         check_rate(p, "p")
+        check_deterministic(inference, "inference")
         self.p = p
         self.inference = inference
 

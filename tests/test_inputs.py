@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jdropout
-from jdropout import schedules, uncertainty
+import jdropout.equinox
+import jdropout.linen
+import jdropout.nnx
+from jdropout import by_position, schedules, testing, uncertainty
 
 KEY = jax.random.key(0)
 X = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4)
@@ -119,6 +122,11 @@ def test_static_switches_are_true_or_false(name, flag):
         SWITCHES[name](flag)
 
 
+def variational(**options):
+    return jdropout.linen.VariationalDense(3, **options)
+
+
+LONG = jax.ShapeDtypeStruct((2**31,), jnp.int32)  # iterating over it would take hours
 BAD = {
     "epsilon must be a finite number": lambda: jdropout.dropout_add_norm(
         KEY, X, X, 0.5, epsilon=-1
@@ -142,6 +150,114 @@ BAD = {
     "step must be a number": lambda: schedules.late(0.1, 5)(jnp.float32(jnp.nan)),
     "The order is key, input, rate": lambda: jdropout.dropout(KEY, jnp.float32(0.5), X),
     "the order is key, input, rate": lambda: jdropout.dropout(KEY, 0.5, jnp.float32(0.1)),
+    "rate must be a number in .*timedelta64": lambda: jdropout.dropout(KEY, X, np.timedelta64(0)),
+    "deterministic must be True, False": lambda: jdropout.dropout(
+        KEY, X, 0.5, deterministic=np.ma.masked
+    ),
+    "broadcast_dims must be a sequence of axes": lambda: jdropout.dropout(
+        KEY, X, 0.5, broadcast_dims=[True]
+    ),
+    "dropout_broadcast_dims must be a sequence": lambda: jdropout.dot_product_attention(
+        QUERY, QUERY, QUERY, dropout_key=KEY, dropout_rate=0.5, dropout_broadcast_dims=0
+    ),
+    "precision must be one of JAX's": lambda: jdropout.dot_product_attention(
+        QUERY, QUERY, QUERY, dropout_key=KEY, dropout_rate=0.5, precision=[]
+    ),
+    "batch_axis must be an integer": lambda: jdropout.unit_subset(
+        KEY, lambda w, v, x: x, TABLE, TABLE.T, X, 0.5, batch_axis="0"
+    ),
+    "mean must fit int32": lambda: uncertainty.gaussian_nll(2**64, X, X),
+    "logits must have an axis of classes": lambda: uncertainty.entropy(jnp.float32(1)),
+    "block_size must leave at most": lambda: jdropout.drop_block_gamma(0.1, (2**40,), 2**30),
+    "output_axis must be an integer": lambda: jdropout.targeted_dropout(
+        KEY, X, 0.5, target_fraction=0.5, unit_axis=0, output_axis=1.0
+    ),
+    "groups must be an integer": lambda: jdropout.layer_subset(
+        KEY, lambda w, x: x, jnp.ones(3), X, 0.5, groups="1", deterministic=True
+    ),
+    "layer must return .* got str": lambda: jdropout.layer_drop(KEY, lambda x: "text", X, 0.0),
+    "depth must be below": lambda: jdropout.drop_path_rates(0.5, 2**40),
+    "num_heads must be below": lambda: by_position.alibi_slopes(2**30),
+    "shape must have fewer than": lambda: jdropout.keep_mask(KEY, 0.5, (2**40, 2**40)),
+    "batch_size must be at most": lambda: jdropout.mc_predict(
+        len, KEY, X, num_samples=2, batch_size=2**64
+    ),
+    "threshold must be a number that a float": lambda: jdropout.variational_dropout(
+        KEY, X, jnp.float32(0), threshold=10**400
+    ),
+    "rate must be one rate, or a tree": lambda: jdropout.zoneout(KEY, X, X, ()),
+    "stacked_params must have fewer than": lambda: jax.eval_shape(
+        lambda w: jdropout.layer_subset(KEY, lambda w, x: x, w, X, 0.5), LONG
+    ),
+    "rate must be a Python number": lambda: jax.eval_shape(
+        lambda rate: jdropout.drop_path_rates(rate, 3), 0.5
+    ),
+    "step must be a number here": lambda: jax.eval_shape(
+        lambda: schedules.buckets(schedules.late(0.1, 5), [0.1])(3)
+    ),
+    "boundaries must be a sequence of steps": lambda: jax.eval_shape(
+        lambda x: schedules.piecewise([0.1, 0.2], x), LONG
+    ),
+    "shape must be a sequence of integers": lambda: jax.eval_shape(
+        lambda x: jdropout.keep_mask(KEY, 0.5, x), LONG
+    ),
+    "key_range must be a function": lambda: by_position.PositionFunction(len, key_range=3),
+    "inference must be True, False": lambda: jdropout.equinox.Dropout(0.5, inference="no"),
+    "train must be a function": lambda: testing.assert_reproducible(3),
+    "clear_caches must be True or False": lambda: testing.assert_reproducible(
+        lambda: X, clear_caches=1
+    ),
+    "forward_mode must be True or False": lambda: testing.assert_backward_uses_forward_mask(
+        lambda x: x, X, forward_mode=1
+    ),
+    "devices must be a sequence of JAX devices": lambda: testing.assert_sharding_invariant(
+        len, X, devices=[1, 2]
+    ),
+    "batches must be iterable": lambda: testing.record_training(len, X, 3),
+    "path must be a string or a path": lambda: testing.Recording.load(-1),
+    "allow must hold strings": lambda: jdropout.audit(jnp.sin, X).assert_clean(allow=3),
+    "use_bias must be True or False": lambda: variational(use_bias=1),
+    "kernel_init must be a function": lambda: variational(kernel_init=1),
+    "param_dtype must be a floating-point dtype": lambda: variational(param_dtype=int),
+    "features must be below 2": lambda: jdropout.linen.VariationalDense(2**31),
+    "inputs must have an axis of features": lambda: variational().init({}, 1.0, True),
+    "batch_axes must be a sequence": lambda: jdropout.nnx.SpatialDropout(0.5, batch_axes=0),
+    "spatial_axes must be a sequence": lambda: jdropout.nnx.DropBlock(
+        0.5, block_size=2, spatial_axes=1
+    ),
+    "temperature must be a number, got '1'": lambda: jdropout.nnx.ConcreteDropout(temperature="1"),
+    "return_indices must be True or False": lambda: jdropout.nnx.PatchDropout(
+        0.5, return_indices=1
+    ),
+    "layer must be a linen module": lambda: jdropout.linen.LayerSubset(len, rate=0.5, num_layers=3),
+    "num_layers must be at least 1": lambda: jdropout.linen.LayerSubset(
+        linen.Dense(3), rate=0.5, num_layers=0
+    ),
+    "module must be a linen module": lambda: jdropout.linen.DropConnect(len, 0.5),
+    "select must hold names": lambda: jdropout.linen.DropConnect(linen.Dense(3), 0.5, select=[0]),
+    "cell must be a function": lambda: jdropout.nnx.Zoneout(3, 0.5),
+    "incoming must be a sequence of paths": lambda: jdropout.linen.UnitSubset(
+        linen.Dense(3), rate=0.5, incoming=3, outgoing=("a",)
+    ),
+    "positions_argument must be a string": lambda: jdropout.nnx.RouteTokens(
+        len, 0.5, positions_argument=3
+    )(X, deterministic=True),
+    "broadcast_dropout must be True or False": lambda: jdropout.nnx.dot_product_attention(
+        QUERY, QUERY, QUERY, broadcast_dropout=1
+    ),
+    "query must have a dtype that JAX has": lambda: jdropout.linen.dot_product_attention(
+        QUERY.astype("timedelta64[D]"), QUERY, QUERY
+    ),
+    "batch_axis must be an integer of at least 0": lambda: jdropout.linen.with_site_keys(
+        linen.Dense(3).apply, KEY, step=0, batch_axis="0"
+    ),
+    "only must be a filter": lambda: jdropout.nnx.mc_predict(
+        jdropout.nnx.Dropout(0.5), X, KEY, num_samples=2, only=3
+    ),
+    "variables must be a mapping": lambda: jdropout.linen.mc_predict(
+        jdropout.linen.Dropout(0.5), None, X, KEY, num_samples=2
+    ),
+    "model must be a nnx module": lambda: jdropout.nnx.replace_dropout(3),
 }
 
 
@@ -149,6 +265,19 @@ BAD = {
 def test_bad_arguments_are_named(message):
     with pytest.raises((TypeError, ValueError), match=message):
         BAD[message]()
+
+
+OF_LAYERS = {
+    "rng_collection must be a string": dict(rng_collection=3),
+    "deterministic must be True, False": dict(deterministic="no"),
+}
+
+
+@pytest.mark.parametrize("message", OF_LAYERS)
+def test_what_every_layer_takes_is_checked_when_it_is_made(message):
+    for layer in (jdropout.nnx.Dropout, jdropout.nnx.ConcreteDropout, jdropout.linen.Dropout):
+        with pytest.raises(TypeError, match=message):
+            layer(0.5, **OF_LAYERS[message])
 
 
 def test_integers_of_numpy_are_integers():

@@ -18,6 +18,7 @@ from jdropout._attention._arguments import (
     check_kernel_precision,
     check_lengths,
     check_logits_operand,
+    check_matmul_precision,
     check_positions,
     check_scale,
     check_segment_ids,
@@ -265,11 +266,14 @@ def dot_product_attention(
     mask_fns = as_position_functions("mask_fn", mask_fn, True, examples)
     scale = 1 / math.sqrt(features) if scale is None else check_scale(scale)
     sizes = check_block_sizes(block_sizes)
+    check_matmul_precision(precision)
     kernel = check_implementation(implementation)
     first, whole = _checks.check_block(start, global_shape, shape)
     part = _key_kinds.part_of(dropout_key)
     if part:
-        shared = _checks.check_broadcast_dims(dropout_broadcast_dims, len(shape))
+        shared = _checks.check_broadcast_dims(
+            dropout_broadcast_dims, len(shape), "dropout_broadcast_dims"
+        )
         axis = 0 if batch else None
         dropout_key, first, whole = _batch.located(
             cast("jax.Array", dropout_key), part, shape, first, whole, axis, shared

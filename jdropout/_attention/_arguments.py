@@ -1,7 +1,7 @@
 """Argument checks of attention."""
 
+import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from jdropout._values import (
     as_array,
     as_float,
     as_integer,
+    as_integers,
     check_option,
     is_real,
     type_name,
@@ -100,6 +101,20 @@ def check_logits_operand(name: str, x: Any, shape: tuple[int, ...]) -> jax.Array
             f"heads, queries, keys), got shape {x.shape}. Insert axes of size 1."
         )
     return x
+
+
+def check_matmul_precision(precision: Any) -> None:
+    if precision is None or isinstance(precision, jax.lax.Precision):
+        return
+    try:
+        hash(precision)
+        one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        jax.eval_shape(functools.partial(jnp.matmul, precision=precision), one, one)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"precision must be one of JAX's, got {precision!r} of type {type_name(precision)}. "
+            "Pass 'highest', for example, or None."
+        ) from None
 
 
 def check_positions(whole: tuple[int, ...]) -> None:
@@ -206,14 +221,13 @@ def check_window(window: Any) -> tuple[int, int] | None:
     if window is None:
         return None
     number = as_integer(window)
-    pair = window if number is None else (number, number)
-    try:
-        before, after = (operator.index(size) for size in pair)
-    except (TypeError, ValueError):
+    pair = as_integers(window) if number is None else (number, number)
+    if pair is None or len(pair) != 2:
         raise TypeError(
             f"local_window_size must be an integer or a pair of integers, got {window!r}. Write "
             "(before, after), the numbers of keys on either side."
-        ) from None
+        )
+    before, after = pair
     if before < 0 or after < 0:
         raise ValueError(
             f"local_window_size must not be negative, got {window}. Write (before, after), the "
@@ -237,13 +251,13 @@ def check_scale(scale: Any) -> Any:
 def check_block_sizes(block_sizes: Any) -> tuple[int, int] | None:
     if block_sizes is None:
         return None
-    try:
-        rows, columns = (operator.index(size) for size in block_sizes)
-    except (TypeError, ValueError):
+    pair = as_integers(block_sizes)
+    if pair is None or len(pair) != 2:
         raise TypeError(
             f"block_sizes must be None or a pair of integers, got {block_sizes!r}. Write "
             "(queries, keys) of a block."
-        ) from None
+        )
+    rows, columns = pair
     if rows < 1 or columns < 1:
         raise ValueError(
             f"block_sizes must be positive, got {block_sizes}. Write (queries, keys) of a block, "

@@ -150,13 +150,7 @@ class AuditReport:
           AssertionError: if there is a finding that is not accepted.
           ValueError: if `allow` holds something that is not a code of a finding.
         """
-        if isinstance(allow, str):
-            allow = (allow,)
-        paths = dict(allow) if isinstance(allow, Mapping) else dict.fromkeys(allow, "*")
-        if not set(paths) <= set(FIXES):
-            raise ValueError(
-                f"allow must hold codes of findings, got {tuple(paths)}: {sorted(FIXES)}."
-            )
+        paths = allowed(allow, FIXES)
         for finding in self.findings:
             accepted = paths.get(finding.code)
             sites = [self.sites[number].path for number in finding.sites]
@@ -178,6 +172,31 @@ class AuditReport:
             lines += ["", f"{finding.code} ({where}): {finding.message}"]
             lines += [f"  fix: {finding.fix}"]
         return "\n".join(lines)
+
+
+def allowed(allow: Any, codes: Mapping[str, str]) -> dict[str, str]:
+    """Returns the patterns of places where findings are allowed, by their codes."""
+    names = names_of("allow", allow)
+    patterns = dict(allow) if isinstance(allow, Mapping) else dict.fromkeys(names, "*")
+    wrong = [p for p in patterns.values() if not isinstance(p, str)]
+    if wrong or not set(names) <= set(codes):
+        raise ValueError(
+            f"allow must hold codes of findings, got {wrong or names}: {sorted(codes)}. Map a code "
+            "to a pattern of places, or list codes."
+        )
+    return patterns
+
+
+def names_of(argument: str, names: Any) -> tuple[str, ...]:
+    """Returns one or several strings as a tuple."""
+    names = (names,) if isinstance(names, str) else names
+    try:
+        found = tuple(names)
+    except TypeError:
+        found = (None,)
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{argument} must hold strings, got {names!r}. Write ('name',) for one.")
+    return found
 
 
 _HEADINGS = (

@@ -91,6 +91,13 @@ def keep_indices(
     return cast("jax.Array", subset.draw.result(subset.indices()))
 
 
+_CHOSEN_FROM = {
+    "keep_indices": "size",
+    "layer_subset": "stacked_params",
+    "unit_subset": "incoming",
+}
+
+
 class Subset:
     """The choice of one call: what is drawn, and a permutation with the kept elements first.
 
@@ -121,8 +128,10 @@ class Subset:
         rate = check_fixed_rate(rate)
         flag = _checks.check_static_flag(deterministic)
         size = shape[-1]
+        _values.check_indexable(_CHOSEN_FROM.get(kind, "x"), size)
         self.shape = shape
         # In evaluation the last batch may be smaller.
+        groups = _values.check_positive("groups", groups)
         self.groups = 1 if flag else _check_groups(groups, size)
         self.group_size = size // self.groups
         # The double closest to 0.95 is less, so that 10 * (1 - 0.95) is above 0.5.

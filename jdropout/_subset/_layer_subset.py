@@ -77,8 +77,6 @@ def layer_subset(
       (ICLR 2020), section 3.
     """
     _values.check_function("layer", layer)
-    unbiased = _values.check_flag("unbiased", unbiased)
-
     y, _ = scan_subset(
         key,
         lambda params, state, x: (layer(params, x), state),
@@ -104,14 +102,16 @@ def scan_subset(
     groups: int,
     unbiased: bool,
     deterministic: bool,
+    name: str = "stacked_params",
 ) -> tuple[Any, Any]:
     """`layer_subset` of layers that have a state: maps (params, state, x) to (x, state).
 
     Both trees are stacked. A skipped layer's state stays as it is.
     """
-    params, state = _values.as_arrays("stacked_params", (params, state))
+    unbiased = _values.check_flag("unbiased", unbiased)
+    params, state = _values.as_arrays(name, (params, state))
     x = _values.as_arrays("x", x)
-    _, _, size = _values.check_common_axis("stacked_params", (params, state), "axis", 0)
+    _, _, size = _values.check_common_axis(name, (params, state), "axis", 0)
     subset = Subset(
         "layer_subset",
         key,

@@ -97,6 +97,7 @@ def unit_subset(
     incoming = _values.as_arrays("incoming", incoming)
     outgoing = _values.as_arrays("outgoing", outgoing)
     tiles = _values.check_positive("tiles", tiles)
+    _values.check_integer("batch_axis", batch_axis)
     first, first_axis, size = _values.check_common_axis(
         "incoming", incoming, "incoming_axis", incoming_axis
     )

@@ -9,8 +9,9 @@ import jax.typing
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 
-from jdropout._flax import attention, attention_call
+from jdropout._flax import attention, attention_call, check_attention, check_module
 from jdropout._typing import Flag, Key, Rate
+from jdropout._values import check_flag, type_name
 
 # Taken now: users may put our classes in their place.
 FlaxAttention = linen.MultiHeadDotProductAttention
@@ -103,9 +104,13 @@ def dot_product_attention(
     for name, function in replacements.items():
         if function is not None:
             raise ValueError(
-                f"{name} must be None: attention in blocks computes its own products. To replace "
-                "them use Flax's own attention_fn."
+                f"{name} must be None, got {type_name(function)}: attention in blocks computes its "
+                "own products. To replace them use Flax's own attention_fn."
             )
+    query, key, value = check_attention(query, key, value, dtype)
+    check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
+    if module is not None:
+        check_module("module", module, linen.Module)
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
     return attention(
         query,

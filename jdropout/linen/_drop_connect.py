@@ -9,6 +9,7 @@ from flax import linen
 
 from jdropout import _trees
 from jdropout._drop_connect import check_select, check_selected, drop_connect_tree, matching_names
+from jdropout._flax import check_module
 from jdropout._typing import Flag, Key
 from jdropout.keys import at_site
 from jdropout.linen._dropout import RateLayer
@@ -64,6 +65,12 @@ class DropConnect(RateLayer, linen.Module):
     select: Callable[[str], bool] | Sequence[str] = ("kernel",)
     deterministic: bool | None = None
     rng_collection: str = "dropout"
+
+    @linen.nowrap
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_module("module", self.module, linen.Module)
+        check_select(self.select)
 
     def __call__(
         self,

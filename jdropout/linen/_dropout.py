@@ -9,7 +9,13 @@ from flax import linen
 
 from jdropout._checks import check_rate
 from jdropout._dropout import dropout
-from jdropout._flax import Applied, FunctionLayer, check_module_flag, draws_mask
+from jdropout._flax import (
+    Applied,
+    FunctionLayer,
+    check_module_flag,
+    check_stream,
+    draws_mask,
+)
 from jdropout._typing import Flag, Key
 
 # Taken now: users may put our class in its place.
@@ -26,6 +32,7 @@ class Layer:
     """Position of the argument ``rng`` in these methods; None if it is keyword-only."""
 
     def __post_init__(self) -> None:
+        check_stream(self.deterministic, self.rng_collection)
         self._check_attributes()
         super().__post_init__()  # type: ignore[misc]  # linen.Module has it
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 from flax import linen
 
+from jdropout._flax import check_module
 from jdropout._shared import embedding_dropout
 from jdropout._typing import Flag, Key
 from jdropout.linen._drop_connect import with_params
@@ -50,6 +51,11 @@ class EmbeddingDropout(RateLayer, linen.Module):
     rate: float
     deterministic: bool | None = None
     rng_collection: str = "dropout"
+
+    @linen.nowrap
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_module("embed", self.embed, linen.Module)
 
     def __call__(
         self, inputs: jax.Array, deterministic: Flag | None = None, rng: Key | None = None

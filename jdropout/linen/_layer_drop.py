@@ -6,6 +6,7 @@ from flax import linen
 
 from jdropout._layer_drop import skip
 from jdropout._typing import Flag, Key
+from jdropout._values import check_function
 from jdropout.linen._dropout import RateLayer
 
 
@@ -46,6 +47,11 @@ class LayerDrop(RateLayer, linen.Module):
     unbiased: bool = False
     deterministic: bool | None = None
     rng_collection: str = "dropout"
+
+    @linen.nowrap
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_function("layer", self.layer)
 
     def __call__(
         self,

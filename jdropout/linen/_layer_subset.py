@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
+from jdropout._flax import check_module
 from jdropout._subset._layer_subset import scan_subset
 from jdropout._typing import Key
+from jdropout._values import as_arrays, check_positive
 from jdropout.keys import at_site
 from jdropout.linen._wrapper import SubsetWrapper
 
@@ -54,6 +56,11 @@ class LayerSubset(SubsetWrapper, kw_only=True):
     groups: int = 1
     unbiased: bool = False
 
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_module("layer", self.layer, linen.Module)
+        check_positive("num_layers", self.num_layers)
+
     def __call__(
         self,
         inputs: Any,
@@ -81,6 +88,8 @@ class LayerSubset(SubsetWrapper, kw_only=True):
           TypeError: if the rate is not a number, or it or the flag is traced.
         """
         flag, key = self._static(deterministic, rng)
+        inputs = as_arrays("inputs", inputs)
+        num_layers = check_positive("num_layers", self.num_layers)
         if flag or key is None:
 
             def run_one(module: Any, x: Any, _: None) -> tuple[Any, None]:
@@ -90,17 +99,23 @@ class LayerSubset(SubsetWrapper, kw_only=True):
                 run_one,
                 variable_axes={True: 0},
                 split_rngs={True: True},
-                length=self.num_layers,
+                length=num_layers,
             )
             return run_all(self, inputs, None)[0]
 
         # Not linen.scan, which cannot scan a part of a module's variables.
         variables = dict(self.layer.variables)
         params = variables.pop("params", {})
+        sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+        if sizes - {(num_layers,)}:
+            raise ValueError(
+                f"num_layers is {num_layers}, but the parameters have the sizes "
+                f"{sorted(sizes)} on their first axis. Initialize them with as many layers."
+            )
         changing = [name for name in variables if self.is_mutable_collection(name)]
         assert self.scope is not None  # a called module is bound
         streams = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
-        numbers = jnp.arange(self.num_layers, dtype=jnp.uint32)
+        numbers = jnp.arange(num_layers, dtype=jnp.uint32)
         keys = {name: jax.vmap(at_site, (None, 0))(key, numbers) for name, key in streams.items()}
         one = self.layer.clone(parent=None, name=None)
 
@@ -126,6 +141,7 @@ class LayerSubset(SubsetWrapper, kw_only=True):
             groups=self.groups,
             unbiased=self.unbiased,
             deterministic=False,
+            name="layer",
         )
         for collection in changing:
             for name, value in variables[collection].items():

@@ -8,7 +8,7 @@ import jax
 from flax import linen
 
 from jdropout import _values
-from jdropout._batch import at_axis, in_part
+from jdropout._batch import at_axis, check_batch_axis, in_part
 from jdropout._key_kinds import typed_key
 from jdropout._typing import Batch, Index, Key, Site
 from jdropout._values import type_name
@@ -76,6 +76,8 @@ def with_site_keys(
     """
     key = typed_key(step_key(root, step=step, microbatch=microbatch))
     key = in_part(key, batch, microbatch)
+    check_batch_axis(batch_axis)
+    _values.check_name("rng_collection", rng_collection)
     _check_takes_rngs(apply)
 
     def apply_with_site_keys(*args: Any, rngs: Any = None, **kwargs: Any) -> Any:

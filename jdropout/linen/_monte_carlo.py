@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ from jdropout._flax import check_any_dropout, check_model
 from jdropout._key_kinds import typed_key
 from jdropout._monte_carlo import MCPrediction, Sampling
 from jdropout._typing import Key
+from jdropout._values import check_function, check_name, type_name
 from jdropout.linen._dropout_on import DropoutOn, Path, Training
+from jdropout.nnx._turn_on import check_filter
 
 
 def mc_predict(
@@ -107,6 +109,15 @@ def mc_predict(
       moments.
     """
     check_model(model, linen.Module)
+    check_filter(only)
+    check_name("rng_collection", rng_collection)
+    if apply is not None:
+        check_function("apply", apply)
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"variables must be a mapping of collections, got {type_name(variables)}. Pass what "
+            "model.init returns."
+        )
     return _monte_carlo.mc_predict(
         _Sample(model, apply, rng_collection, only),
         key,

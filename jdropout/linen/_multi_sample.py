@@ -6,9 +6,9 @@ import jax
 from flax import linen
 
 from jdropout._dtypes import sum_dtype
-from jdropout._flax import check_module_flag
+from jdropout._flax import check_module_flag, check_stream
 from jdropout._typing import Flag
-from jdropout._values import check_averaged, check_positive
+from jdropout._values import check_averaged, check_function, check_positive
 
 
 class MultiSample(linen.Module):
@@ -61,6 +61,8 @@ class MultiSample(linen.Module):
             number of samples is below 1.
           TypeError: if the module returns integers.
         """
+        check_stream(self.deterministic, self.rng_collection)
+        check_function("layer", self.layer)
         flag = linen.merge_param("deterministic", self.deterministic, deterministic)
         count = check_positive("num_samples", self.num_samples)
         if check_module_flag(flag) is True or self.is_initializing():

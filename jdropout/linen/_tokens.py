@@ -9,6 +9,7 @@ from jdropout._checks import check_static_flag
 from jdropout._flax import Applied
 from jdropout._tokens import patch_dropout
 from jdropout._typing import Flag, Key
+from jdropout._values import check_flag
 from jdropout.linen._dropout import Dropping
 
 
@@ -53,7 +54,8 @@ class PatchDropout(Dropping):
 
     @linen.nowrap
     def _draws(self, flag: bool | jax.Array) -> bool:
-        return flag is not True and self.rate != 0  # a rate of 1 leaves one token, at random
+        # A rate of 1 leaves one token, at random; a traced rate is an error of the function's.
+        return flag is not True and (isinstance(self.rate, jax.Array) or self.rate != 0)
 
     @linen.compact
     def __call__(
@@ -75,6 +77,7 @@ class PatchDropout(Dropping):
             rate is outside [0, 1].
           TypeError: if the rate is not a number, or the flag is traced.
         """
+        with_indices = check_flag("return_indices", self.return_indices)
         flag, key = self._resolve(deterministic, rng)
         kept, indices = self._drop(key, inputs, check_static_flag(flag))
-        return (kept, indices) if self.return_indices else kept
+        return (kept, indices) if with_indices else kept

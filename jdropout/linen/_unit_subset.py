@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import linen
 
-from jdropout._flax import check_paths
+from jdropout._flax import check_module, check_paths
 from jdropout._subset import unit_subset
 from jdropout._typing import Key
 from jdropout.linen._wrapper import SubsetWrapper
@@ -65,6 +65,7 @@ class UnitSubset(SubsetWrapper, kw_only=True):
 
     def _check_attributes(self) -> None:
         super()._check_attributes()
+        check_module("layer", self.layer, linen.Module)
         check_paths(self.incoming, self.outgoing)
 
     def __call__(

@@ -8,8 +8,9 @@ import jax.typing
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 
+from jdropout._flax import check_dense, check_dense_inputs
 from jdropout._typing import Flag, Key
-from jdropout._values import check_positive
+from jdropout._values import check_dtype, check_positive, check_size
 from jdropout._variational import variational_dense, variational_kl
 from jdropout.linen._dropout import Layer
 
@@ -82,8 +83,8 @@ class VariationalDense(Layer, linen.Module):
           TypeError: if the input is not a real floating-point array.
         """
         flag, key = self._resolve(deterministic, rng)
-        check_positive("features", self.features)
-        shape = (check_positive("the last axis of inputs", jnp.shape(inputs)[-1]), self.features)
+        inputs = check_dense_inputs(inputs, self.dtype, self.param_dtype)
+        shape = (check_positive("the last axis of inputs", inputs.shape[-1]), self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         log_alpha = self.param("log_alpha", self.log_alpha_init, shape, self.param_dtype)
         bias = (
@@ -95,6 +96,19 @@ class VariationalDense(Layer, linen.Module):
         return variational_dense(
             key, inputs, kernel, log_alpha, bias, threshold=self.threshold, deterministic=flag
         )
+
+    @linen.nowrap
+    def _check_attributes(self) -> None:
+        check_size("features", self.features)
+        check_dense(
+            self.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            log_alpha_init=self.log_alpha_init,
+        )
+        check_dtype("param_dtype", self.param_dtype)
+        if self.dtype is not None:
+            check_dtype("dtype", self.dtype)
 
     def kl(self) -> jax.Array:
         """Returns `jdropout.variational_kl` summed over all weights.

@@ -7,6 +7,7 @@ from flax import linen
 
 from jdropout._checks import check_static_flag
 from jdropout._typing import Key
+from jdropout._values import check_function
 from jdropout.linen._dropout import RateLayer
 
 
@@ -21,8 +22,14 @@ class SubsetWrapper(RateLayer, linen.Module):
     rng_collection: str = "dropout"
 
     @linen.nowrap
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_function("layer", self.layer)
+
+    @linen.nowrap
     def _draws(self, flag: bool | jax.Array) -> bool:
-        return not check_static_flag(flag) and self.rate != 0  # at 1 it draws which one stays
+        # At 1 it draws which one stays; a traced rate is an error of the function's.
+        return not check_static_flag(flag) and (isinstance(self.rate, jax.Array) or self.rate != 0)
 
     @linen.nowrap
     def _static(self, deterministic: bool | None, rng: Key | None) -> tuple[bool, Any]:
@@ -30,4 +37,4 @@ class SubsetWrapper(RateLayer, linen.Module):
         if self.is_initializing():
             return True, None
         flag, key = self._resolve(deterministic, rng)
-        return bool(flag), key
+        return check_static_flag(flag), key

@@ -9,6 +9,7 @@ from flax import linen
 from jdropout import _checks
 from jdropout._flax import draws_any_mask, same_part
 from jdropout._typing import Flag, Key
+from jdropout._values import check_function
 from jdropout._zoneout import zoneout
 from jdropout.linen._dropout import Layer
 
@@ -111,3 +112,4 @@ class Zoneout(Layer, linen.RNNCellBase):
     def _check_attributes(self) -> None:
         for rate in jax.tree.leaves(self.rate):
             _checks.check_rate(rate)
+        check_function("cell", self.cell)

@@ -6,6 +6,7 @@ from flax import nnx
 
 from jdropout._alpha import alpha_dropout, feature_alpha_dropout
 from jdropout._flax import Applied
+from jdropout._values import check_sequence
 from jdropout.nnx._dropout import Dropout
 
 
@@ -90,6 +91,7 @@ class FeatureAlphaDropout(Dropout):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
+        check_sequence("batch_axes", batch_axes)
         super().__init__(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )

@@ -9,8 +9,15 @@ import jax.typing
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jdropout._flax import attention, attention_call, check_module_rate
+from jdropout._flax import (
+    attention,
+    attention_call,
+    check_attention,
+    check_module,
+    check_module_rate,
+)
 from jdropout._typing import Flag, Key, Rate
+from jdropout._values import check_flag, check_function
 
 # Taken now: users may put our class in its place.
 FlaxAttention = nnx.MultiHeadAttention
@@ -89,6 +96,10 @@ def dot_product_attention(
       and Gimelshein, "Online normalizer calculation for softmax" (2018), and Dao, Fu, Ermon,
       Rudra and Ré, "FlashAttention" (2022), section 3.1, for the blocks.
     """
+    query, key, value = check_attention(query, key, value, dtype)
+    check_function("promote_dtype", promote_dtype)
+    if module is not None:
+        check_module("module", module, nnx.Module)
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     return attention(
         query,
@@ -148,6 +159,7 @@ class MultiHeadAttention(FlaxAttention):
         attention_fn: Callable[..., jax.Array] = dot_product_attention,
         **options: Any,
     ) -> None:
+        check_function("attention_fn", attention_fn)
         super().__init__(
             *args,
             dropout_rate=check_module_rate(dropout_rate, "dropout_rate"),
@@ -192,8 +204,8 @@ class MultiHeadAttention(FlaxAttention):
           ValueError: if shapes do not match, or neither the call nor the constructor gave a flag
             or a source of keys that is needed.
         """
-        decoding = self.decode if decode is None else decode
-        if is_causal and not decoding:
+        decoding = self.decode if decode is None else check_flag("decode", decode)
+        if check_flag("is_causal", is_causal) and not decoding:
             # Flax 0.12.4 has no such argument, and for a cache it would place the query before all
             # other keys.
             options["is_causal"] = True

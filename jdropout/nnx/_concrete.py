@@ -8,7 +8,7 @@ import jax.typing
 from flax import nnx
 
 from jdropout._concrete import concrete_dropout, concrete_regularizer
-from jdropout._flax import initial_logit
+from jdropout._flax import check_module_amount, initial_logit
 from jdropout._typing import ArrayLike, Flag
 from jdropout.nnx._dropout import Layer, attach
 
@@ -66,7 +66,7 @@ class ConcreteDropout(Layer):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
         self.logit: nnx.Param[jax.Array] = nnx.Param(initial_logit(initial_rate, param_dtype))
-        self.temperature: float = float(temperature)
+        self.temperature: float = check_module_amount("temperature", temperature)
         self.broadcast_dims = broadcast_dims
         attach(self, deterministic, rng_collection, rngs)
 

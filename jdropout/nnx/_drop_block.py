@@ -7,6 +7,7 @@ from flax import nnx
 
 from jdropout._drop_block import drop_block
 from jdropout._flax import Applied
+from jdropout._values import check_sequence
 from jdropout.nnx._dropout import Dropout
 
 
@@ -66,11 +67,12 @@ class DropBlock(Dropout):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
+        check_sequence("spatial_axes", spatial_axes)
         super().__init__(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
         self.block_size: int | tuple[int, ...] = (
-            block_size if isinstance(block_size, int) else tuple(block_size)
+            tuple(block_size) if isinstance(block_size, Sequence) else block_size
         )
         self.spatial_axes: tuple[int, ...] = tuple(spatial_axes)
         self.channel_axis = channel_axis

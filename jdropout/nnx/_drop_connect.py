@@ -8,6 +8,7 @@ from flax import nnx
 
 from jdropout._drop_connect import check_select, drop_connect_tree
 from jdropout._typing import Flag
+from jdropout._values import check_function
 from jdropout.nnx._dropout import Dropout
 
 
@@ -70,8 +71,9 @@ class DropConnect(Dropout):
         super().__init__(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
-        self.module = module
         self.select: Callable[[str], bool] | Sequence[str] = check_select(select)
+        check_function("module", module)
+        self.module = module
 
     def __call__(
         self,

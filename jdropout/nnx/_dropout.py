@@ -7,7 +7,14 @@ import jax
 from flax import nnx
 
 from jdropout._dropout import dropout
-from jdropout._flax import Applied, FunctionLayer, check_module_flag, check_module_rate, draws_mask
+from jdropout._flax import (
+    Applied,
+    FunctionLayer,
+    check_module_flag,
+    check_module_rate,
+    check_stream,
+    draws_mask,
+)
 from jdropout._typing import Flag
 
 # Taken now: users may put our class in its place.
@@ -83,6 +90,7 @@ def attach(
     rngs: nnx.Rngs | nnx.RngStream | None,
 ) -> None:
     """Sets the attributes that `flax.nnx.Dropout` would set, on a layer that is not one."""
+    check_stream(deterministic, rng_collection)
     source = FlaxDropout(0.0, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
     layer.deterministic = deterministic
     layer.rng_collection = rng_collection
@@ -135,6 +143,7 @@ class Dropout(Layer, FunctionLayer, FlaxDropout):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
+        check_stream(deterministic, rng_collection)
         FlaxDropout.__init__(
             self,
             self._checked_rate(rate),

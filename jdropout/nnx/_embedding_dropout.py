@@ -8,6 +8,7 @@ from flax import nnx
 
 from jdropout._shared import embedding_dropout
 from jdropout._typing import Flag
+from jdropout._values import check_function
 from jdropout.nnx._drop_connect import with_params
 from jdropout.nnx._dropout import Dropout
 
@@ -63,6 +64,7 @@ class EmbeddingDropout(Dropout):
         super().__init__(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
+        check_function("embed", embed)
         self.embed = embed
 
     def __call__(

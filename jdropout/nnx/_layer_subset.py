@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jdropout._flax import check_module
 from jdropout._subset._layer_subset import scan_subset
 from jdropout.nnx._wrapper import SubsetWrapper
 
@@ -60,6 +61,7 @@ class LayerSubset(SubsetWrapper):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
+        check_module("layer", layer, nnx.Module)
         super().__init__(
             layer, rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )
@@ -110,6 +112,7 @@ class LayerSubset(SubsetWrapper):
             groups=self.groups,
             unbiased=self.unbiased,
             deterministic=flag,
+            name="layer",
         )
         nnx.update(self.layer, state)
         return y

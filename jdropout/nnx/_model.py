@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdropout._batch import at_axis, in_part
+from jdropout._batch import at_axis, check_batch_axis, in_part
 from jdropout._flax import check_module_rate
 from jdropout._key_kinds import typed_key
 from jdropout._typing import Batch, Index, Key, Site
+from jdropout._values import type_name
 from jdropout.keys import at_site, step_key
 from jdropout.nnx._dropout import Dropout, FlaxDropout
-from jdropout.nnx._turn_on import drops
+from jdropout.nnx._turn_on import check_filter, drops
 from jdropout.nnx._wrapper import Wrapper
 
 
@@ -75,6 +76,7 @@ def set_site_keys(
     """
     key = typed_key(step_key(root, step=step, microbatch=microbatch))
     key = in_part(key, batch, microbatch)
+    check_batch_axis(batch_axis)
     streams = [
         (cast("tuple[str | int, ...]", path), node)
         for path, node in nnx.iter_graph(model)
@@ -82,8 +84,9 @@ def set_site_keys(
     ]
     if not streams:
         raise ValueError(
-            "model has no random stream to set: build its dropouts with rngs, as in "
-            "Dropout(rate, rngs=rngs), or call them with rngs=jdropout.keys.site_key(...)."
+            f"model has no random stream to set, got {type_name(model)}: build its dropouts with "
+            "rngs, as in Dropout(rate, rngs=rngs), or call them with "
+            "rngs=jdropout.keys.site_key(...)."
         )
     without = [path for path, node in nnx.iter_graph(model) if drops(node) and node.rngs is None]
     if without:
@@ -142,6 +145,8 @@ def set_rate(model: nnx.Module, rate: float, *filters: Any) -> int:
       Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
       JMLR 15 (2014), section 4.
     """
+    for each in filters:
+        check_filter(each, "filters")
     predicates = [nnx.filterlib.to_predicate(each) for each in filters]
     layers = [
         node

@@ -12,8 +12,9 @@ from jdropout._audit import audit
 from jdropout._flax import check_any_dropout, check_model
 from jdropout._monte_carlo import MCPrediction, Sampling
 from jdropout._typing import Key
+from jdropout._values import check_function
 from jdropout.nnx._model import set_site_keys
-from jdropout.nnx._turn_on import is_layer, turn_on
+from jdropout.nnx._turn_on import check_filter, is_layer, turn_on
 
 
 def mc_predict(
@@ -107,6 +108,9 @@ def mc_predict(
       moments.
     """
     check_model(model, nnx.Module)
+    check_filter(only)
+    if apply is not None:
+        check_function("apply", apply)
     model = nnx.clone(model)
     model.eval()
     drops = turn_on(model, only)

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx import dot_product_attention as flax_attention_fn
 
 from jdropout import _flax
-from jdropout._flax import check_module_rate
+from jdropout._flax import check_module, check_module_rate
 from jdropout.nnx._attention import FlaxAttention, MultiHeadAttention, dot_product_attention
 from jdropout.nnx._dropout import Dropout, FlaxDropout
 
@@ -61,6 +61,7 @@ def replace_dropout(model: nnx.Module) -> int:
       Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting",
       JMLR 15 (2014), section 4.
     """
+    check_module("model", model, nnx.Pytree, "Pass the model, not its state.")
     dropouts, attentions, skipped = [], [], []
     for path, node in nnx.iter_graph(model):
         attention = isinstance(node, FlaxAttention)

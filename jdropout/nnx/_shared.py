@@ -7,6 +7,7 @@ from flax import nnx
 
 from jdropout._flax import Applied
 from jdropout._shared import drop_path, locked_dropout, spatial_dropout
+from jdropout._values import check_sequence
 from jdropout.nnx._dropout import Dropout
 
 
@@ -56,6 +57,7 @@ class SpatialDropout(Dropout):
         rng_collection: str = "dropout",
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
+        check_sequence("batch_axes", batch_axes)
         super().__init__(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs
         )

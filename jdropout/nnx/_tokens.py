@@ -9,6 +9,7 @@ from jdropout._checks import check_static_flag
 from jdropout._flax import Applied
 from jdropout._tokens import patch_dropout
 from jdropout._typing import Flag
+from jdropout._values import check_flag
 from jdropout.nnx._dropout import Dropout
 
 
@@ -71,7 +72,7 @@ class PatchDropout(Dropout):
         self.axis = axis
         self.num_prefix_tokens = num_prefix_tokens
         self.ordered = ordered
-        self.return_indices = return_indices
+        self.return_indices = check_flag("return_indices", return_indices)
 
     def _draws(self, flag: bool | jax.Array) -> bool:
         return flag is not True and self.rate != 0  # a rate of 1 leaves one token, at random

@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 
 from jdropout._flax import draws_mask
+from jdropout._values import type_name
 from jdropout.nnx._attention import FlaxAttention
 from jdropout.nnx._dropout import FlaxDropout, Layer
 
@@ -28,6 +29,16 @@ def turn_on(model: nnx.Module, only: Any = None) -> bool:
         if is_layer(node)
     ]
     return any(drops)
+
+
+def check_filter(only: Any, name: str = "only") -> None:
+    try:
+        nnx.filterlib.to_predicate(... if only is None else only)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a filter of Flax nnx, got one of type {type_name(only)}. Pass a type, "
+            "or a function of path and layer."
+        ) from None
 
 
 def is_layer(node: Any) -> bool:

@@ -148,7 +148,10 @@ class UnitSubset(SubsetWrapper):
 def _module_at(module: Any, path: str) -> Any:
     at = module
     for part in path.split("/"):
-        at = at[int(part)] if part.isdigit() else getattr(at, part, None)
+        try:
+            at = at[int(part)] if part.isdigit() else getattr(at, part, None)
+        except (IndexError, KeyError, TypeError):  # it has no such element, or none at all
+            at = None
     if not isinstance(at, nnx.Module) or not hasattr(at, "kernel"):
         raise ValueError(
             f"layer must have a module with a kernel at {path!r}, got {type(at).__name__}. Write "

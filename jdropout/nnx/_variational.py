@@ -8,8 +8,9 @@ import jax.typing
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
+from jdropout._flax import check_dense, check_dense_inputs
 from jdropout._typing import Flag
-from jdropout._values import check_positive
+from jdropout._values import check_dtype, check_size, type_name
 from jdropout._variational import variational_dense, variational_kl
 from jdropout.nnx._dropout import Layer, attach
 
@@ -82,9 +83,20 @@ class VariationalDense(Layer):
         rngs: nnx.Rngs,
     ) -> None:
         shape = (
-            check_positive("in_features", in_features),
-            check_positive("out_features", out_features),
+            check_size("in_features", in_features),
+            check_size("out_features", out_features),
         )
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(
+                f"rngs must be an nnx.Rngs, got {type_name(rngs)}, since it makes the parameters "
+                "too. Write rngs=nnx.Rngs(0)."
+            )
+        check_dense(
+            use_bias, kernel_init=kernel_init, bias_init=bias_init, log_alpha_init=log_alpha_init
+        )
+        check_dtype("param_dtype", param_dtype)
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         self.kernel: nnx.Param[jax.Array]
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.log_alpha: nnx.Param[jax.Array]
@@ -121,6 +133,7 @@ class VariationalDense(Layer):
           TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
+        inputs = check_dense_inputs(inputs, self.dtype, self.kernel[...].dtype)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         return variational_dense(

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jdropout._flax import check_module_rates, draws_any_mask, same_part
 from jdropout._typing import Flag
+from jdropout._values import check_function
 from jdropout._zoneout import zoneout
 from jdropout.nnx._dropout import Dropout
 
@@ -66,6 +67,7 @@ class Zoneout(Dropout, nnx.RNNCellBase):
             rng_collection=rng_collection,
             rngs=rngs,
         )
+        check_function("cell", cell)
         self.cell = cell
 
     def __call__(  # type: ignore[override]  # a cell takes a carry, too

@@ -45,15 +45,21 @@ def buckets(
     _values.check_function("schedule", schedule)
     _values.check_nonempty("rates", rates, "rates")
     checked = [check_rate(rate, f"rates[{i}]") for i, rate in enumerate(rates)]
+    if any(isinstance(rate, jax.core.Tracer) for rate in checked):
+        raise TypeError(
+            f"rates must be Python numbers, got {rates!r}: each rate compiles a program. Make them "
+            "outside of the compiled step."
+        )
     static = np.array(sorted(float(rate) for rate in checked))
 
     def nearest(step: Any) -> float:
-        if isinstance(step, jax.core.Tracer):
+        rate = step if isinstance(step, jax.core.Tracer) else schedule(check_step(step))
+        if isinstance(rate, jax.core.Tracer):  # all arrays are, while JAX traces
             raise TypeError(
-                f"step must be a number here, got {step!r}: each rate compiles a program. Call the "
+                f"step must be a number here, got {rate!r}: each rate compiles a program. Call the "
                 "schedule outside of the compiled step, and pass the rate as a static argument."
             )
-        rate = check_rate(np.asarray(schedule(check_step(step))), "the rate of the schedule")
+        rate = check_rate(np.asarray(rate), "the rate of the schedule")
         return float(static[np.abs(static - rate).argmin()])
 
     return nearest

@@ -10,7 +10,7 @@ import numpy as np
 
 from jdropout import _checks
 from jdropout._typing import ArrayLike, Rate
-from jdropout._values import type_name
+from jdropout._values import as_integers, check_integer
 
 Schedule: TypeAlias = Callable[[ArrayLike], jax.Array]
 """Function from a step to a rate, a float32 scalar in [0, 1] for `jdropout.dropout`.
@@ -48,7 +48,12 @@ MAX_STEP = 2**31 - 128
 
 
 def check_step(step: Any) -> jax.Array | np.ndarray:
-    array = step if isinstance(step, jax.Array) else np.asarray(step)
+    try:
+        array = step if isinstance(step, jax.Array) else np.asarray(step)
+    except (TypeError, ValueError):  # a list that holds a traced array, or lists of two lengths
+        raise TypeError(
+            f"step must be a number, got {step!r}. Pass the number of the training step."
+        ) from None
     if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
         raise TypeError(
             f"step must be a number, got {step!r} of dtype {array.dtype}."
@@ -66,13 +71,8 @@ def check_step(step: Any) -> jax.Array | np.ndarray:
 
 def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 0) -> int:
     """Returns a number of steps that, with the steps ``before``, stays within MAX_STEP."""
-    try:
-        number = operator.index(num_steps)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer, got {num_steps!r} of type {type_name(num_steps)}. Convert "
-            f"it with int({name})."
-        ) from None
+    check_integer(name, num_steps)
+    number = operator.index(num_steps)
     if number < least:
         raise ValueError(
             f"{name} must be at least {least}, got {number}. Schedules count steps from 0."
@@ -88,7 +88,8 @@ def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 
 
 def check_boundaries(boundaries: Any, of: str, count: int) -> tuple[int, ...]:
     """Returns the steps at which ``count`` pieces change, one less than there are pieces."""
-    if not isinstance(boundaries, Sequence | np.ndarray | jax.Array):
+    array = isinstance(boundaries, np.ndarray | jax.Array) and as_integers(boundaries) is not None
+    if not (array or isinstance(boundaries, Sequence)):
         raise TypeError(
             f"boundaries must be a sequence of steps, got {boundaries!r}. Write [step] for one."
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jdropout._values import check_flag, check_function
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_floating, check_like_input
 
@@ -52,6 +53,8 @@ def assert_backward_uses_forward_mask(
     References:
       Griewank and Walther, "Evaluating derivatives" (SIAM, 2008), section 3, for the two modes.
     """
+    check_function("fn", fn)
+    forward_mode = check_flag("forward_mode", forward_mode)
     x = check_floating(x)
     dtype = check_like_input("fn(x)", jax.eval_shape(fn, x), x)
     factors = _wide(fn(jnp.ones_like(x)))

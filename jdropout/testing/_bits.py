@@ -10,7 +10,7 @@ import numpy as np
 
 from jdropout._dropout import keep_mask
 from jdropout._typing import Index, Key, Rate
-from jdropout._values import type_name
+from jdropout._values import check_flag, check_function, type_name
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_any_leaves
 from jdropout.testing._explain import explain, record_small
@@ -110,6 +110,8 @@ def assert_reproducible(
       Bouthillier, Laurent and Vincent, "Unreproducible research is reproducible" (ICML 2019),
       for what else changes from one training run to the next.
     """
+    check_function("train", train)
+    clear_caches = check_flag("clear_caches", clear_caches)
     _check_runs(runs)
     first: dict[str, _compare.Leaf] | None = None
     for run in range(1, runs + 1):
@@ -132,6 +134,8 @@ def _check_runs(runs: Any) -> None:
             f"runs must be an integer, got {runs!r} of type {type_name(runs)}."
             " Convert it with int(runs)."
         )
+    if runs >= 2**31:
+        raise ValueError(f"runs must be below 2**31, got {runs}. Two runs usually tell.")
     if runs < 2:
         raise ValueError(
             f"runs must be at least 2, got {runs}: one run has nothing to equal. Pass 2 or more."

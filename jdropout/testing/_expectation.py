@@ -88,6 +88,7 @@ def assert_unbiased(
       Bernstein's inequality; Srivastava et al., JMLR 15 (2014), section 10, for Gaussian
       dropout.
     """
+    _values.check_function("fn", fn)
     x = _check_factors_defined(check_floating(x))
     key = _checks.check_key(key)
     noise = _Noise.of_dropout(_check_static_rate(rate))
@@ -203,10 +204,11 @@ def _check_factors_defined(x: jax.Array) -> jax.Array:
         raise ValueError(
             f"x must have elements, got shape {x.shape}. Pass jnp.ones(shape), for example."
         )
-    if not bool(jnp.all(jnp.isfinite(x) & (x != 0))):
+    wrong = ~np.asarray(jnp.isfinite(x) & (x != 0))
+    if wrong.any():
         raise ValueError(
-            "x must be finite and without zeros, since results are divided by it. Pass "
-            "jnp.ones(shape), for example."
+            "x must be finite and without zeros, since results are divided by it, got "
+            f"{np.asarray(x)[wrong][0]}. Pass jnp.ones(shape), for example."
         )
     return x
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jdropout._values import type_name
 from jdropout.testing._program import Aval, Block, Equation, Program
 from jdropout.testing._sources import Source
 
@@ -31,7 +32,7 @@ def write(path: str | os.PathLike[str], program: Program, rows: np.ndarray, abou
         "fingerprints": base64.b64encode(rows.astype("<u8").tobytes()).decode(),
     }
     text = json.dumps(contents, separators=(",", ":"))
-    partial = f"{os.fspath(path)}.tmp"
+    partial = f"{os.fspath(_checked(path))}.tmp"
     try:
         with open(partial, "wb") as file:
             file.write(gzip.compress(text.encode(), mtime=0))
@@ -43,7 +44,7 @@ def write(path: str | os.PathLike[str], program: Program, rows: np.ndarray, abou
 
 def read(path: str | os.PathLike[str]) -> tuple[Program, np.ndarray, Any]:
     try:
-        with open(path, "rb") as file:
+        with open(_checked(path), "rb") as file:
             contents = json.loads(gzip.decompress(file.read()))
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise _not_a_recording(path) from error
@@ -62,6 +63,15 @@ def read(path: str | os.PathLike[str]) -> tuple[Program, np.ndarray, Any]:
     )
     rows = np.frombuffer(base64.b64decode(contents["fingerprints"]), "<u8").astype(np.uint64)
     return program, rows.reshape(contents["shape"]), contents["about"]
+
+
+def _checked(path: Any) -> str | os.PathLike[str]:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path must be a string or a path, got {path!r} of type {type_name(path)}. Pass the "
+            "name of a file."
+        )
+    return path
 
 
 def _not_a_recording(path: str | os.PathLike[str]) -> ValueError:

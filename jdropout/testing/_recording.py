@@ -159,6 +159,7 @@ def record(
 
     check_function("fn", fn)
     check_flag("values", values)
+    _tracing.check_leaves("args", args)
     traced = _tracing.trace(fn, args, check_positive("max_iterations", max_iterations))
     _, fingerprints, kept = Recorder(traced, values)(traced.leaves)
     return Recording(traced.program, fingerprints, about(), [kept] if values else [])

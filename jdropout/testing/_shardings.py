@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdropout._values import is_real, type_name
+from jdropout._values import check_function, is_real, type_name
 from jdropout.testing import _compare
 from jdropout.testing._checks import check_any_leaves
 from jdropout.testing._explain import explain, record_small
@@ -62,6 +62,7 @@ def assert_sharding_invariant(
     References:
       JAX, "Distributed arrays and automatic parallelization", for meshes and shardings.
     """
+    check_function("fn", fn)
     _check_rtol(rtol)
     _check_mesh(mesh, devices)
     mesh = _square_mesh(jax.devices() if devices is None else devices) if mesh is None else mesh
@@ -201,11 +202,17 @@ def _check_mesh(mesh: Any, devices: Any) -> None:
         )
     if devices is None:
         devices = jax.devices() if mesh is None else mesh.devices.reshape(-1)
+    elif not isinstance(devices, Sequence | np.ndarray) or not all(
+        isinstance(device, jax.Device) for device in devices
+    ):
+        raise TypeError(
+            f"devices must be a sequence of JAX devices, got {devices!r}. Pass jax.devices()."
+        )
     if len(devices) < 2:
         raise ValueError(
-            f"a sharding needs at least 2 devices, got {len(devices)}. For eight on any CPU set "
-            "the environment variable XLA_FLAGS=--xla_force_host_platform_device_count=8 before "
-            "JAX starts, for example at the top of conftest.py."
+            f"a sharding needs at least 2 devices, but devices has {len(devices)}. For eight on a "
+            "CPU set the environment variable XLA_FLAGS=--xla_force_host_platform_device_count=8 "
+            "before JAX starts, for example at the top of conftest.py."
         )
 
 

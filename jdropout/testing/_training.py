@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _inputs
-from jdropout._values import check_flag, check_function, check_positive
+from jdropout._values import check_flag, check_function, check_positive, readable
 from jdropout.testing._fingerprint import fingerprint
 from jdropout.testing._recording import MAX_ITERATIONS, Recorder, Recording, about, as_64_bits
 
@@ -68,6 +68,12 @@ def record_training(
     check_flag("values", values)
     every = check_positive("every", every)
     max_iterations = check_positive("max_iterations", max_iterations)
+    try:
+        batches = iter(batches)
+    except TypeError:  # an array without axes is an Iterable, too
+        raise TypeError(
+            f"batches must be iterable, got {batches!r}. Pass a list of batches."
+        ) from None
     return _Training(step, state, every, values, max_iterations).run(batches)
 
 
@@ -107,20 +113,25 @@ class _Training:
     def leaves(self) -> list[tuple[str, Any]]:
         inputs = _inputs.flatten(lambda state: None, (self.state,), {})
         pairs = zip(inputs.names, inputs.leaves, strict=True)
-        return [(name, leaf) for name, leaf in pairs if _inputs.is_array(leaf)]
+        return [
+            (name, readable("state", leaf) if isinstance(leaf, np.ndarray) else leaf)
+            for name, leaf in pairs
+            if _inputs.is_array(leaf)
+        ]
 
     def fingerprints(self) -> np.ndarray:
         leaves = [leaf for _, leaf in self.leaves()]
         if not leaves:
             raise ValueError(
-                "state must hold an array, so that its changes can be seen. Pass parameters, or a "
-                "Flax nnx module."
+                f"state must hold an array, so that its changes can be seen, got {self.state!r}. "
+                "Pass parameters, or a Flax nnx module."
             )
         return as_64_bits(self.of_state(leaves))
 
     def record(self, number: int, batch: Any) -> tuple[np.ndarray, list[np.ndarray]]:
         from jdropout.testing import _tracing
 
+        _tracing.check_leaves("batches", batch)
         if self.traced is None:
             self.traced = _tracing.trace(
                 self.step, (self.state, batch), self.max_iterations, numbers=True

@@ -188,7 +188,7 @@ def _variation_ratio(logits: jax.Array, axis: int, sample_axis: int) -> jax.Arra
     x = samples_first(logits, axis, sample_axis)
     predicted = jax.nn.one_hot(x.argmax(-1), x.shape[-1], dtype=jnp.int32)
     others = x.shape[0] - predicted.sum(0).max(-1)
-    ratio = others.astype(x.dtype) / x.shape[0]
+    ratio = others.astype(x.dtype) / float(x.shape[0])
     return jnp.where(jnp.isnan(x).any((0, -1)), jnp.nan, ratio)
 
 

@@ -71,6 +71,8 @@ def wide(x: jax.Array) -> jax.Array:
 
 def check_categorical(logits: Any, axis: Any) -> tuple[jax.Array, int]:
     array = _values.check_floating_array("logits", logits)
+    if not array.ndim:
+        raise ValueError("logits must have an axis of classes, got shape (). Pass an array.")
     axis = _values.check_axis("axis", axis, array.ndim)
     if array.shape[axis] == 0:
         raise ValueError(
@@ -97,4 +99,9 @@ def check_has_samples(count: int) -> None:
         raise ValueError(
             "sample_axis must have at least one sample, got size 0."
             " Pass the samples of mc_predict(..., return_samples=True)."
+        )
+    if count >= 2**31:
+        raise ValueError(
+            f"sample_axis must have fewer than 2**31 samples, got {count}. Check which axis has "
+            "them."
         )

@@ -95,6 +95,11 @@ def check_determinism(
             f"environment must be a mapping of variables, got {type_name(environment)}. Pass "
             'os.environ, or a dictionary such as {"XLA_FLAGS": "..."}.'
         )
+    if environment is not None and not all(isinstance(x, str) for x in environment):
+        raise TypeError(
+            f"environment must have names of variables as keys, got {environment!r}. Pass "
+            "{'XLA_FLAGS': '...'}."
+        )
     settings = read(os.environ if environment is None else environment)
     again = functools.partial(trace, fn, args)
     program = again()
@@ -145,6 +150,7 @@ def _is_sharded(args: Any) -> bool:
 def _check_platform(platform: Any) -> str:
     if platform is None:
         platform = jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
+    if isinstance(platform, str) and platform == "gpu":
+        platform = "cuda"
     check_option("platform", platform, _PLATFORMS)
     return str(platform)

@@ -5,6 +5,8 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jdropout._audit.report import allowed, names_of
+
 BETWEEN = ("runs", "machines", "devices", "batch sizes", "settings")
 """What results can differ between, from the least change to the largest."""
 
@@ -157,21 +159,16 @@ class DeterminismReport:
           AssertionError: if there is a finding that is not accepted.
           ValueError: if `between` or `allow` has something that is not there to choose.
         """
-        between = {between} if isinstance(between, str) else set(between)
-        if not between or not between <= set(BETWEEN):
+        chosen = set(names_of("between", between))
+        if not chosen or not chosen <= set(BETWEEN):
             raise ValueError(
-                f"between must hold some of {BETWEEN}, got {tuple(sorted(between))}. Leave it out "
+                f"between must hold some of {BETWEEN}, got {tuple(sorted(chosen))}. Leave it out "
                 "for all of them."
             )
-        allow = (allow,) if isinstance(allow, str) else allow
-        accepted = dict(allow) if isinstance(allow, Mapping) else dict.fromkeys(allow, "*")
-        if not set(accepted) <= set(FIXES):
-            raise ValueError(
-                f"allow must hold codes of findings, got {tuple(accepted)}: {sorted(FIXES)}."
-            )
+        accepted = allowed(allow, FIXES)
         for finding in self.findings:
             pattern = accepted.get(finding.code)
-            if not between & set(finding.between):
+            if not chosen & set(finding.between):
                 continue
             if pattern is None or not all(_matches(place, pattern) for place in finding.places):
                 raise AssertionError(str(self))
