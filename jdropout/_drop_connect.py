@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 
 from jdropout import _checks, _trees, _values
 from jdropout._dropout import masked
@@ -178,7 +179,13 @@ def drop_connect_tree(
 def matching_names(select: Any, path: str) -> set[str]:
     """The names that the path ends with; for a predicate, {""} if it selects the path."""
     if callable(select):
-        return {""} if select(path) else set()
+        chosen = select(path)
+        if isinstance(chosen, np.ndarray | jax.Array):
+            raise TypeError(
+                f"select must return True or False, got an array of shape {chosen.shape} for "
+                f"{path!r}. Look at the path alone, not at a parameter."
+            )
+        return {""} if chosen else set()
     return {name for name in select if f"/{path}".endswith(f"/{name}")}
 
 

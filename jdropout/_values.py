@@ -351,6 +351,11 @@ def as_array(name: str, x: Any) -> jax.Array:
                     f"{name} must fit {narrow}, JAX's integers without jax_enable_x64, got "
                     f"{number}. Switch x64 on, or use smaller numbers."
                 )
+    if isinstance(x, float) and float(jnp.finfo(narrow).max) < abs(x) < math.inf:
+        raise ValueError(
+            f"{name} must fit {narrow}, JAX's numbers without jax_enable_x64, got {x}. Switch x64 "
+            "on, or use a smaller number."
+        )
     return jnp.asarray(x)
 
 

@@ -167,6 +167,10 @@ BAD = {
         KEY, lambda w, v, x: x, TABLE, TABLE.T, X, 0.5, batch_axis="0"
     ),
     "mean must fit int32": lambda: uncertainty.gaussian_nll(2**64, X, X),
+    "mean must fit float32": lambda: uncertainty.gaussian_nll(1e300, X, X),
+    "select must return True or False": lambda: jdropout.drop_connect_tree(
+        KEY, {"kernel": X}, 0.5, select=lambda path: np.ones(3)
+    ),
     "logits must have an axis of classes": lambda: uncertainty.entropy(jnp.float32(1)),
     "block_size must leave at most": lambda: jdropout.drop_block_gamma(0.1, (2**40,), 2**30),
     "output_axis must be an integer": lambda: jdropout.targeted_dropout(
