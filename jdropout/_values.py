@@ -125,14 +125,12 @@ def check_sequence(name: str, values: Any) -> None:
 
 def check_dtype(name: str, dtype: Any) -> None:
     """Checks a dtype of parameters or of a computation."""
+    array = isinstance(dtype, jax.Array | np.ndarray | np.generic)  # whose dtype jnp.dtype takes
     try:
-        array = isinstance(
-            dtype, jax.Array | np.ndarray | np.generic
-        )  # jnp.dtype takes that of a traced one
-        inexact = not array and jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
+        floating = not array and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except (TypeError, ValueError):
-        inexact = False
-    if not inexact:
+        floating = False
+    if not floating:
         raise TypeError(
             f"{name} must be a floating-point dtype, got {dtype!r}. Pass one such as jnp.float32."
         )

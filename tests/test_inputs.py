@@ -167,6 +167,9 @@ BAD = {
         KEY, lambda w, v, x: x, TABLE, TABLE.T, X, 0.5, batch_axis="0"
     ),
     "mean must fit int32": lambda: uncertainty.gaussian_nll(2**64, X, X),
+    "batches must fit int32": lambda: testing.record_training(
+        lambda w, x: w, np.float32(1), [2**63]
+    ),
     "mean must fit float32": lambda: uncertainty.gaussian_nll(1e300, X, X),
     "select must return True or False": lambda: jdropout.drop_connect_tree(
         KEY, {"kernel": X}, 0.5, select=lambda path: np.ones(3)
@@ -222,7 +225,7 @@ BAD = {
     "allow must hold strings": lambda: jdropout.audit(jnp.sin, X).assert_clean(allow=3),
     "use_bias must be True or False": lambda: variational(use_bias=1),
     "kernel_init must be a function": lambda: variational(kernel_init=1),
-    "param_dtype must be a floating-point dtype": lambda: variational(param_dtype=int),
+    "param_dtype must be a floating-point dtype": lambda: variational(param_dtype=jnp.complex64),
     "features must be below 2": lambda: jdropout.linen.VariationalDense(2**31),
     "inputs must have an axis of features": lambda: variational().init({}, 1.0, True),
     "batch_axes must be a sequence": lambda: jdropout.nnx.SpatialDropout(0.5, batch_axes=0),

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from jdropout import _jaxprs
 from jdropout._inputs import Inputs, flatten, is_array
-from jdropout._values import readable
+from jdropout._values import as_array, readable
 from jdropout.testing._fingerprint import has_fingerprint
 from jdropout.testing._module_scopes import named_modules
 from jdropout.testing._program import Aval, Block, Equation, Program
@@ -72,11 +72,13 @@ def trace(
     return Traced(_describe(closed, names, limit), closed, leaves, rebuild)
 
 
-def check_leaves(name: str, tree: Any) -> None:
+def check_leaves(name: str, tree: Any, numbers: bool = False) -> None:
     """Checks that JAX can read what is to be recorded."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array | np.ndarray):
             readable(name, leaf)
+        elif numbers and isinstance(leaf, int | float):
+            as_array(name, leaf)
 
 
 def leaves_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:

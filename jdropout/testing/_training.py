@@ -131,7 +131,7 @@ class _Training:
     def record(self, number: int, batch: Any) -> tuple[np.ndarray, list[np.ndarray]]:
         from jdropout.testing import _tracing
 
-        _tracing.check_leaves("batches", batch)
+        _tracing.check_leaves("batches", batch, numbers=True)
         if self.traced is None:
             self.traced = _tracing.trace(
                 self.step, (self.state, batch), self.max_iterations, numbers=True
