@@ -459,7 +459,7 @@ def test_trainings_that_cannot_be_recorded_are_errors():
 
 def test_the_documented_difference_is_what_its_code_prints(monkeypatch, capsys):
     page = pathlib.Path(__file__).parent.parent / "docs" / "testing.md"
-    block = r"```python\n(import jax\n.*?)```\n\n```\n(.*?)```"
+    block = r"```python\n(import jax\nimport jax.numpy.*?)```\n\n```\n(.*?)```"
     code, printed = re.search(block, page.read_text(), re.DOTALL).groups()
     lines = code.splitlines(keepends=True)
     monkeypatch.setitem(linecache.cache, "train.py", (len(code), None, lines, "train.py"))
