@@ -170,6 +170,9 @@ BAD = {
     "batches must fit int32": lambda: testing.record_training(
         lambda w, x: w, np.float32(1), [2**63]
     ),
+    "num_bins must be below": lambda: uncertainty.expected_calibration_error(
+        TABLE, np.zeros(6, np.int32), num_bins=10**400
+    ),
     "mean must fit float32": lambda: uncertainty.gaussian_nll(1e300, X, X),
     "select must return True or False": lambda: jdropout.drop_connect_tree(
         KEY, {"kernel": X}, 0.5, select=lambda path: np.ones(3)

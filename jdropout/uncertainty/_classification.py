@@ -150,7 +150,7 @@ def expected_calibration_error(
         per example, as logits or log-probabilities, which are normalised here. For
         probabilities pass their ``jnp.log``.
       labels: integer array of shape (...). A traced label that is not a class gives NaN.
-      num_bins: number of bins of equal width, at least 1.
+      num_bins: number of bins of equal width, at least 1 and below 2**20.
 
     Returns:
       A scalar in [0, 1], float32 (float64 for 64-bit logits).
@@ -180,7 +180,7 @@ def expected_calibration_error(
     x, axis = check_categorical(logits, -1)
     _check_any_examples(x.shape)
     labels = _check_labels(labels, x.shape[:-1], x.shape[axis])
-    return _calibration_error(x, labels, _values.check_positive("num_bins", num_bins))
+    return _calibration_error(x, labels, _values.check_size("num_bins", num_bins, bits=20))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
