@@ -54,7 +54,7 @@ COMPILED = {"auto": (0, 3, 6), "explicit": (1, 4, 7), "manual": (2, 5, 7)}
 # --- compilation --------------------------------------------------------------------------
 
 
-@pytest.mark.examples
+@pytest.mark.long
 def test_both_passes_compile_for_4096_devices_without_a_collective(tmp_path):
     # XLA:CPU counts at most 2,048 devices in a process. It compiles for more only if it has been
     # told how processes speak with each other; so this is a process, the only one, of a cluster.

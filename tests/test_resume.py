@@ -148,7 +148,7 @@ def resume(output, *options, **settings):
     return result
 
 
-@pytest.mark.examples
+@pytest.mark.long
 def test_a_training_killed_several_times_ends_in_the_same_bits(
     uninterrupted, killed_once, tmp_path
 ):

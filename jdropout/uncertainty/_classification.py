@@ -159,7 +159,7 @@ def expected_calibration_error(
       TypeError: if the logits are not a floating-point array, or the labels or `num_bins` are
         not integers.
       ValueError: if there are no examples, the labels have another shape, a label whose value
-        is known is not a class, or `num_bins` is below 1.
+        is known is not a class, or `num_bins` is outside [1, 2**20).
 
     Example:
       >>> import jax.numpy as jnp

@@ -62,7 +62,6 @@ def on(devices, specs, function, arrays, results):
 
 # Axes of the mesh, and where the examples and the features are.
 PLACES = [
-    (("ab",), P("ab", None)),
     (("a", "b"), P(("a", "b"), None)),
     (("a", "b"), P("a", "b")),
     (("a", "b"), P("b", None)),
@@ -122,7 +121,6 @@ def shifted(x, index):
 
 
 ROUTED = [
-    (("ab",), P("ab", None, None)),
     (("a", "b"), P(("a", "b"), None, None)),
     (("a", "b"), P("b", None, "a")),
 ]
