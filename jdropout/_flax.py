@@ -138,6 +138,16 @@ def draws_noise(amount: float, deterministic: bool | jax.Array) -> bool:
     return deterministic is not True and (isinstance(amount, jax.Array) or amount != 0)
 
 
+def carry_and_output(result: Any) -> tuple[Any, Any]:
+    """What a cell returned, which must be a pair."""
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise TypeError(
+            f"cell must return a pair, its carry and its output, got {type_name(result)}. Pass a "
+            "cell such as Flax's LSTMCell."
+        )
+    return result[0], result[1]
+
+
 def same_part(output: Any, new: Any, zoned: Any) -> Any:
     """Replaces outputs that alias the new carry by the zoned-out carry."""
     pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(zoned), strict=True))

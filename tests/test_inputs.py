@@ -170,6 +170,10 @@ BAD = {
     "batches must fit int32": lambda: testing.record_training(
         lambda w, x: w, np.float32(1), [2**63]
     ),
+    "cell must return a pair": lambda: jdropout.nnx.Zoneout(lambda *_: X, 0.5)(
+        X, X, deterministic=True
+    ),
+    "batches must be iterable, got 'w'": lambda: testing.record_training(len, X, "w"),
     "num_bins must be below": lambda: uncertainty.expected_calibration_error(
         TABLE, np.zeros(6, np.int32), num_bins=10**400
     ),

@@ -7,7 +7,7 @@ import jax
 from flax import linen
 
 from jdropout import _checks
-from jdropout._flax import draws_any_mask, same_part
+from jdropout._flax import carry_and_output, draws_any_mask, same_part
 from jdropout._typing import Flag, Key
 from jdropout._values import check_function
 from jdropout._zoneout import zoneout
@@ -82,7 +82,7 @@ class Zoneout(Layer, linen.RNNCellBase):
           TypeError: if a rate is not a number, or a state is not floating-point or complex.
         """
         flag, key = self._resolve(deterministic, rng)
-        new, output = self.cell(carry, inputs)
+        new, output = carry_and_output(self.cell(carry, inputs))
         zoned = zoneout(key, carry, new, self.rate, deterministic=flag)
         return zoned, same_part(output, new, zoned)
 

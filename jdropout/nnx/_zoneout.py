@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdropout._flax import check_module_rates, draws_any_mask, same_part
+from jdropout._flax import carry_and_output, check_module_rates, draws_any_mask, same_part
 from jdropout._typing import Flag
 from jdropout._values import check_function
 from jdropout._zoneout import zoneout
@@ -97,7 +97,7 @@ class Zoneout(Dropout, nnx.RNNCellBase):
           TypeError: if `rngs` has the wrong type.
         """
         flag, key = self._resolve(deterministic, rngs)
-        new, output = self.cell(carry, inputs)
+        new, output = carry_and_output(self.cell(carry, inputs))
         zoned = zoneout(key, carry, new, self.rate, deterministic=flag)
         return zoned, same_part(output, new, zoned)
 

@@ -69,12 +69,12 @@ def record_training(
     every = check_positive("every", every)
     max_iterations = check_positive("max_iterations", max_iterations)
     try:
-        batches = iter(batches)
+        iterator = None if isinstance(batches, str | bytes) else iter(batches)
     except TypeError:  # an array without axes is an Iterable, too
-        raise TypeError(
-            f"batches must be iterable, got {batches!r}. Pass a list of batches."
-        ) from None
-    return _Training(step, state, every, values, max_iterations).run(batches)
+        iterator = None
+    if iterator is None:
+        raise TypeError(f"batches must be iterable, got {batches!r}. Pass a list of batches.")
+    return _Training(step, state, every, values, max_iterations).run(iterator)
 
 
 class _Training:
