@@ -14,7 +14,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-collect_ignore = ["sharded"]  # test_sharded.py runs it, in processes with eight devices
+# test_sharded.py runs its folder in processes with eight devices; Atheris runs the file.
+collect_ignore = ["sharded", "fuzz_checks.py"]
 
 # 0.25 s a program and thousands of programs: the second run reads them from a directory, and so
 # do the processes that tests start, which inherit the environment.

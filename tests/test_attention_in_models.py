@@ -593,7 +593,7 @@ def test_errors_name_the_argument_the_value_and_the_fix(case):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: by_position.alibi(0), ValueError, "num_heads must be at least 1"),
+        (lambda: by_position.alibi(0), ValueError, "slopes must be at least 1"),
         (lambda: by_position.alibi(X), ValueError, "slopes must have one number per head"),
         (lambda: by_position.relative_bias(X), ValueError, "table must have the axes"),
         (lambda: by_position.relative_bias(X[0, :, 0] > 0), TypeError, "table must be a floating"),

@@ -81,7 +81,7 @@ def run_whole(output, **settings):
     return run_example("train_resume.py", *SETTINGS, "--output", output, **settings)
 
 
-@pytest.mark.examples
+@pytest.mark.long
 def test_a_process_that_compiles_for_itself_ends_in_the_same_bits(uninterrupted, tmp_path):
     assert run_whole(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == uninterrupted
 
