@@ -1,5 +1,6 @@
 """Ctrl-C at any moment of what changes the process for a while: afterwards it is as it was."""
 
+import contextlib
 import contextvars
 import os
 import time
@@ -69,6 +70,9 @@ def variables():
 def test_what_is_changed_for_a_while_is_as_before(function, state, monkeypatch):
     # Not all modules of this process, nor all classes of the tests.
     monkeypatch.setattr(_flax, "sys", type("sys", (), {"modules": {}}))
+    # JAX's context is left as it is if Ctrl-C comes between it and ours, for all tests that follow.
+    for module in (_module_scopes, _record):
+        monkeypatch.setattr(module, "set_xla_metadata", lambda **_: contextlib.nullcontext())
     kinds = {nnx.Linear, nnx.Dropout, jdropout.nnx.Dropout}
     monkeypatch.setattr(_module_scopes, "_subclasses", lambda kind: kinds)
     before = state()

@@ -698,7 +698,11 @@ ERRORS = {
         TypeError,
         "logits must be an array, got list",
     ),
-    "no axis": (lambda: uncertainty.entropy(1.0), ValueError, "logits must have an axis of classes"),
+    "no axis": (
+        lambda: uncertainty.entropy(1.0),
+        ValueError,
+        "logits must have an axis of classes",
+    ),
     "axis": (
         lambda: uncertainty.entropy(TWO, axis=3),
         ValueError,
