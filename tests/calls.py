@@ -33,6 +33,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -879,6 +880,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         *numbers, seed = options.child
+        os.chdir(tempfile.mkdtemp())  # some calls write files
         child(range(*numbers), seed)
         return 0
     # The optimizations that are left out double the time of a call that compiles.
