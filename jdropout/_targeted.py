@@ -91,6 +91,7 @@ def targeted_dropout(
     else:
         axis = _values.check_axis("unit_axis", unit_axis, len(shape))
         members = shape[axis]
+    _values.check_indexable("w", members)
     count = math.floor(round(fraction * members, 6))  # 0.29 * 100 is 28.999999999999996
     whole = unit_axis is not None
     draw = new_draw(

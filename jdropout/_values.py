@@ -40,8 +40,7 @@ def check_axis(name: str, axis: Any, rank: int) -> int:
 
 def check_axes(name: str, axes: Any, rank: int) -> tuple[int, ...]:
     """Returns distinct axes as non-negative numbers, in the given order."""
-    if not isinstance(axes, Sequence | range) or isinstance(axes, str | bytes):
-        raise TypeError(f"{name} must be a sequence of axes, got {axes!r}. Write (axis,) for one.")
+    check_sequence(name, axes)
     counted = tuple(check_axis(name, axis, rank) for axis in axes)
     if len(set(counted)) != len(counted):
         raise ValueError(
@@ -107,16 +106,18 @@ def check_name(name: str, value: Any) -> None:
         )
 
 
-def check_integer(name: str, value: Any) -> None:
-    if as_integer(value) is None:
+def check_integer(name: str, value: Any) -> int:
+    number = as_integer(value)
+    if number is None:
         raise TypeError(
             f"{name} must be an integer, got {value!r} of type {type_name(value)}."
             f" Convert it with int({name})."
         )
+    return number
 
 
 def check_sequence(name: str, values: Any) -> None:
-    """Checks a sequence of axes, before a module stores it."""
+    """Checks that axes are a sequence; which axes there are may not be known yet."""
     if not isinstance(values, Sequence | range) or isinstance(values, str | bytes):
         raise TypeError(
             f"{name} must be a sequence of axes, got {values!r}. Write (axis,) for one."
@@ -145,12 +146,7 @@ def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
 
 
 def check_positive(name: str, value: Any) -> int:
-    number = as_integer(value)
-    if number is None:
-        raise TypeError(
-            f"{name} must be an integer, got {value!r} of type {type_name(value)}."
-            f" Convert it with int({name})."
-        )
+    number = check_integer(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}. Pass 1 or more.")
     return number

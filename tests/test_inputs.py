@@ -177,6 +177,10 @@ BAD = {
     "num_bins must be below": lambda: uncertainty.expected_calibration_error(
         TABLE, np.zeros(6, np.int32), num_bins=10**400
     ),
+    "w must have fewer than": lambda: jax.eval_shape(
+        lambda w: jdropout.targeted_dropout(KEY, w, 0.5, target_fraction=0.5),
+        jax.ShapeDtypeStruct((2**20, 2**20, 2), np.float32),
+    ),
     "mean must fit float32": lambda: uncertainty.gaussian_nll(1e300, X, X),
     "select must return True or False": lambda: jdropout.drop_connect_tree(
         KEY, {"kernel": X}, 0.5, select=lambda path: np.ones(3)

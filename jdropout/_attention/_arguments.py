@@ -289,8 +289,7 @@ def check_kernel_precision(precision: Any, query: jax.Array) -> jax.lax.Precisio
     if query.dtype != jnp.float32:
         return jax.lax.Precision.DEFAULT  # exact, and Mosaic refuses to do more
     if precision is None:
-        # Public, but JAX's types do not have it.
-        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # not annotated
     try:
         chosen = jax.lax.Precision(precision)
     except ValueError:

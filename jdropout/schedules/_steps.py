@@ -1,6 +1,5 @@
 """The type of a schedule, and how schedules count steps."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -71,8 +70,7 @@ def check_step(step: Any) -> jax.Array | np.ndarray:
 
 def check_num_steps(num_steps: Any, name: str, *, least: int = 1, before: int = 0) -> int:
     """Returns a number of steps that, with the steps ``before``, stays within MAX_STEP."""
-    check_integer(name, num_steps)
-    number = operator.index(num_steps)
+    number = check_integer(name, num_steps)
     if number < least:
         raise ValueError(
             f"{name} must be at least {least}, got {number}. Schedules count steps from 0."

@@ -210,7 +210,7 @@ def _check_mesh(mesh: Any, devices: Any) -> None:
         )
     if len(devices) < 2:
         raise ValueError(
-            f"devices must hold at least 2 devices, got {len(devices)}. For eight on "
+            f"devices must hold at least 2 devices, got {len(devices)}: {[*devices]}. For eight on "
             "a CPU set the environment variable XLA_FLAGS=--xla_force_host_platform_device_count=8 "
             "before JAX starts, for example at the top of conftest.py."
         )
