@@ -143,8 +143,11 @@ BATTERIES = {
     ),
     "dieharder-serial": Battery("dieharder -g 200 -d 102", dieharder, _DEBIAN),
     "dieharder-serial-4": Battery("dieharder -g 200 -d 102 -p 400", dieharder, _DEBIAN),
-    "crush": Battery("testu01_stdin Crush", testu01, _TESTU01),
-    "bigcrush": Battery("testu01_stdin BigCrush", testu01, _TESTU01),
+} | {
+    f"bigcrush-{part + 1}": Battery(
+        f"testu01_stdin BigCrush {1 + part * 106 // 8} {(part + 1) * 106 // 8}", testu01, _TESTU01
+    )
+    for part in range(8)
 }
 
 FAST = ("rows", "columns", "fold_in", "seeds", "steps", "sites", "strata", "uniforms")
@@ -160,8 +163,7 @@ PLAN = [
     Run("smallcrush-reversed", "rows"),
     Run("dieharder", "rows"),
     Run("practrand-long", "rows"),
-    Run("crush", "rows"),
-    Run("bigcrush", "rows"),
+    *(Run(f"bigcrush-{part}", "rows") for part in range(1, 9)),
 ]
 
 

@@ -61,8 +61,13 @@ CASES = {
     "packed documents, causal": dict(
         t=11, is_causal=True, query_segment_ids=DOCUMENTS, block_sizes=(3, 4)
     ),
-    "segments of keys for both, window": dict(
-        t=11, key_value_segment_ids=DOCUMENTS, local_window_size=2
+    "segments of keys for both, window, soft cap, bias with infinities": dict(
+        t=11,
+        key_value_segment_ids=DOCUMENTS,
+        local_window_size=2,
+        logits_soft_cap=0.7,
+        bias="bnts",
+        mask="1nt1",
     ),
     "many blocks, in chunks": dict(
         t=10,
@@ -80,11 +85,18 @@ CASES = {
     "segments out of order, grouped": dict(
         k=2, query_segment_ids=MIXED, key_value_segment_ids=DOCUMENTS, mask="b1t1"
     ),
-    "soft cap, bias with infinities": dict(logits_soft_cap=0.7, bias="bnts", mask="1nt1"),
     "bottom-right, causal window": dict(
         causal_alignment="bottom-right", is_causal=True, local_window_size=(4, 1)
     ),
-    "bottom-right, fewer keys": dict(s=6, v=6, causal_alignment="bottom-right", is_causal=True),
+    "bottom-right, fewer keys, learned biases, grouped": dict(
+        s=6,
+        v=6,
+        k=2,
+        causal_alignment="bottom-right",
+        is_causal=True,
+        bias_fn=("far", "grid"),
+        bias="1n1s",
+    ),
     "bottom-right, lengths": dict(
         causal_alignment="bottom-right",
         is_causal=True,
@@ -92,14 +104,22 @@ CASES = {
         key_value_seq_lengths=np.int32([11, 4]),
         bias_fn="far",
     ),
-    "dropped logits, grouped": dict(
-        k=1, dropout_on="logits", is_causal=True, dropout_precision=32, block_sizes=(5, 4)
+    "dropped logits, grouped, masks without a range": dict(
+        k=1,
+        dropout_on="logits",
+        is_causal=True,
+        dropout_precision=32,
+        block_sizes=(2, 3),
+        mask_fn=("stripes", "near"),
     ),
-    "linear biases and buckets": dict(bias_fn=("alibi", "relative"), block_sizes=(4, 4)),
-    "learned biases, grouped": dict(k=2, bias_fn=("far", "grid"), bias="1n1s"),
     "a prefix for each, and a window": dict(t=11, mask_fn=("prefix", "window"), is_causal=False),
-    "masks without a range": dict(mask_fn=("stripes", "near"), block_sizes=(2, 3)),
-    "documents by position": dict(t=11, mask_fn="document", is_causal=True),
+    "documents by position, linear biases and buckets": dict(
+        t=11,
+        mask_fn="document",
+        is_causal=True,
+        bias_fn=("alibi", "relative"),
+        block_sizes=(4, 4),
+    ),
     "part of a whole, everything": dict(
         k=2,
         start=(1, 2, 3, 5),

@@ -114,8 +114,15 @@ class Case:
         return passes
 
 
-# Rows whose function, or whose formula, another row has.
+# Rows whose function, formula, or operations of JAX another row has: one version shows what they do.
 VARIANTS = {
+    "alpha_dropout",
+    "concrete_dropout",
+    "drop_connect",
+    "drop_path",
+    "gaussian_noise",
+    "standout",
+    "zoneout",
     "spatial",
     "locked",
     "drop_path, batch",
