@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jdropout import _values
+from jdropout import _arrays, _values
 from jdropout._typing import Index, Key
 from jdropout._values import type_name
 
@@ -136,8 +136,8 @@ def check_order(x: Any, rate: Any) -> None:
 
 def check_input(x: Any, name: str = "x") -> Any:
     """Returns x itself, or an array that JAX can read."""
-    x = _values.readable(name, x)
-    reason = _why_not(_values.dtype_of(x))
+    x = _arrays.readable(name, x)
+    reason = _why_not(_arrays.dtype_of(x))
     if reason:
         raise TypeError(reason.format(name=name))
     return x

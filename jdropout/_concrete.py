@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _checks, _noise, _values
+from jdropout import _arrays, _checks, _noise, _values
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Flag, Index, Key
 
@@ -78,7 +78,7 @@ def concrete_dropout(
         key,
         x,
         (
-            _values.check_parameter("logit", logit, jnp.shape(x)),
+            _arrays.check_parameter("logit", logit, jnp.shape(x)),
             _check_temperature(temperature),
         ),
         deterministic=deterministic,
@@ -147,8 +147,8 @@ def concrete_regularizer(
         _values.check_amount("weight_regularizer", weight_regularizer),
         _values.check_amount("dropout_regularizer", dropout_regularizer),
     )
-    logit = _values.check_floating_array("logit", logit)
-    squares = _values.check_parameter("weight_sum_of_squares", weight_sum_of_squares, logit.shape)
+    logit = _arrays.check_floating_array("logit", logit)
+    squares = _arrays.check_parameter("weight_sum_of_squares", weight_sum_of_squares, logit.shape)
     return _concrete_cost(logit, squares, _values.as_float("num_inputs", count), *amounts)
 
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _values
+from jdropout import _arrays, _values
+from jdropout._arrays import describe_array
 from jdropout._draw import Draw, Outcome
 from jdropout._dtypes import sum_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import Flag, Key, Rate
-from jdropout._values import describe_array
 
 _Tree = TypeVar("_Tree")
 
@@ -130,7 +130,7 @@ def skip(
       cond: function such as `jax.lax.cond`, whose operands are the context and x.
     """
     unbiased = _values.check_flag("unbiased", unbiased)
-    x = jax.tree.map(functools.partial(_values.readable, "x"), x)
+    x = jax.tree.map(functools.partial(_arrays.readable, "x"), x)
     draw = new_draw(
         "layer_drop",
         key,
@@ -162,7 +162,7 @@ def skip(
         if not context:  # without a state, which a trace could change
             check_layer_result(x, jax.eval_shape(layer, x))
         return x
-    arrays = jax.tree.map(functools.partial(_values.as_array, "x"), x)
+    arrays = jax.tree.map(functools.partial(_arrays.as_array, "x"), x)
     return cond(kept, run, lambda *operands: operands[-1], *context, arrays)
 
 

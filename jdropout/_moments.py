@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _values
+from jdropout import _arrays
 from jdropout._dtypes import sum_dtype
 
 
@@ -62,7 +62,7 @@ class Moments:
 
 def no_moments(sample: Any) -> Moments:
     _check_any_output(sample)
-    _values.check_averaged(sample)
+    _arrays.check_averaged(sample)
     mean = jax.tree.map(lambda y: jnp.zeros_like(y, dtype=sum_dtype(y)), sample)
     squares = jax.tree.map(lambda y: jnp.zeros_like(y.real), mean)
     return Moments(jnp.int32(0), mean, squares, squares)

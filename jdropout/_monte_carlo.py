@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
-from jdropout import _checks, _values
+from jdropout import _arrays, _checks, _values
 from jdropout._moments import Moments, like, no_moments
 from jdropout._strata import LARGEST_SIZE
 from jdropout._typing import Key
@@ -219,7 +219,7 @@ class _Sampler:
         numbers = bool, int, float, complex, np.generic
         number_of_fn = len(jax.tree.leaves(fn))
         leaves, structure = jax.tree.flatten((fn, args))
-        leaves = [_values.readable("args", x) if isinstance(x, np.ndarray) else x for x in leaves]
+        leaves = [_arrays.readable("args", x) if isinstance(x, np.ndarray) else x for x in leaves]
         is_array = [
             isinstance(leaf, jax.Array | np.ndarray)
             or (i >= number_of_fn and isinstance(leaf, numbers))  # those of fn may be its options

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _values
+from jdropout import _arrays, _checks, _values
 from jdropout._dtypes import sum_dtype
 from jdropout._typing import Key
 from jdropout.keys import at_site
@@ -78,7 +78,7 @@ def multi_sample(
     size = -(-count // num_batches)
     if num_batches == 1:
         samples = jax.vmap(sample)(np.arange(count, dtype=np.int32))
-        _values.check_averaged(samples)
+        _arrays.check_averaged(samples)
         sums = jax.tree.map(lambda y: y.sum(0, dtype=sum_dtype(y)), samples)
         return cast("_Result", jax.tree.map(lambda s, y: _mean(s, count, y), sums, samples))
 
@@ -98,7 +98,7 @@ def multi_sample(
 
         return jax.tree.map(add_counted, sums, samples), None
 
-    _values.check_averaged(shapes)
+    _arrays.check_averaged(shapes)
     zeros = jax.tree.map(lambda y: jnp.zeros_like(y, dtype=sum_dtype(y)), shapes)
     firsts = np.arange(num_batches, dtype=np.int32) * np.int32(size)
     sums, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, firsts)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdropout import _values
+from jdropout import _arrays, _values
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike
 
@@ -63,8 +63,8 @@ def _divergence(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def _check_logits(logits_a: Any, logits_b: Any) -> tuple[jax.Array, jax.Array]:
-    a = _values.check_floating_array("logits_a", logits_a)
-    b = _values.check_floating_array("logits_b", logits_b)
+    a = _arrays.check_floating_array("logits_a", logits_a)
+    b = _arrays.check_floating_array("logits_b", logits_b)
     if a.shape != b.shape:
         raise ValueError(
             f"logits_a and logits_b must have the same shape, got {a.shape} and {b.shape}. Compute "

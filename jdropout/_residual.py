@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _values
+from jdropout import _arrays, _values
 from jdropout._draw import Draw
 from jdropout._dropout import dropout
 from jdropout._dtypes import wide_dtype
@@ -222,8 +222,8 @@ def _normalise(
 
 
 def _check_same_shape(x: Any, residual: Any) -> tuple[jax.Array, jax.Array]:
-    x = _values.check_floating_array("x", x)
-    residual = _values.check_floating_array("residual", residual)
+    x = _arrays.check_floating_array("x", x)
+    residual = _arrays.check_floating_array("residual", residual)
     if x.shape != residual.shape:
         raise ValueError(
             f"x and residual must have the same shape, got {x.shape} and {residual.shape}. "
@@ -236,7 +236,7 @@ def _check_features(name: str, vector: Any, x: jax.Array) -> jax.Array | None:
     """Checks an optional vector along x's last axis; returns it with as many axes as x."""
     if vector is None:
         return None
-    vector = _values.check_floating_array(name, vector)
+    vector = _arrays.check_floating_array(name, vector)
     if vector.shape != x.shape[-1:]:
         raise ValueError(
             f"{name} must have the shape {x.shape[-1:]} of x's last axis, got {vector.shape}. Pass "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdropout import _checks, _noise, _values
+from jdropout import _arrays, _checks, _noise, _values
 from jdropout._typing import ArrayLike, Flag, Index, Key
 
 
@@ -77,7 +77,7 @@ def standout(
         key,
         x,
         (
-            _values.check_parameter("preactivation", preactivation, jnp.shape(x)),
+            _arrays.check_parameter("preactivation", preactivation, jnp.shape(x)),
             _values.check_scalar("alpha", alpha),
             _values.check_scalar("beta", beta),
         ),

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jdropout import _checks, _values
+from jdropout import _arrays, _checks, _values
+from jdropout._arrays import as_array
 from jdropout._draw import Draw, Outcome
 from jdropout._new_draw import UNIFORM, new_draw
 from jdropout._subset import _rows
 from jdropout._subset._indices import Order, check_fixed_rate, kept_first
 from jdropout._subset._route_tokens import check_prefix, with_prefix
 from jdropout._typing import ArrayLike, Flag, Index, Key, Rate
-from jdropout._values import as_array, as_integer, check_indexable, type_name
+from jdropout._values import as_integer, check_indexable, type_name
 
 
 def word_dropout(
@@ -156,7 +157,7 @@ def patch_dropout(
       Liu, Matsoukas, Strand, Azizpour and Smith, "PatchDropout: economizing vision transformers
       using patch dropout" (WACV 2023), section 3.
     """
-    array = _values.as_array("x", x)
+    array = _arrays.as_array("x", x)
     rate = check_fixed_rate(rate)
     flag = _checks.check_static_flag(deterministic)
     ordered = _values.check_flag("ordered", ordered)

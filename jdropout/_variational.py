@@ -8,7 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jdropout import _checks, _noise, _values
+from jdropout import _arrays, _checks, _noise, _values
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import UNIFORM, new_draw
@@ -86,7 +86,7 @@ def variational_dropout(
         _times_normal,
         key,
         x,
-        (_values.check_parameter("log_alpha", log_alpha, jnp.shape(x)), limit),
+        (_arrays.check_parameter("log_alpha", log_alpha, jnp.shape(x)), limit),
         evaluate=None if limit is None else _pruned,
         deterministic=deterministic,
         broadcast_dims=broadcast_dims,
@@ -173,7 +173,7 @@ def variational_dense(
       2017), sections 4.1 and 4.3; Kingma, Salimans and Welling (NeurIPS 2015), section 2.3.
     """
     x, weight, bias = _check_dense(x, weight, bias)
-    log_alpha = _values.check_parameter("log_alpha", log_alpha, weight.shape)
+    log_alpha = _arrays.check_parameter("log_alpha", log_alpha, weight.shape)
     limit = _check_threshold(threshold)
     flag = _checks.check_deterministic(deterministic)
     draw = new_draw(
@@ -242,9 +242,9 @@ def variational_log_alpha(weight: ArrayLike, log_variance: ArrayLike) -> jax.Arr
       Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
       2017), section 4.1.
     """
-    weight = _values.check_floating_array("weight", weight)
+    weight = _arrays.check_floating_array("weight", weight)
     wide = wide_dtype(weight.dtype)
-    variance = _values.check_parameter("log_variance", log_variance, weight.shape)
+    variance = _arrays.check_parameter("log_variance", log_variance, weight.shape)
     return variance.astype(wide) - jnp.log(jnp.square(weight.astype(wide)) + _LEAST_SQUARE)
 
 
@@ -275,7 +275,7 @@ def variational_kl(log_alpha: ArrayLike) -> jax.Array:
       Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural networks" (ICML
       2017), equation 14.
     """
-    log_alpha = _values.check_floating_array("log_alpha", log_alpha)
+    log_alpha = _arrays.check_floating_array("log_alpha", log_alpha)
     clipped = _clipped(log_alpha.astype(wide_dtype(log_alpha.dtype)))
     return _K1 * jax.nn.sigmoid(-_K2 - _K3 * clipped) + 0.5 * jax.nn.softplus(-clipped)
 
@@ -293,7 +293,7 @@ def _check_threshold(threshold: Any) -> float | None:
 def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Checks a dense layer's arrays; returns them, the bias with as many axes as the output."""
     x = _checks.check_real("x", x)
-    x, weight = jnp.asarray(x), _values.check_floating_array("weight", weight)
+    x, weight = jnp.asarray(x), _arrays.check_floating_array("weight", weight)
     if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(
             "x and weight must have the shapes (..., inputs) and (inputs, outputs), got "
@@ -301,7 +301,7 @@ def _check_dense(x: Any, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array, 
             " The last axis of x is multiplied by the first of the weight."
         )
     if bias is not None:
-        bias = _values.check_floating_array("bias", bias)
+        bias = _arrays.check_floating_array("bias", bias)
         if bias.shape != weight.shape[1:]:
             raise ValueError(
                 f"bias must have the shape {weight.shape[1:]}, got {bias.shape}."

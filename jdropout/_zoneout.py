@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jdropout import _checks, _trees
+from jdropout._arrays import describe_array
 from jdropout._draw import Draw
 from jdropout._dtypes import wide_dtype
 from jdropout._new_draw import new_draw
 from jdropout._typing import Flag, Key, Rate
-from jdropout._values import describe_array
 
 _Tree = TypeVar("_Tree")
 

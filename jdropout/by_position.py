@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _values
+from jdropout import _arrays, _values
 from jdropout._typing import ArrayLike
 
 __all__ = [
@@ -135,7 +135,7 @@ def alibi(slopes: ArrayLike | int) -> PositionFunction:
         if _values.as_integer(slopes) is None
         else _values.check_size("slopes", slopes, _HEAD_BITS)
     )
-    array = _values.check_floating_array(
+    array = _arrays.check_floating_array(
         "slopes", slopes if number is None else alibi_slopes(number)
     )
     if array.ndim != 1:
@@ -210,7 +210,7 @@ def relative_bias(
       Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text
       transformer" (2020), section 2.1.
     """
-    array = _values.check_floating_array("table", table)
+    array = _arrays.check_floating_array("table", table)
     directions = 2 if _values.check_flag("bidirectional", bidirectional) else 1
     distance = _values.check_size("max_distance", max_distance)
     if array.ndim != 2 or array.shape[0] % directions or array.shape[0] < 2 * directions:
@@ -371,7 +371,7 @@ def _in_document(query: Any, key: Any, head: Any, ids: Any) -> Any:
 
 
 def _check_integers(name: str, numbers: Any, most_axes: int) -> jax.Array:
-    array = _values.as_array(name, numbers)
+    array = _arrays.as_array(name, numbers)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
             f"{name} must be whole numbers, got dtype {array.dtype}. Convert it with "

@@ -114,7 +114,7 @@ class Case:
         return passes
 
 
-# Rows whose function, formula, or operations of JAX another row has: one version shows what they do.
+# Rows whose function, formula or operations of JAX another row has: one version is enough.
 VARIANTS = {
     "alpha_dropout",
     "concrete_dropout",

@@ -13,7 +13,7 @@ from flax import linen, nnx
 
 import jdropout.linen
 import jdropout.nnx
-from jdropout import _flax, _record
+from jdropout import _flax, _flax_attention, _record
 from jdropout.testing import _module_scopes
 from jdropout.testing._determinism import compare
 
@@ -50,11 +50,11 @@ def recorded():
 
 
 def attention_call():
-    _flax.attention_call(lambda: None)
+    _flax_attention.attention_call(lambda: None)
 
 
 def variables():
-    return contextvars.copy_context().get(_record._calls), _flax._layer_call.get()
+    return contextvars.copy_context().get(_record._calls), _flax_attention._layer_call.get()
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdropout._arrays import as_array
 from jdropout._draw import Draw
 from jdropout._implementation import LANES, check_supported, unsupported
-from jdropout._values import (
-    as_array,
-    as_float,
-    as_integer,
-    as_integers,
-    check_option,
-    is_real,
-    type_name,
-)
+from jdropout._values import as_float, as_integer, as_integers, check_option, is_real, type_name
 
 MOST_POSITIONS = 2**30
 """Queries and keys of a whole matrix. Positions are int32, and windows are added to them."""

@@ -8,7 +8,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from jdropout import _values
+from jdropout import _arrays
 from jdropout.by_position import PositionFunction
 
 # --- evaluated ----------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def _as_position_function(
             f"{name} must be a function of (query_position, key_position, head), got "
             f"{function!r}. Pass an array of logits as bias, and one of booleans as mask."
         )
-    arrays = [_values.as_array(f"an array of {name}", x) for x in function.arrays]
+    arrays = [_arrays.as_array(f"an array of {name}", x) for x in function.arrays]
     if function.per_example:
         for x in arrays:
             if x.ndim == 0 or x.shape[0] != batch_size:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _values
+from jdropout import _arrays, _values
 from jdropout._layer_drop import check_layer_result, scaled_update
 from jdropout._subset import _rows
 from jdropout._subset._indices import Subset
@@ -109,9 +109,9 @@ def scan_subset(
     Both trees are stacked. A skipped layer's state stays as it is.
     """
     unbiased = _values.check_flag("unbiased", unbiased)
-    params, state = _values.as_arrays(name, (params, state))
-    x = _values.as_arrays("x", x)
-    _, _, size = _values.check_common_axis(name, (params, state), "axis", 0)
+    params, state = _arrays.as_arrays(name, (params, state))
+    x = _arrays.as_arrays("x", x)
+    _, _, size = _arrays.check_common_axis(name, (params, state), "axis", 0)
     subset = Subset(
         "layer_subset",
         key,

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jdropout import _values
+from jdropout import _arrays, _values
 from jdropout._subset import _rows
 from jdropout._subset._indices import Order, Subset
 from jdropout._typing import ArrayLike, Index, Key
@@ -87,7 +87,7 @@ def route_tokens(
       training" (ICCV 2025), section 3.
     """
     _values.check_function("layers", layers)
-    x = _values.as_array("x", x)
+    x = _arrays.as_array("x", x)
     axis = _values.check_axis("axis", axis, x.ndim)
     lead, length = x.shape[:axis], x.shape[axis]
     prefix = check_prefix(num_prefix_tokens, length)
@@ -162,12 +162,12 @@ def _positions(positions: Any, x: jax.Array, axis: int) -> Any:
             return leaf
         return jax.sharding.reshard(leaf, PartitionSpec(*sharding.spec[:axis], None, *trail))
 
-    return jax.tree.map(whole, _values.as_arrays("positions", positions))
+    return jax.tree.map(whole, _arrays.as_arrays("positions", positions))
 
 
 def _check_layers(x: jax.Array, y: Any) -> None:
-    want = _values.describe_array(x)
-    got = _values.describe_array(y) if isinstance(y, jax.Array) else _values.type_name(y)
+    want = _arrays.describe_array(x)
+    got = _arrays.describe_array(y) if isinstance(y, jax.Array) else _values.type_name(y)
     if want != got:
         raise ValueError(
             f"layers must return the shape and dtype of the tokens they get, {want}, got {got}. "

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from jdropout import _batch, _checks, _values
+from jdropout import _arrays, _batch, _checks, _values
 from jdropout._subset import _rows
 from jdropout._subset._indices import Subset
 from jdropout._typing import Index, Key
@@ -88,8 +88,8 @@ def stochastic_depth(
       (ECCV 2016), section 3.
     """
     _values.check_function("branch", branch)
-    x, args = _values.as_arrays("x", x), _values.as_arrays("args", _check_args(args))
-    first, axis, size = _values.check_common_axis("x", x, "batch_axis", batch_axis)
+    x, args = _arrays.as_arrays("x", x), _arrays.as_arrays("args", _check_args(args))
+    first, axis, size = _arrays.check_common_axis("x", x, "batch_axis", batch_axis)
     groups = _values.check_positive("groups", groups)
     if not _checks.check_static_flag(deterministic):
         groups = _batch.own_tiles(key, size, groups)
@@ -158,4 +158,4 @@ def _check_branch(x: Any, y: Any) -> None:
             f"branch must return arrays of the shapes of its input, {shapes[0]}, got {shapes[1]}. "
             "It is added to the input: leave the residual connection out of it, and keep the shape."
         )
-    _values.check_scalable("branch's result", y)
+    _arrays.check_scalable("branch's result", y)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jdropout import _batch, _checks, _key_kinds, _values
+from jdropout import _arrays, _batch, _checks, _key_kinds, _values
 from jdropout._subset import _rows
 from jdropout._subset._indices import Order, Subset
 from jdropout._typing import Index, Key
@@ -94,20 +94,20 @@ def unit_subset(
       "Efficient batchwise dropout training using submatrices" (2015), section 2, for units.
     """
     _values.check_function("block", block)
-    incoming = _values.as_arrays("incoming", incoming)
-    outgoing = _values.as_arrays("outgoing", outgoing)
+    incoming = _arrays.as_arrays("incoming", incoming)
+    outgoing = _arrays.as_arrays("outgoing", outgoing)
     tiles = _values.check_positive("tiles", tiles)
     _values.check_integer("batch_axis", batch_axis)
-    first, first_axis, size = _values.check_common_axis(
+    first, first_axis, size = _arrays.check_common_axis(
         "incoming", incoming, "incoming_axis", incoming_axis
     )
-    _, _, taken = _values.check_common_axis("outgoing", outgoing, "outgoing_axis", outgoing_axis)
+    _, _, taken = _arrays.check_common_axis("outgoing", outgoing, "outgoing_axis", outgoing_axis)
     if taken != size:
         raise ValueError(
             f"outgoing must have the {size} units of incoming on outgoing_axis {outgoing_axis}, "
             f"got {taken}. Check incoming_axis and outgoing_axis."
         )
-    _values.check_scalable("outgoing", outgoing)
+    _arrays.check_scalable("outgoing", outgoing)
     tiled = tiles > 1
     if tiled and not _checks.check_static_flag(deterministic):
         key, tiles = _own_tiles(key, x, batch_axis, tiles)
@@ -140,7 +140,7 @@ def unit_subset(
         order = subset.order(first, first_axis)
         y = chosen(Order(order.rows[0], order.places[0]), x)
     else:
-        x = jax.tree.map(lambda leaf: _split(leaf, tiles, batch_axis), _values.as_arrays("x", x))
+        x = jax.tree.map(lambda leaf: _split(leaf, tiles, batch_axis), _arrays.as_arrays("x", x))
         specs = {jax.typeof(leaf).sharding.spec[:1] for leaf in jax.tree.leaves(x)}
         around = specs.pop() if len(specs) == 1 else ()
         incoming, outgoing = (_spared(weights, around) for weights in (incoming, outgoing))
@@ -153,7 +153,7 @@ def _own_tiles(key: Key | None, x: Any, batch_axis: int, tiles: int) -> tuple[Ke
     """The key for the tiles in a part of a batch, and their number."""
     if key is None or _key_kinds.part_of(key) is None:
         return key, tiles
-    _, _, rows = _values.check_common_axis("x", _values.as_arrays("x", x), "batch_axis", batch_axis)
+    _, _, rows = _arrays.check_common_axis("x", _arrays.as_arrays("x", x), "batch_axis", batch_axis)
     return _batch.for_tiles(key, rows, tiles), _batch.own_tiles(key, rows, tiles)
 
 

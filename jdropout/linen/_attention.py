@@ -9,7 +9,8 @@ import jax.typing
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 
-from jdropout._flax import attention, attention_call, check_attention, check_module
+from jdropout._flax import check_module
+from jdropout._flax_attention import attention, attention_call, check_attention
 from jdropout._typing import Flag, Key, Rate
 from jdropout._values import check_flag, type_name
 

@@ -9,13 +9,7 @@ from flax import linen
 
 from jdropout._checks import check_rate
 from jdropout._dropout import dropout
-from jdropout._flax import (
-    Applied,
-    FunctionLayer,
-    check_module_flag,
-    check_stream,
-    draws_mask,
-)
+from jdropout._flax import Applied, FunctionLayer, check_module_flag, check_stream, draws_mask
 from jdropout._typing import Flag, Key
 
 # Taken now: users may put our class in its place.

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
+from jdropout._arrays import as_arrays
 from jdropout._flax import check_module
 from jdropout._subset._layer_subset import scan_subset
 from jdropout._typing import Key
-from jdropout._values import as_arrays, check_positive
+from jdropout._values import check_positive
 from jdropout.keys import at_site
 from jdropout.linen._wrapper import SubsetWrapper
 

@@ -5,10 +5,11 @@ from typing import Any
 import jax
 from flax import linen
 
+from jdropout._arrays import check_averaged
 from jdropout._dtypes import sum_dtype
 from jdropout._flax import check_module_flag, check_stream
 from jdropout._typing import Flag
-from jdropout._values import check_averaged, check_function, check_positive
+from jdropout._values import check_function, check_positive
 
 
 class MultiSample(linen.Module):

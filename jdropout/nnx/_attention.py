@@ -9,13 +9,8 @@ import jax.typing
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jdropout._flax import (
-    attention,
-    attention_call,
-    check_attention,
-    check_module,
-    check_module_rate,
-)
+from jdropout._flax import check_module, check_module_rate
+from jdropout._flax_attention import attention, attention_call, check_attention
 from jdropout._typing import Flag, Key, Rate
 from jdropout._values import check_flag, check_function
 

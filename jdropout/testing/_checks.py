@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout._values import as_array, type_name
+from jdropout._arrays import as_array
+from jdropout._values import type_name
 
 
 def check_any_leaves(name: str, leaves: Any) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.extend import core
 
 from jdropout import _jaxprs
+from jdropout._arrays import as_array, readable
 from jdropout._inputs import Inputs, flatten, is_array
-from jdropout._values import as_array, readable
 from jdropout.testing._fingerprint import has_fingerprint
 from jdropout.testing._module_scopes import named_modules
 from jdropout.testing._program import Aval, Block, Equation, Program

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _inputs
-from jdropout._values import check_flag, check_function, check_positive, readable
+from jdropout._arrays import readable
+from jdropout._values import check_flag, check_function, check_positive
 from jdropout.testing._fingerprint import fingerprint
 from jdropout.testing._recording import MAX_ITERATIONS, Recorder, Recording, about, as_64_bits
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdropout import _values
+from jdropout._arrays import as_array
 from jdropout._typing import ArrayLike
-from jdropout._values import as_array
 from jdropout.uncertainty._logs import (
     check_categorical,
     check_samples,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdropout import _values
+from jdropout import _arrays, _values
 from jdropout._dtypes import wide_dtype
 
 
@@ -70,7 +70,7 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def check_categorical(logits: Any, axis: Any) -> tuple[jax.Array, int]:
-    array = _values.check_floating_array("logits", logits)
+    array = _arrays.check_floating_array("logits", logits)
     if not array.ndim:
         raise ValueError("logits must have an axis of classes, got shape (). Pass an array.")
     axis = _values.check_axis("axis", axis, array.ndim)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdropout import _checks, _values
+from jdropout import _arrays, _checks, _values
 from jdropout._dtypes import wide_dtype
 from jdropout._typing import ArrayLike, Rate
 from jdropout._values import is_real, type_name
@@ -63,7 +63,7 @@ def gaussian_log_likelihood(
       Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
       in deep learning" (ICML 2016), equation 8, for one output.
     """
-    f = _values.check_floating_array("samples", samples)
+    f = _arrays.check_floating_array("samples", samples)
     sample_axis = _values.check_axis("sample_axis", sample_axis, f.ndim)
     check_has_samples(f.shape[sample_axis])
     shape = f.shape[:sample_axis] + f.shape[sample_axis + 1 :]
@@ -108,7 +108,7 @@ def gaussian_nll(mean: ArrayLike, variance: ArrayLike, y: ArrayLike) -> jax.Arra
       Gal and Ghahramani, "Dropout as a Bayesian approximation: representing model uncertainty
       in deep learning" (ICML 2016), section 4, for the variance.
     """
-    center = _values.check_floating_array("mean", mean)
+    center = _arrays.check_floating_array("mean", mean)
     target = _check_target(y, center.shape, "mean")
     return _gaussian_nll(center, _check_above_zero("variance", variance, center.shape), target)
 
@@ -204,7 +204,7 @@ def _gaussian_nll(mean: jax.Array, variance: jax.Array, y: jax.Array) -> jax.Arr
 
 
 def _check_target(y: Any, shape: tuple[int, ...], source: str) -> jax.Array:
-    array = _values.check_floating_array("y", y)
+    array = _arrays.check_floating_array("y", y)
     if array.shape != shape:
         raise ValueError(
             f"y must have the shape {shape}, which is that of {source}, got {array.shape}. "
@@ -215,7 +215,7 @@ def _check_target(y: Any, shape: tuple[int, ...], source: str) -> jax.Array:
 
 def _check_above_zero(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns a scalar or an array that broadcasts to a shape; concrete ones must be above 0."""
-    array = _values.check_parameter(name, float(value) if is_real(value) else value, shape)
+    array = _arrays.check_parameter(name, float(value) if is_real(value) else value, shape)
     if not isinstance(array, jax.core.Tracer) and array.size:
         lowest = float(np.asarray(array).min())  # under jit, array.min() would be traced
         if not lowest > 0:  # also catches NaN

@@ -19,7 +19,7 @@ from flax import linen, nnx
 
 import jdropout.linen
 import jdropout.nnx
-from jdropout import _flax, _record
+from jdropout import _flax_attention, _record
 from jdropout.keys import in_batch, site_key
 from jdropout.testing import check_determinism, record, record_training
 
@@ -123,7 +123,7 @@ def process():
     calls = [vars(kind)["__call__"] for kind in (nnx.Linear, nnx.Dropout, nnx.Sequential)]
     functions = [time.time, time.time_ns, os.listdir, os.scandir, jax.process_index]
     context = contextvars.copy_context()
-    variables = [context.get(_record._calls), context.get(_flax._layer_call)]
+    variables = [context.get(_record._calls), context.get(_flax_attention._layer_call)]
     names = [nnx.Dropout, nnx.MultiHeadAttention, linen.Dropout]
     return [id(each) for each in (*kernels, *calls, *functions, *variables, *names)]
 
