@@ -143,6 +143,7 @@ BATTERIES = {
     ),
     "dieharder-serial": Battery("dieharder -g 200 -d 102", dieharder, _DEBIAN),
     "dieharder-serial-4": Battery("dieharder -g 200 -d 102 -p 400", dieharder, _DEBIAN),
+    "crush": Battery("testu01_stdin Crush", testu01, _TESTU01),
 } | {
     f"bigcrush-{part + 1}": Battery(
         f"testu01_stdin BigCrush {1 + part * 106 // 8} {(part + 1) * 106 // 8}", testu01, _TESTU01
@@ -163,6 +164,7 @@ PLAN = [
     Run("smallcrush-reversed", "rows"),
     Run("dieharder", "rows"),
     Run("practrand-long", "rows"),
+    Run("crush", "rows"),
     *(Run(f"bigcrush-{part}", "rows") for part in range(1, 9)),
 ]
 
@@ -203,7 +205,7 @@ def summary(battery: str, log: str) -> Summary | None:
 
 def amount(log: str) -> str:
     lengths = re.findall(r"^length= (\d+) ([kmgt])", log, re.MULTILINE)
-    written = re.search(r"^(\d+) bytes written", log, re.MULTILINE)
+    written = re.search(r"^(\d+) bytes (written|read)", log, re.MULTILINE)
     if lengths:
         return f"{lengths[-1][0]} {lengths[-1][1].upper()}iB"
     return f"{int(written[1]) / 1e6:,.0f} MB" if written else "-"
@@ -220,7 +222,7 @@ def table(logs: pathlib.Path) -> str:
             continue
         if stream in LAWS:
             total, least = total + found.count, min(least, found.least)
-        stopped = "" if re.search("bytes written", log) else ", stopped"
+        stopped = "" if re.search("bytes (written|read)", log) else ", stopped"
         cells = (
             stream if seed == "0" else f"{stream}, seed {seed}",
             battery,
