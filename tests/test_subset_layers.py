@@ -325,7 +325,7 @@ LINEN = {
 }
 INPUT = normal(4, 6, 8)
 
-one_for_every_version = pytest.mark.parametrize(
+one_on_other_versions = pytest.mark.parametrize(
     "name",
     [
         pytest.param(name, marks=[] if name == "LayerSubset" else pytest.mark.one_version)
@@ -334,7 +334,7 @@ one_for_every_version = pytest.mark.parametrize(
 )
 
 
-@one_for_every_version
+@one_on_other_versions
 def test_an_nnx_layer_has_rates_site_keys_audit_and_monte_carlo(name):
     layer = NNX[name](nnx.Rngs(0))
 
@@ -359,7 +359,7 @@ def test_an_nnx_layer_has_rates_site_keys_audit_and_monte_carlo(name):
         nnx.jit(lambda layer, flag: layer(INPUT, deterministic=flag))(layer, jnp.array(True))
 
 
-@one_for_every_version
+@one_on_other_versions
 def test_a_linen_layer_has_rates_site_keys_audit_and_monte_carlo(name):
     layer = LINEN[name](rate=0.5)
     variables = linen_variables(layer, INPUT)
