@@ -127,7 +127,14 @@ def test_batches_that_do_not_come_first_need_the_axis_and_the_size():
 # --- keys ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg", "raw", "raw of 4"])
+@pytest.mark.parametrize(
+    "impl",
+    ["threefry2x32", "raw"]
+    + [
+        pytest.param(impl, marks=pytest.mark.one_version)
+        for impl in ("rbg", "unsafe_rbg", "raw of 4")
+    ],
+)
 def test_keys_derived_from_the_key_of_a_part_are_for_the_part(impl):
     if impl.startswith("raw"):
         root = jnp.arange(4 if impl == "raw of 4" else 2, dtype=jnp.uint32)

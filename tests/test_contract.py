@@ -182,6 +182,7 @@ def test_strength_zero_and_evaluation_return_the_input_itself_without_a_key(case
             np.testing.assert_allclose(y, row.evaluated(case.x, row.strength), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_version
 def test_rate_one_is_the_limit_of_the_formula_without_a_key(case):
     row = case.row
     if not row.is_rate:
@@ -381,6 +382,7 @@ def wide(dtype):
     return np.dtype(dtype if jnp.issubdtype(dtype, jnp.integer) else np.float32)
 
 
+@pytest.mark.one_version
 def test_every_dtype_is_kept_and_computed_in_a_wide_one_and_rounded_once(case):
     row = case.row
     with jax.enable_x64(True):
@@ -414,6 +416,7 @@ DENSE = jdropout.variational_dense
 # --- the audit and errors -----------------------------------------------------------------
 
 
+@pytest.mark.one_version
 def test_an_audit_names_the_kind_the_axes_and_the_rate(case):
     row = case.row
 

@@ -151,7 +151,7 @@ def test_gallery_has_a_panel_for_every_function(tmp_path):
 @pytest.fixture(scope="module")
 def transformer_run(tmp_path_factory):
     output = tmp_path_factory.mktemp("transformer")
-    return run_example("train_transformer.py", *TRANSFORMER, "--output", output), output
+    return run_here("train_transformer.py", *TRANSFORMER, "--output", output), output
 
 
 @pytest.mark.examples

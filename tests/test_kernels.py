@@ -141,7 +141,6 @@ TILES = (128, 128)
 IDS = np.int32(np.arange(2 * 260).reshape(2, 260) // 70)
 CASES = {
     "causal, ragged": dict(t=150, s=270, is_causal=True),
-    "one tile, grouped": dict(t=70, s=90, k=2, v=9),
     "lengths, window, bottom-right": dict(
         t=140,
         s=260,
@@ -162,7 +161,9 @@ CASES = {
         start=(1, 2, 8, 5),
         global_shape=(3, 6, 200, 300),
     ),
-    "shared by examples and heads": dict(t=130, s=140, dropout_broadcast_dims=(0, 1)),
+    "one row of tiles, grouped, shared by examples and heads": dict(
+        t=70, s=140, k=2, v=9, dropout_broadcast_dims=(0, 1)
+    ),
 }
 POSITIONS = ("is_causal", "local_window_size", "query_seq_lengths", "key_value_seq_lengths")
 

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from example_runs import EXAMPLES, assert_is_picture, run_example
+from example_runs import EXAMPLES, assert_is_picture, run_here
 
 FIGURES = ["uncertainty_band.png", "uncertainty_rejection.png", "uncertainty_turn.png"]
 SHORT = ["--steps=100", "--seeds=2", "--width=32", "--samples=4", "--many=1000"]
@@ -15,7 +15,7 @@ SHORT = ["--steps=100", "--seeds=2", "--width=32", "--samples=4", "--many=1000"]
 def run(tmp_path_factory):
     """The printed text, and where the figures are."""
     output = tmp_path_factory.mktemp("uncertainty")
-    return run_example("uncertainty.py", *SHORT, "--output", output), output
+    return run_here("uncertainty.py", *SHORT, "--output", output), output
 
 
 @pytest.fixture
