@@ -46,9 +46,8 @@ int main(int count, char **arguments) {
     const char *battery = count > 1 ? arguments[1] : "SmallCrush";
     reversed = count > 2 && strcmp(arguments[2], "reversed") == 0;
     int tests[107] = {0}; /* how often each one is run, from 1 on */
-    if (count > 3)
-        for (int test = atoi(arguments[2]); test <= atoi(arguments[3]) && test < 107; test++)
-            tests[test] = 1;
+    for (int test = 1; count > 3 && test < 107; test++)
+        tests[test] = atoi(arguments[2]) <= test && test <= atoi(arguments[3]);
     setvbuf(stdout, NULL, _IOLBF, 0); /* a run that is stopped leaves what it has found */
     unif01_Gen *words = unif01_CreateExternGenBits("standard input", next_word);
     if (strcmp(battery, "SmallCrush") == 0) bbattery_SmallCrush(words);
